@@ -1,0 +1,88 @@
+"""`GraphBuilder`: the way to write down a graph, for training steps and for anything else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from slideformer.graph.buffers import Buffer, Role, Slot, Tier
+from slideformer.graph.errors import GraphError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.tasks import Cost, Task, TaskKind
+from slideformer.graph.verify import verify
+
+
+_Item = TypeVar("_Item", Task, Buffer, Slot)
+
+
+class GraphBuilder:
+    """Collects slots, buffers and tasks in program order; `build` verifies and freezes them.
+
+    >>> b = GraphBuilder("double")
+    >>> x = b.buffer("x", 4, Tier.CPU, carried=True)
+    >>> b.task("double.x", TaskKind.CPU, reads=[x], writes=[x])
+    'double.x'
+    >>> len(b.build().tasks)
+    1
+    """
+
+    def __init__(self, name: str = "graph") -> None:
+        self._name = name
+        self._tasks: dict[str, Task] = {}
+        self._buffers: dict[str, Buffer] = {}
+        self._slots: dict[str, Slot] = {}
+
+    def slot(self, name: str, tier: Tier, nbytes: int) -> str:
+        """Declare a slot of ``nbytes`` bytes; returns its name."""
+        self._slots[name] = self._new(self._slots, Slot(name, tier, nbytes))
+        return name
+
+    def buffer(
+        self,
+        name: str,
+        nbytes: int,
+        tier: Tier,
+        *,
+        role: Role = Role.OTHER,
+        slot: str = "",
+        offset: int = 0,
+        carried: bool = False,
+    ) -> str:
+        """Declare a buffer of ``nbytes`` bytes; returns its name."""
+        buffer = Buffer(name, nbytes, tier, role, slot, offset, carried)
+        self._buffers[name] = self._new(self._buffers, buffer)
+        return name
+
+    def task(
+        self,
+        name: str,
+        kind: TaskKind,
+        *,
+        op: str = "",
+        reads: Sequence[str] = (),
+        writes: Sequence[str] = (),
+        after: Sequence[str] = (),
+        cost: Cost | None = None,
+        **args: int | str,
+    ) -> str:
+        """Append a task; ``op`` defaults to the name's first part. Returns the task's name."""
+        op = op or name.split(".", 1)[0]
+        task = Task(
+            name, kind, op, tuple(reads), tuple(writes), tuple(after), cost or Cost(), args
+        )
+        self._tasks[name] = self._new(self._tasks, task)
+        return name
+
+    def build(self) -> TaskGraph:
+        """The finished graph; raises `GraphError` naming every broken rule."""
+        graph = TaskGraph(
+            self._name, tuple(self._tasks.values()), dict(self._buffers), dict(self._slots)
+        )
+        verify(graph)
+        return graph
+
+    @staticmethod
+    def _new(known: Mapping[str, _Item], item: _Item) -> _Item:
+        if item.name in known:
+            raise GraphError(f"{type(item).__name__.lower()} {item.name!r} is declared twice")
+        return item

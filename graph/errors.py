@@ -1,0 +1,63 @@
+"""Every error that a user of SlideFormer can meet, as one small tree.
+
+    SlideFormerError
+    ├── ConfigError          a setting is wrong or unknown
+    ├── GraphError           a task graph breaks a rule
+    ├── BudgetError          no plan fits the memory budgets
+    ├── CheckpointError      a model folder cannot be read or written
+    ├── DataError            a training file cannot be read
+    ├── UnsupportedModelError  the model's family does not fit
+    ├── DeviceError          the requested device is not usable
+    ├── PolicyError          a scheduling policy broke its contract
+    ├── TaskError            a task of a running graph failed
+    └── NonFiniteError       a gradient or loss is not finite
+
+Messages say what was found, what the limit is and what to try next. ``assert`` is for mistakes of
+our own, never for a user's.
+"""
+
+from __future__ import annotations
+
+
+class SlideFormerError(Exception):
+    """Base of all errors that are the user's to read; the command line prints them on one line."""
+
+
+class ConfigError(SlideFormerError):
+    """A setting has an unknown name or a value that cannot work."""
+
+
+class GraphError(SlideFormerError):
+    """A task graph breaks a rule; the message names the task or buffer."""
+
+
+class BudgetError(SlideFormerError):
+    """No plan fits the budgets; the message names the least that works."""
+
+
+class CheckpointError(SlideFormerError):
+    """A model folder is missing, incomplete, damaged or not writable."""
+
+
+class DataError(SlideFormerError):
+    """A training file is missing, empty or malformed; the message names file and line."""
+
+
+class UnsupportedModelError(SlideFormerError):
+    """The model's family or one of its settings is not supported."""
+
+
+class DeviceError(SlideFormerError):
+    """The requested device does not exist or cannot be used."""
+
+
+class PolicyError(SlideFormerError):
+    """A scheduling policy chose outside the ready set, raised, or idled with nothing in flight."""
+
+
+class TaskError(SlideFormerError):
+    """A task failed while its graph ran; the message names the task."""
+
+
+class NonFiniteError(SlideFormerError):
+    """A gradient or a loss is infinite or not a number."""

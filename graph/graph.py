@@ -1,0 +1,115 @@
+"""The task graph: tasks in program order, buffers, slots, and the edges that follow from them.
+
+A graph is plain data and never changes. Edges are not stored but derived on first use, so a graph
+read from a file cannot disagree with its own buffers. Rules that a graph must keep are checked in
+``verify.py``; graphs are made with ``builder.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+from slideformer.graph.buffers import Buffer, Slot
+from slideformer.graph.errors import GraphError
+from slideformer.graph.hazards import HazardMap, read_segment, write_segment
+from slideformer.graph.tasks import Task
+
+
+class Entry(NamedTuple):
+    """A task's access to bytes that no earlier task of its graph has written.
+
+    What it waits for, if anything, is an earlier instance.
+    """
+
+    task: int
+    place: str
+    start: int
+    stop: int
+    write: bool
+
+
+class Exit(NamedTuple):
+    """Bytes as a graph leaves them: last writer (None: only read) and the readers after it."""
+
+    place: str
+    start: int
+    stop: int
+    writer: int | None
+    readers: tuple[int, ...]
+
+
+class Edges(NamedTuple):
+    """What `TaskGraph.edges` derives; tasks are indices into `TaskGraph.tasks`."""
+
+    predecessors: tuple[tuple[int, ...], ...]
+    successors: tuple[tuple[int, ...], ...]
+    entries: tuple[Entry, ...]
+    exits: tuple[Exit, ...]
+
+
+@dataclass(frozen=True)
+class TaskGraph:
+    """Tasks in program order with the buffers and slots they use."""
+
+    name: str
+    tasks: tuple[Task, ...]
+    buffers: Mapping[str, Buffer]
+    slots: Mapping[str, Slot]
+
+    @cached_property
+    def index(self) -> Mapping[str, int]:
+        """Task name → position in `tasks`."""
+        return {task.name: position for position, task in enumerate(self.tasks)}
+
+    @cached_property
+    def edges(self) -> Edges:
+        """Dependencies derived from buffers, slots and ``after``; redundant edges are kept.
+
+        Raises `GraphError` if a task names an unknown buffer or an unknown task.
+        """
+        hazards: HazardMap[int] = HazardMap()
+        waits: list[set[int]] = [set() for _ in self.tasks]
+        entries: list[Entry] = []
+        for position, task in enumerate(self.tasks):
+            for names, write in ((task.reads, False), (task.writes, True)):
+                for name in names:
+                    buffer = self._buffer(task, name)
+                    for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                        if segment.writer is None:
+                            span = (buffer.place, segment.start, segment.stop)
+                            entries.append(Entry(position, *span, write))
+                        if write:
+                            waits[position].update(write_segment(segment, position, name))
+                        else:
+                            waits[position].update(read_segment(segment, position))
+            waits[position].discard(position)
+            waits[position].update(self._after(task))
+        successors: list[list[int]] = [[] for _ in self.tasks]
+        for position, preds in enumerate(waits):
+            for pred in preds:
+                successors[pred].append(position)
+        exits = tuple(
+            Exit(place, s.start, s.stop, s.writer, tuple(dict.fromkeys(s.readers)))
+            for place, s in hazards.segments()
+        )
+        return Edges(
+            tuple(tuple(sorted(preds)) for preds in waits),
+            tuple(tuple(s) for s in successors),
+            tuple(entries),
+            exits,
+        )
+
+    def _buffer(self, task: Task, name: str) -> Buffer:
+        try:
+            return self.buffers[name]
+        except KeyError:
+            raise GraphError(f"task {task.name} uses unknown buffer {name!r}") from None
+
+    def _after(self, task: Task) -> list[int]:
+        try:
+            return [self.index[name] for name in task.after]
+        except KeyError as missing:
+            raise GraphError(f"task {task.name} runs after unknown task {missing}") from None

@@ -1,0 +1,95 @@
+"""Who must wait for whom: dependencies derived from the bytes that tasks touch.
+
+Two accesses conflict if their byte ranges overlap and at least one of them writes. A `HazardMap`
+remembers, for each range of each place (a slot, or a buffer of its own), the last writer and the
+readers since. Fed in program order it yields read-after-write, write-after-read, write-after-write
+and slot-reuse edges alike. The same map, kept across instances of graphs, orders one step after
+another without a barrier.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+@dataclass(slots=True)
+class Segment(Generic[T]):
+    """Bytes ``[start, stop)`` of a place with one access history.
+
+    ``writer`` is the last task that wrote them (None: not written here yet), ``readers`` the tasks
+    that read them since, ``owner`` the buffer whose contents they hold.
+    """
+
+    start: int
+    stop: int
+    writer: T | None
+    readers: list[T]
+    owner: str | None
+
+    def _part(self, start: int, stop: int) -> Segment[T]:
+        return Segment(start, stop, self.writer, list(self.readers), self.owner)
+
+
+class HazardMap(Generic[T]):
+    """Last writer and readers of every byte touched so far, per place."""
+
+    def __init__(self) -> None:
+        self._places: dict[str, list[Segment[T]]] = {}
+
+    def cut(self, place: str, start: int, stop: int) -> list[Segment[T]]:
+        """The segments that exactly tile ``[start, stop)``, split and created as needed."""
+        segments = self._places.get(place)
+        if segments is None:
+            fresh: Segment[T] = Segment(start, stop, None, [], None)
+            self._places[place] = [fresh]
+            return [fresh]
+        if len(segments) == 1 and segments[0].start == start and segments[0].stop == stop:
+            return segments[:]
+        kept: list[Segment[T]] = []
+        inside: list[Segment[T]] = []
+        cursor = start
+        for segment in segments:
+            if segment.stop <= start or segment.start >= stop:
+                kept.append(segment)
+                continue
+            if segment.start > cursor:
+                inside.append(Segment(cursor, segment.start, None, [], None))
+            low, high = max(segment.start, start), min(segment.stop, stop)
+            if segment.start < low:
+                kept.append(segment._part(segment.start, low))
+            if segment.stop > high:
+                kept.append(segment._part(high, segment.stop))
+            if segment.start == low and segment.stop == high:
+                inside.append(segment)
+            else:
+                inside.append(segment._part(low, high))
+            cursor = high
+        if cursor < stop:
+            inside.append(Segment(cursor, stop, None, [], None))
+        self._places[place] = sorted([*kept, *inside], key=lambda s: s.start)
+        return inside
+
+    def segments(self) -> Iterator[tuple[str, Segment[T]]]:
+        """Every segment with the name of its place."""
+        for place, segments in self._places.items():
+            for segment in segments:
+                yield place, segment
+
+
+def read_segment(segment: Segment[T], task: T) -> list[T]:
+    """Record a read; returns the tasks it must wait for (at most the writer)."""
+    segment.readers.append(task)
+    return [] if segment.writer is None else [segment.writer]
+
+
+def write_segment(segment: Segment[T], task: T, owner: str | None) -> list[T]:
+    """Record a write; returns the tasks it must wait for (the readers, and the writer if none)."""
+    waits = [reader for reader in segment.readers if reader != task]
+    if segment.writer is not None:
+        waits.append(segment.writer)
+    segment.writer, segment.readers, segment.owner = task, [], owner
+    return waits

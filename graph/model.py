@@ -1,0 +1,161 @@
+"""The shape of a model as the planner and the step compiler see it: units, parameters, costs.
+
+A *unit* is a slice of the model that is streamed as a whole. A decoder model has the units
+``embed`` (the token matrix), ``L00`` … (decoder layers), ``norm`` (the final norm) and ``head``
+(the output matrix; absent when it is tied to ``embed``). Weights, names and arithmetic live in
+``models/``; this module knows sizes only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+ALIGNMENT = 128
+"""Elements to which the start of each operand in its unit is rounded up (256 bytes in BF16)."""
+
+
+class UnitKind(StrEnum):
+    """What a unit is; the step compiler treats each kind differently."""
+
+    EMBED = "embed"
+    LAYER = "layer"
+    NORM = "norm"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class ParamSpec:
+    """One parameter of a unit.
+
+    ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``), ``offset``
+    the index of its first element in the unit's flat storage, ``decay`` whether weight decay applies.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    offset: int
+    decay: bool
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OperandSpec:
+    """One tensor as the arithmetic sees it: one parameter, or several stacked on their first axis.
+
+    The query, key and value matrices of a layer lie one after another, so they are also one matrix
+    ``qkv.weight`` and need one product instead of three.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """One unit: parameters laid out one after another in a flat storage of ``numel`` elements.
+
+    ``numel`` includes the padding between operands; padding is zero and stays zero.
+    """
+
+    name: str
+    kind: UnitKind
+    params: tuple[ParamSpec, ...]
+    operands: tuple[OperandSpec, ...]
+    numel: int
+
+    @cached_property
+    def param_count(self) -> int:
+        """Number of trained elements, padding excluded."""
+        return sum(p.numel for p in self.params)
+
+    @cached_property
+    def matrix_numel(self) -> int:
+        """Elements of the operands with two axes: each multiplies every token once in forward."""
+        return sum(o.numel for o in self.operands if len(o.shape) == 2)
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only language model as a list of units in forward order."""
+
+    family: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    max_positions: int
+    tied: bool
+    units: tuple[UnitSpec, ...]
+    windows: tuple[int, ...] = ()
+    """Distinct sliding-window lengths of its layers."""
+
+    @cached_property
+    def layers(self) -> tuple[UnitSpec, ...]:
+        """The decoder layers in forward order."""
+        return tuple(u for u in self.units if u.kind is UnitKind.LAYER)
+
+    @cached_property
+    def embed(self) -> UnitSpec:
+        """The token embedding: one parameter of shape [vocab, hidden]."""
+        return next(u for u in self.units if u.kind is UnitKind.EMBED)
+
+    @cached_property
+    def norm(self) -> UnitSpec:
+        """The final norm."""
+        return next(u for u in self.units if u.kind is UnitKind.NORM)
+
+    @cached_property
+    def head(self) -> UnitSpec:
+        """The unit that holds the output matrix [vocab, hidden]: ``embed`` when tied."""
+        return self.embed if self.tied else self.unit("head")
+
+    @cached_property
+    def param_count(self) -> int:
+        """Number of trained parameters; tied matrices count once."""
+        return sum(u.param_count for u in self.units)
+
+    def unit(self, name: str) -> UnitSpec:
+        """The unit of that name."""
+        return next(u for u in self.units if u.name == name)
+
+
+@dataclass(frozen=True, slots=True)
+class ParamGroup:
+    """Parameters of one operand before layout: ``(checkpoint key, shape)`` in stacking order."""
+
+    operand: str
+    params: tuple[tuple[str, tuple[int, ...]], ...]
+    decay: bool
+
+
+def layout_unit(name: str, kind: UnitKind, groups: Sequence[ParamGroup]) -> UnitSpec:
+    """Lay groups out one after another; the parameters of a group touch, groups are aligned."""
+    params: list[ParamSpec] = []
+    operands: list[OperandSpec] = []
+    offset = 0
+    for group in groups:
+        start = offset
+        for key, shape in group.params:
+            param = ParamSpec(key, shape, offset, group.decay)
+            params.append(param)
+            offset += param.numel
+        rows = sum(shape[0] for _, shape in group.params)
+        operands.append(OperandSpec(group.operand, (rows, *group.params[0][1][1:]), start))
+        offset = -(-offset // ALIGNMENT) * ALIGNMENT
+    return UnitSpec(name, kind, tuple(params), tuple(operands), offset)

@@ -1,0 +1,147 @@
+"""Plain data that planning is about: budgets, machine profiles and memory plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+
+from slideformer.graph.buffers import Tier
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.tasks import Lane, Task, TaskKind
+
+
+class Compute(StrEnum):
+    """The arithmetic of forward and backward."""
+
+    BF16 = "bf16"
+    FP32 = "fp32"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one element of a weight or activation on the GPU."""
+        return 2 if self is Compute.BF16 else 4
+
+
+@dataclass(frozen=True, slots=True)
+class Budgets:
+    """Most bytes that may be used: GPU memory (context included) and host memory (all processes)."""
+
+    gpu: int
+    host: int
+
+
+@dataclass(frozen=True)
+class MachineProfile:
+    """How fast a machine does each kind of work; turns a task's cost into seconds.
+
+    Rates are bytes/s, FLOP/s and parameters/s; ``launch`` is the least a task takes, in seconds.
+    ``gpu_overhead`` and ``host_overhead`` are bytes that exist beside everything planned: CUDA
+    context and library workspaces, and the interpreter with its libraries.
+    """
+
+    name: str = "generic"
+    h2d: float = 50e9
+    d2h: float = 50e9
+    flops: float = 500e12
+    update: float = 4e9
+    host_copy: float = 40e9
+    nvme_read: float = 1.2e9
+    nvme_write: float = 1.8e9
+    launch: float = 20e-6
+    gpu_overhead: int = 1 << 30
+    host_overhead: int = 2 << 30
+    widths: Mapping[Lane, int] = field(default_factory=dict)
+
+    def seconds(self, task: Task) -> float:
+        """Predicted duration of ``task``."""
+        cost = task.cost
+        if cost.seconds is not None:
+            return cost.seconds
+        rates = {
+            TaskKind.H2D: self.h2d,
+            TaskKind.D2H: self.d2h,
+            TaskKind.COMPUTE: 2e12,
+            TaskKind.CPU_UPDATE: self.host_copy,
+            TaskKind.CPU: self.host_copy,
+            TaskKind.NVME_READ: self.nvme_read,
+            TaskKind.NVME_WRITE: self.nvme_write,
+            TaskKind.SAVE: self.nvme_write,
+        }
+        work = cost.nbytes / rates[task.kind] + cost.flops / self.flops + cost.params / self.update
+        return self.launch + work
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Where every byte of a run lives, and what decides its rounding.
+
+    The first group of fields is the *numerics* of the run, the second only *places* things: within
+    one numerics, trained weights do not depend on the placement.
+
+    ``rows`` × ``seq_len`` tokens make a step, in micro-batches of ``micro_rows`` rows. The output
+    matrix is processed in ``vocab_chunks`` chunks of rows against tiles of ``head_tile`` tokens.
+
+    ``window`` layer-sized weight slots are on the GPU; units cross PCIe and are updated in chunks of
+    at most ``chunk_numel`` elements. Boundaries (layer inputs) live in ``boundary_slots`` GPU slots
+    of one micro-batch each; those of the first ``offloaded`` layers wait for backward in pinned
+    memory. Gradients leave through ``staging_slots`` GPU slots and park in ``gradient_slots`` pinned
+    slots, the i-th gradient chunk of the step in slot ``gradient_slot[i]`` (empty: each in a place of
+    its own, as in a draft).
+
+    ``peaks`` are predicted peak bytes per tier, overheads included.
+    """
+
+    compute: Compute
+    rows: int
+    seq_len: int
+    micro_rows: int
+    vocab_chunks: int
+    head_tile: int
+
+    window: int
+    chunk_numel: int
+    offloaded: int
+    staging_slots: int
+    boundary_slots: int | None = None
+    gradient_slots: int = 0
+    gradient_slot: tuple[int, ...] = ()
+    workspace: int = 0
+    peaks: Mapping[Tier, int] = field(default_factory=dict)
+    step_seconds: float = 0.0
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a step."""
+        return self.rows // self.micro_rows
+
+    @property
+    def micro_tokens(self) -> int:
+        """Tokens of a micro-batch."""
+        return self.micro_rows * self.seq_len
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, padding included."""
+        return self.rows * self.seq_len
+
+    @property
+    def layer_accumulator(self) -> int:
+        """Bytes per element of a layer's gradient accumulator (FP32 over several micro-batches)."""
+        return 4 if self.micro_batches > 1 else self.compute.nbytes
+
+    @property
+    def head_accumulator(self) -> int:
+        """Bytes per element of the output matrix's accumulator (FP32 over several tiles)."""
+        return 4 if self.head_tile < self.micro_tokens else self.layer_accumulator
+
+    def draft(self) -> MemoryPlan:
+        """The same plan with unbounded gradient parking and boundaries."""
+        return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())
+
+
+def forward_flops(spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int) -> int:
+    """FLOPs of one layer's forward: 2 per weight and token, and causal attention's 2·S²·H·D a row."""
+    matmul = 2 * unit.matrix_numel * rows * seq_len
+    attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
+    return matmul + attention

@@ -1,0 +1,114 @@
+"""Tasks: the units of work of a graph, their kinds, the lanes they run on and their names.
+
+Buffers are in ``buffers.py``; dependencies between tasks are derived in ``hazards.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import NamedTuple
+
+from slideformer.graph.errors import GraphError
+
+
+class Lane(StrEnum):
+    """A queue of tasks on one resource."""
+
+    COMPUTE = "compute"
+    H2D = "h2d"
+    D2H = "d2h"
+    CPU = "cpu"
+    NVME_READ = "nvme_read"
+    NVME_WRITE = "nvme_write"
+
+
+class TaskKind(StrEnum):
+    """What a task does; the kind decides the lane."""
+
+    H2D = "H2D"
+    D2H = "D2H"
+    COMPUTE = "COMPUTE"
+    CPU_UPDATE = "CPU_UPDATE"
+    CPU = "CPU"
+    NVME_READ = "NVME_READ"
+    NVME_WRITE = "NVME_WRITE"
+    SAVE = "SAVE"
+
+
+LANE_OF: Mapping[TaskKind, Lane] = {
+    TaskKind.H2D: Lane.H2D,
+    TaskKind.D2H: Lane.D2H,
+    TaskKind.COMPUTE: Lane.COMPUTE,
+    TaskKind.CPU_UPDATE: Lane.CPU,
+    TaskKind.CPU: Lane.CPU,
+    TaskKind.NVME_READ: Lane.NVME_READ,
+    TaskKind.NVME_WRITE: Lane.NVME_WRITE,
+    TaskKind.SAVE: Lane.NVME_WRITE,
+}
+
+_PART = re.compile(r"[A-Za-z0-9_-]+")
+
+
+class TaskName(NamedTuple):
+    """A task's name in parts: ``h2d.L07.fwd.c1`` is verb ``h2d`` on ``L07``, for ``fwd``, ``c1``.
+
+    Plans, traces, errors and golden files share this spelling; ``parse`` inverts ``str``.
+    """
+
+    verb: str
+    subject: str
+    qualifiers: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return ".".join((self.verb, self.subject, *self.qualifiers))
+
+    @classmethod
+    def parse(cls, text: str) -> TaskName:
+        """Split a name; raises `GraphError` if a part is missing or has a foreign character."""
+        parts = text.split(".")
+        if len(parts) < 2 or not all(_PART.fullmatch(part) for part in parts):
+            raise GraphError(
+                f"task name {text!r} is malformed: expected verb.subject[.qualifier…] "
+                "of letters, digits, '_' and '-', as in fwd.L07.m0"
+            )
+        return cls(parts[0], parts[1], tuple(parts[2:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What a task costs, from which a machine profile computes its duration.
+
+    ``nbytes`` are moved or touched bytes, ``flops`` floating-point operations, ``params`` elements
+    updated by the optimizer. ``seconds``, if given, is a measured duration and overrides them.
+    """
+
+    nbytes: int = 0
+    flops: int = 0
+    params: int = 0
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One unit of work on one lane.
+
+    ``op`` names the callable that does it, ``args`` are constants for that callable. ``after`` names
+    tasks that must finish first although no buffer says so.
+    """
+
+    name: str
+    kind: TaskKind
+    op: str
+    reads: tuple[str, ...] = ()
+    writes: tuple[str, ...] = ()
+    after: tuple[str, ...] = ()
+    cost: Cost = Cost()
+    args: Mapping[str, int | str] = field(default_factory=dict)
+
+    @property
+    def lane(self) -> Lane:
+        """The lane of this task's kind."""
+        return LANE_OF[self.kind]

@@ -1,0 +1,141 @@
+"""The rules that every graph keeps, checked before anything is allocated or run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+
+from slideformer.graph.buffers import HOST_TIERS, Buffer, Tier
+from slideformer.graph.errors import GraphError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.hazards import HazardMap
+from slideformer.graph.tasks import Task, TaskKind, TaskName
+
+_GPU = frozenset({Tier.GPU})
+_NVME = frozenset({Tier.NVME})
+_ANY = frozenset(Tier)
+
+_TIERS: dict[TaskKind, tuple[frozenset[Tier], frozenset[Tier]]] = {
+    TaskKind.H2D: (HOST_TIERS, _GPU),
+    TaskKind.D2H: (_GPU, HOST_TIERS),
+    TaskKind.COMPUTE: (_GPU, _GPU),
+    TaskKind.CPU_UPDATE: (HOST_TIERS, HOST_TIERS),
+    TaskKind.CPU: (HOST_TIERS, HOST_TIERS),
+    TaskKind.NVME_READ: (_NVME, _ANY - _NVME),
+    TaskKind.NVME_WRITE: (_ANY - _NVME, _NVME),
+    TaskKind.SAVE: (_ANY, _NVME),
+}
+"""Kind → tiers it may read and tiers it may write."""
+
+
+def verify(graph: TaskGraph) -> None:
+    """Raise one `GraphError` that lists every broken rule of ``graph``, each with its task or buffer.
+
+    Rules: names are well formed; sizes fit; buffers lie inside their slots and in their slots' tier;
+    each kind touches only the tiers of its lane; what is read was written before and not overwritten
+    since; ``after`` makes no cycle.
+    """
+    problems = [*_check_places(graph), *_check_tasks(graph)]
+    if not problems:  # the remaining rules need every name to resolve
+        problems = [*_check_contents(graph), *_check_cycles(graph)]
+    if problems:
+        shown = "\n  ".join(problems[:20])
+        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
+        raise GraphError(f"graph {graph.name!r} breaks {len(problems)} rule(s):\n  {shown}{more}")
+
+
+def _check_places(graph: TaskGraph) -> Iterator[str]:
+    for slot in graph.slots.values():
+        if not 0 <= slot.nbytes < 1 << 63:
+            yield f"slot {slot.name}: size {slot.nbytes} is not between 0 and 2^63"
+        if slot.name in graph.buffers:
+            yield f"slot {slot.name}: a buffer has the same name"
+    for buffer in graph.buffers.values():
+        yield from _check_buffer(graph, buffer)
+
+
+def _check_buffer(graph: TaskGraph, buffer: Buffer) -> Iterator[str]:
+    if not 0 <= buffer.nbytes < 1 << 63 or not 0 <= buffer.offset < 1 << 63:
+        yield f"buffer {buffer.name}: size {buffer.nbytes} or offset {buffer.offset} is out of range"
+        return
+    if not buffer.slot:
+        return
+    slot = graph.slots.get(buffer.slot)
+    if slot is None:
+        yield f"buffer {buffer.name}: slot {buffer.slot!r} does not exist"
+    elif slot.tier is not buffer.tier:
+        yield f"buffer {buffer.name}: tier {buffer.tier}, but slot {slot.name} is in {slot.tier}"
+    elif buffer.stop > slot.nbytes:
+        yield (
+            f"buffer {buffer.name}: bytes {buffer.offset}–{buffer.stop} do not fit into "
+            f"slot {slot.name} of {slot.nbytes}"
+        )
+
+
+def _check_tasks(graph: TaskGraph) -> Iterator[str]:
+    for task in graph.tasks:
+        try:
+            TaskName.parse(task.name)
+        except GraphError as error:
+            yield str(error)
+        for names, allowed, verb in zip(
+            (task.reads, task.writes), _TIERS[task.kind], ("reads", "writes"), strict=True
+        ):
+            for name in names:
+                yield from _check_access(graph, task, name, allowed, verb)
+        for name in task.after:
+            if name not in graph.index:
+                yield f"task {task.name}: runs after {name!r}, which does not exist"
+    if len(graph.index) != len(graph.tasks):
+        yield "two tasks have the same name"
+
+
+def _check_access(
+    graph: TaskGraph, task: Task, name: str, allowed: frozenset[Tier], verb: str
+) -> Iterator[str]:
+    buffer = graph.buffers.get(name)
+    if buffer is None:
+        yield f"task {task.name}: {verb} {name!r}, which does not exist"
+    elif buffer.tier not in allowed:
+        tiers = ", ".join(sorted(allowed))
+        yield f"task {task.name}: {verb} {name} in {buffer.tier}; {task.kind} may only use {tiers}"
+
+
+def _check_contents(graph: TaskGraph) -> Iterator[str]:
+    """Replay in program order: each read must find its own buffer's bytes."""
+    hazards: HazardMap[int] = HazardMap()
+    for buffer in graph.buffers.values():
+        if buffer.carried:
+            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                if segment.owner is not None:
+                    yield f"buffers {segment.owner} and {buffer.name} are both carried and overlap"
+                segment.owner = buffer.name
+    for task in graph.tasks:
+        for name in task.reads:
+            buffer = graph.buffers[name]
+            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                if segment.owner is None:
+                    yield f"task {task.name}: reads {name} before anything has written it"
+                    break
+                if segment.owner != name:
+                    yield f"task {task.name}: reads {name}, overwritten by {segment.owner} since"
+                    break
+        for name in task.writes:
+            buffer = graph.buffers[name]
+            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                segment.owner = name
+    for buffer in graph.buffers.values():
+        if buffer.carried:
+            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                if segment.owner != buffer.name:
+                    yield f"buffer {buffer.name}: carried, but {segment.owner} overwrites it"
+                    break
+
+
+def _check_cycles(graph: TaskGraph) -> Iterator[str]:
+    try:
+        TopologicalSorter(dict(enumerate(graph.edges.predecessors))).prepare()
+    except CycleError as error:
+        # CycleError lists each task before the one that waits for it
+        names = " -> ".join(graph.tasks[position].name for position in error.args[1])
+        yield f"tasks wait for each other: {names}"

@@ -1,0 +1,299 @@
+// AdamW (Loshchilov & Hutter, "Decoupled Weight Decay Regularization", 2019) on split FP32 masters.
+//
+// A master weight is two 16-bit halves: hi = (bits + 0x8000) >> 16 is the BF16 weight and
+// lo = bits - (hi << 16) the signed remainder; together they are the exact FP32 bits. A NaN is
+// stored as (0x7FC0, 0). One pass reads and writes hi, lo, m, v and reads the gradient: 26 bytes
+// per parameter with BF16 gradients.
+//
+// Rounding. Every operation below is one IEEE single-precision operation rounded to nearest; fma
+// has one rounding; square root and division are rounded correctly; subnormals are kept. Another
+// implementation that performs the same operations in this order gives the same bits:
+//
+//     m' = fma(beta1, m, fma(comp1, g, fma(beta1_lo, m, comp1_lo * g)))
+//     p  = comp2 * g
+//     r  = fma(comp2_lo, g, fma(comp2, g, -p))
+//     v' = fma(beta2, v, fma(p, g, fma(beta2_lo, v, r * g)))
+//     d  = fma(sqrt(v'), inv_sqrt_bias2, eps)
+//     w' = w - fma(step_size, m' / d, decay * w)
+//
+// beta + beta_lo and comp + comp_lo hold beta and 1 - beta to 48 bits, and p + r is their product
+// with g as exactly. So m' and v' err by two roundings, at most 1.5 ulp of the larger addend, for
+// any beta; with constants of single precision a stationary v would be off by 6e-5.
+// step_size = lr / (1 - beta1^t), decay = lr * weight_decay and
+// inv_sqrt_bias2 = 1 / sqrt(1 - beta2^t); the host computes the constants in double. Subtracting
+// decay * w instead of multiplying by 1 - decay keeps decays that are small beside one ulp of 1.
+//
+// Elements are independent, so neither threads nor chunks nor vector width can change a result.
+// The arrays of a call must not overlap. No function allocates memory or throws.
+
+#include <cfenv>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include <omp.h>
+
+extern "C" {
+
+struct Constants {
+    float beta1, beta1_lo, comp1, comp1_lo;
+    float beta2, beta2_lo, comp2, comp2_lo;
+    float inv_sqrt_bias2, eps;
+};
+
+struct Segment {
+    int64_t begin, end;  // elements [begin, end)
+    float step_size, decay;
+};
+
+}  // extern "C"
+
+namespace {
+
+using Bf16 = uint16_t;
+
+constexpr int64_t kLine = 64;     // elements: two cache lines of the 16-bit arrays, four of FP32
+constexpr int64_t kBlock = 1024;  // columns of a row whose gradient is summed at a time
+constexpr int kLanes = 8;         // partial sums of a row's squares; fixed, so the order is too
+
+template <class To, class From>
+inline To bit_cast(From from) {
+    static_assert(sizeof(To) == sizeof(From), "same size");
+    To to;
+    __builtin_memcpy(&to, &from, sizeof to);
+    return to;
+}
+
+inline float to_float(Bf16 bits) { return bit_cast<float>(uint32_t(bits) << 16); }
+inline float to_float(float value) { return value; }
+
+// Rounds to nearest and keeps subnormals whatever the calling thread has set: OpenMP's workers do
+// not inherit its mode, so results would otherwise depend on the number of threads.
+class DefaultRounding {
+  public:
+    DefaultRounding() {
+        std::fegetenv(&saved_);
+        std::fesetenv(FE_DFL_ENV);
+    }
+    ~DefaultRounding() { std::fesetenv(&saved_); }
+    DefaultRounding(const DefaultRounding&) = delete;
+    DefaultRounding& operator=(const DefaultRounding&) = delete;
+
+  private:
+    std::fenv_t saved_;
+};
+
+struct Range {
+    int64_t begin, end;
+};
+
+// This thread's share of [begin, end), cut at multiples of kLine so that no line has two writers.
+Range my_share(int64_t begin, int64_t end) {
+    const int64_t first = begin / kLine;
+    const int64_t lines = (end + kLine - 1) / kLine - first;
+    const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    const int64_t from = (first + lines * thread / threads) * kLine;
+    const int64_t to = (first + lines * (thread + 1) / threads) * kLine;
+    return {from < begin ? begin : from, to > end ? end : to};
+}
+
+template <class Grad>
+void update_elements(uint16_t* __restrict hi, int16_t* __restrict lo, float* __restrict m_array,
+                     float* __restrict v_array, const Grad* __restrict grad, int64_t n,
+                     float step_size, float decay, const Constants k) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float g = to_float(grad[i]);
+        const float w = bit_cast<float>((uint32_t(hi[i]) << 16) + uint32_t(int32_t(lo[i])));
+        float m = m_array[i];
+        float v = v_array[i];
+
+        m = __builtin_fmaf(
+            k.beta1, m, __builtin_fmaf(k.comp1, g, __builtin_fmaf(k.beta1_lo, m, k.comp1_lo * g)));
+        const float p = k.comp2 * g;
+        const float r = __builtin_fmaf(k.comp2_lo, g, __builtin_fmaf(k.comp2, g, -p));
+        v = __builtin_fmaf(
+            k.beta2, v, __builtin_fmaf(p, g, __builtin_fmaf(k.beta2_lo, v, r * g)));
+        const float d = __builtin_fmaf(__builtin_sqrtf(v), k.inv_sqrt_bias2, k.eps);
+        const float updated = w - __builtin_fmaf(step_size, m / d, decay * w);
+
+        const uint32_t bits = bit_cast<uint32_t>(updated);
+        const uint32_t high = (bits + 0x8000u) >> 16;
+        const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+        hi[i] = uint16_t(nan ? 0x7FC0u : high);
+        lo[i] = int16_t(nan ? 0u : bits - (high << 16));
+        m_array[i] = m;
+        v_array[i] = v;
+    }
+}
+
+// The master weights and moments of one call.
+struct State {
+    uint16_t* hi;
+    int16_t* lo;
+    float* m;
+    float* v;
+
+    // Elements [first, first + n); grad points to the gradient of the first of them.
+    template <class Grad>
+    void update(int64_t first, const Grad* grad, int64_t n, float step_size, float decay,
+                const Constants& constants) const {
+        update_elements(hi + first, lo + first, m + first, v + first, grad, n, step_size, decay,
+                        constants);
+    }
+};
+
+template <class Grad>
+void dense(State state, const Grad* grad, const Segment* segments, int64_t count,
+           const Constants& constants, int threads) {
+    if (count == 0) return;
+    const int64_t begin = segments[0].begin, end = segments[count - 1].end;
+#pragma omp parallel num_threads(threads)
+    {
+        const DefaultRounding rounding;
+        const Range share = my_share(begin, end);
+        for (int64_t s = 0; s < count; ++s) {
+            const Segment& segment = segments[s];
+            const int64_t from = segment.begin > share.begin ? segment.begin : share.begin;
+            const int64_t to = segment.end < share.end ? segment.end : share.end;
+            if (from < to)
+                state.update(from, grad + from, to - from, segment.step_size, segment.decay,
+                             constants);
+        }
+    }
+}
+
+// Which rows are updated, and which rows of dx belong to each.
+struct RowTable {
+    const int64_t* rows;
+    const int64_t* starts;
+    const int64_t* order;
+    int64_t count, hidden;
+};
+
+// The gradient of listed rows: a dense part plus rows of dx, added in the order given.
+template <class Dx, class Dense>
+struct RowGradient : RowTable {
+    const Dx* dx;
+    const Dense* dense;  // may be null
+
+    // Columns [column, column + width) of the gradient of the u-th listed row.
+    void sum(int64_t u, int64_t column, int64_t width, float* __restrict out) const {
+        if (dense) {
+            const Dense* from = dense + rows[u] * hidden + column;
+            for (int64_t j = 0; j < width; ++j) out[j] = to_float(from[j]);
+        } else {
+            for (int64_t j = 0; j < width; ++j) out[j] = 0.0f;
+        }
+        for (int64_t k = starts[u]; k < starts[u + 1]; ++k) {
+            const Dx* from = dx + order[k] * hidden + column;
+            for (int64_t j = 0; j < width; ++j) out[j] += to_float(from[j]);
+        }
+    }
+
+    // Not finite exactly if an element is not: squares of finite FP32 values fit into double.
+    double sum_of_squares(int64_t u) const {
+        double lane[kLanes] = {};
+        float block[kBlock];
+        for (int64_t column = 0; column < hidden; column += kBlock) {
+            const int64_t width = hidden - column < kBlock ? hidden - column : kBlock;
+            sum(u, column, width, block);
+            int64_t j = 0;
+            for (; j + kLanes <= width; j += kLanes)
+                for (int l = 0; l < kLanes; ++l)
+                    lane[l] += double(block[j + l]) * double(block[j + l]);
+            for (; j < width; ++j) lane[0] += double(block[j]) * double(block[j]);
+        }
+        double total = 0.0;
+        for (double partial : lane) total += partial;
+        return total;
+    }
+};
+
+// Sums each gradient twice, first to check it and then to apply it: reading dx again is cheaper
+// than keeping a matrix of sums.
+template <class Dx, class Dense>
+double update_rows(State state, const RowTable& table, const Dx* dx, const Dense* dense,
+                   float step_size, float decay, const Constants& constants, double* row_sums,
+                   int threads) {
+    const RowGradient<Dx, Dense> gradient{table, dx, dense};
+    const int64_t count = table.count, hidden = table.hidden;
+    // Rows of frequent tokens cost far more than others, hence the dynamic schedule. Which thread
+    // takes a row does not show in the result.
+#pragma omp parallel num_threads(threads)
+    {
+        const DefaultRounding rounding;
+#pragma omp for schedule(dynamic)
+        for (int64_t u = 0; u < count; ++u) row_sums[u] = gradient.sum_of_squares(u);
+    }
+    double total = 0.0;
+    for (int64_t u = 0; u < count; ++u) total += row_sums[u];
+    if (!std::isfinite(total)) return std::numeric_limits<double>::quiet_NaN();
+#pragma omp parallel num_threads(threads)
+    {
+        const DefaultRounding rounding;
+        float block[kBlock];
+#pragma omp for schedule(dynamic)
+        for (int64_t u = 0; u < count; ++u) {
+            for (int64_t column = 0; column < hidden; column += kBlock) {
+                const int64_t width = hidden - column < kBlock ? hidden - column : kBlock;
+                gradient.sum(u, column, width, block);
+                state.update(table.rows[u] * hidden + column, block, width, step_size, decay,
+                             constants);
+            }
+        }
+    }
+    return total;
+}
+
+}  // namespace
+
+extern "C" {
+
+// Updates the elements of sorted, disjoint segments; elements outside them stay as they are.
+void adamw_dense(uint16_t* hi, int16_t* lo, float* m, float* v, const void* grad, int grad_is_fp32,
+                 const Segment* segments, int64_t count, const Constants* constants, int threads) {
+    const State state{hi, lo, m, v};
+    if (grad_is_fp32)
+        dense(state, static_cast<const float*>(grad), segments, count, *constants, threads);
+    else
+        dense(state, static_cast<const Bf16*>(grad), segments, count, *constants, threads);
+}
+
+// Updates distinct rows of a matrix [V, hidden]. The gradient of row rows[u] is its row of
+// dense_grad [V, hidden] (zero if null) plus, in FP32 and in this order, the rows order[k] of
+// dx [N, hidden] for starts[u] <= k < starts[u + 1]. Returns the sum of squares of these gradients;
+// if one is not finite, returns NaN and writes no state. row_sums is scratch for count doubles.
+double adamw_rows(uint16_t* hi, int16_t* lo, float* m, float* v, const int64_t* rows,
+                  const int64_t* starts, const int64_t* order, int64_t count, const void* dx,
+                  int dx_is_fp32, const void* dense_grad, int dense_is_fp32, int64_t hidden,
+                  float step_size, float decay, const Constants* constants, double* row_sums,
+                  int threads) {
+    const State state{hi, lo, m, v};
+    const RowTable table{rows, starts, order, count, hidden};
+    const auto run = [&](const auto* dx_rows, const auto* dense_rows) {
+        return update_rows(state, table, dx_rows, dense_rows, step_size, decay, *constants,
+                           row_sums, threads);
+    };
+    const auto run_dx = [&](const auto* dx_rows) {
+        return dense_is_fp32 ? run(dx_rows, static_cast<const float*>(dense_grad))
+                             : run(dx_rows, static_cast<const Bf16*>(dense_grad));
+    };
+    return dx_is_fp32 ? run_dx(static_cast<const float*>(dx))
+                      : run_dx(static_cast<const Bf16*>(dx));
+}
+
+// x = 1 - x for three arrays of n elements: 24 bytes of traffic an element and hardly any
+// arithmetic, so this is the rate that an update in place can reach.
+void stream_rmw(float* a, float* b, float* c, int64_t n, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const Range share = my_share(0, n);
+        for (int64_t i = share.begin; i < share.end; ++i) {
+            a[i] = 1.0f - a[i];
+            b[i] = 1.0f - b[i];
+            c[i] = 1.0f - c[i];
+        }
+    }
+}
+
+}  // extern "C"

@@ -1,0 +1,48 @@
+"""Where places (slots, and buffers without one) lie in the arenas of their tiers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from slideformer.graph.buffers import Tier
+from slideformer.graph.errors import GraphError
+from slideformer.graph.graph import TaskGraph
+
+PLACE_ALIGNMENT = 4096
+"""Bytes to which each place is aligned: a page, and enough for direct I/O."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Byte offset of every place in its tier's arena, and each arena's exact size."""
+
+    offsets: Mapping[str, int]
+    sizes: Mapping[Tier, int]
+
+
+def places(graphs: Iterable[TaskGraph]) -> dict[str, tuple[Tier, int]]:
+    """Every place of the graphs with its tier and the largest size any of them needs.
+
+    Graphs that run one after another share places of the same name.
+    """
+    found: dict[str, tuple[Tier, int]] = {}
+    for graph in graphs:
+        own = {b.name: (b.tier, b.nbytes) for b in graph.buffers.values() if not b.slot}
+        own |= {slot.name: (slot.tier, slot.nbytes) for slot in graph.slots.values()}
+        for name, (tier, nbytes) in own.items():
+            known, size = found.get(name, (tier, 0))
+            if known is not tier:
+                raise GraphError(f"{name} is in {known} in one graph and in {tier} in {graph.name}")
+            found[name] = (tier, max(size, nbytes))
+    return found
+
+
+def lay_out(wanted: Mapping[str, tuple[Tier, int]]) -> Layout:
+    """Place after place, each aligned; nothing is shared and nothing is left between."""
+    offsets: dict[str, int] = {}
+    sizes: dict[Tier, int] = {}
+    for name, (tier, nbytes) in wanted.items():
+        offsets[name] = sizes.get(tier, 0)
+        sizes[tier] = offsets[name] + -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+    return Layout(offsets, sizes)

@@ -1,0 +1,258 @@
+"""Weights into the host's master arrays: from a Hugging Face checkpoint, or random.
+
+A checkpoint is streamed from its safetensors files in pieces of bounded size straight into the
+split masters, several pieces at once, so that no second copy of the model ever exists. Names,
+shapes and dtypes are checked against the spec before the first value is read. Writing a checkpoint
+is the matter of ``export.py``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from slideformer.graph.errors import CheckpointError
+from slideformer.graph.model import ModelSpec, ParamSpec, UnitSpec
+from slideformer.kernels.split import split_master
+from slideformer.models.families import decoder_config
+from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_header, read_range
+from slideformer.models.units import EMBED_KEY, HEAD_KEY, MasterWeights
+
+log = logging.getLogger(__name__)
+
+PIECE = 2 * 2**20
+"""Elements of a parameter that are read, or drawn, at a time; random weights depend on it."""
+
+_PIECE_BYTES = 4 * PIECE
+
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+
+
+def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch.dtype:
+    """Fill the masters of all units from the safetensors files of a model folder.
+
+    Padding between operands is zeroed. A tied model's output matrix may be stored as well, if it
+    equals the token matrix; old checkpoints' rotary frequencies are ignored.
+
+    Returns:
+        The dtype the weights are stored in; of several, the one with most elements.
+
+    Raises:
+        CheckpointError: a file is missing, cut short or damaged; a tensor is missing, unknown, or
+            of a wrong shape or dtype. Values are not looked at.
+    """
+    stored = _find_tensors(folder)
+    if spec.tied:
+        _resolve_tied_head(stored)
+    sources = _match(folder, spec, stored)
+    sizes: Counter[torch.dtype] = Counter()
+    for unit in spec.units:
+        for param in unit.params:
+            sizes[DTYPES[sources[param.key].dtype]] += param.numel
+    dtype = sizes.most_common(1)[0][0]
+    if len(sizes) > 1:
+        names = " and ".join(str(each).removeprefix("torch.") for each in sizes)
+        log.warning("%s holds weights in %s; it counts as %s", folder, names, dtype)
+
+    def read(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
+        source = sources[param.key]
+        stored_as = DTYPES[source.dtype]
+        raw = buffer[: count * stored_as.itemsize]
+        read_range(source, start * stored_as.itemsize, raw.numpy().data)
+        return raw.view(stored_as)
+
+    _fill_masters(read, spec, weights)
+    return dtype
+
+
+def init_random(
+    config: PretrainedConfig, spec: ModelSpec, weights: MasterWeights, seed: int
+) -> None:
+    """Fill the masters of all units with random weights, as transformers initialises a new model.
+
+    Matrices are normal with standard deviation ``initializer_range``, but for a zero row of the
+    token matrix at ``pad_token_id``; biases are zero and norms one. A parameter's values depend on
+    ``seed`` and its name alone.
+    """
+    std = np.float32(config.initializer_range or 0.02)
+    padding_idx = decoder_config(config).padding_idx
+
+    def draw(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
+        values = buffer.view(torch.float32)[:count]
+        if len(param.shape) == 1:
+            return values.fill_(0.0 if param.key.endswith(".bias") else 1.0)
+        name = hashlib.blake2b(f"{param.key}:{start}".encode(), digest_size=16).digest()
+        generator = np.random.Generator(np.random.SFC64([seed, int.from_bytes(name, "little")]))
+        array = values.numpy()
+        generator.standard_normal(dtype=np.float32, out=array)
+        array *= std
+        if param.key == EMBED_KEY and padding_idx is not None:
+            row = padding_idx * param.shape[1] - start
+            values[max(row, 0) : max(row + param.shape[1], 0)] = 0.0
+        return values
+
+    _fill_masters(draw, spec, weights)
+
+
+def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
+    """All tensors of a model folder by name: of its single file, or of the shards of its index."""
+    if (folder / _SINGLE).is_file():
+        return read_header(folder / _SINGLE)
+    index = folder / _INDEX
+    if not index.is_file():
+        if any(folder.glob("*.bin")):
+            raise CheckpointError(
+                f"{folder} holds its weights in *.bin files, which can run code when opened:"
+                " convert them with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of"
+                " transformers, which writes safetensors"
+            )
+        raise CheckpointError(
+            f"{folder} holds neither {_SINGLE} nor {_INDEX}: was the download complete?"
+        )
+    try:
+        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(shard_of.values()))
+        lacking = [shard for shard in shards if not (folder / shard).is_file()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index} is damaged ({error!r}): download it again") from error
+    if lacking:
+        raise CheckpointError(
+            f"{folder} lacks {len(lacking)} of the {len(shards)} shards that {_INDEX} lists, first"
+            f" {lacking[0]}: download it again"
+        )
+    headers = {shard: read_header(folder / shard) for shard in shards}
+    for key, shard in shard_of.items():
+        if key not in headers[shard]:
+            raise CheckpointError(
+                f"{folder / shard} lacks tensor {key}, which {_INDEX} places there: download both"
+                " again"
+            )
+    return {key: headers[shard][key] for key, shard in shard_of.items()}
+
+
+def _resolve_tied_head(stored: dict[str, StoredTensor]) -> None:
+    """Drop a tied model's output matrix if it repeats the token matrix, or take it as that."""
+    head = stored.pop(HEAD_KEY, None)
+    if head is None:
+        return
+    embed = stored.setdefault(EMBED_KEY, head)
+    if embed is head:
+        return
+    same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
+    for begin in range(0, embed.nbytes if same else 0, _PIECE_BYTES):
+        pieces = [bytearray(min(_PIECE_BYTES, embed.nbytes - begin)) for _ in range(2)]
+        for tensor, piece in zip((embed, head), pieces, strict=True):
+            read_range(tensor, begin, memoryview(piece))
+        same = same and pieces[0] == pieces[1]
+    if not same:
+        raise CheckpointError(
+            f"{head.path}: {HEAD_KEY} differs from {EMBED_KEY}, but config.json ties them: set"
+            " tie_word_embeddings to false there to train both"
+        )
+
+
+def _match(
+    folder: Path, spec: ModelSpec, stored: dict[str, StoredTensor]
+) -> dict[str, StoredTensor]:
+    """The stored tensor of every parameter; raises unless names, shapes and dtypes fit."""
+    params = {param.key: param for unit in spec.units for param in unit.params}
+    missing = [key for key in params if key not in stored]
+    unknown = [
+        key for key in stored if key not in params and not key.endswith("rotary_emb.inv_freq")
+    ]
+    problems = [
+        f"{len(keys)} tensor{'s' * (len(keys) > 1)} {what}, first {keys[0]}"
+        for keys, what in ((missing, "missing"), (unknown, "not part of the model"))
+        if keys
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the weights in {folder} do not fit its config.json ({spec.family}): "
+            f"{'; '.join(problems)}. Are both of the same model, fully downloaded?"
+        )
+    for key, param in params.items():
+        tensor = stored[key]
+        if tensor.shape != param.shape:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for"
+                f" {list(param.shape)}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{tensor.path}: tensor {key} is stored as {tensor.dtype}, supported are"
+                f" {', '.join(DTYPES)}: use a checkpoint that is not quantized"
+            )
+    return {key: stored[key] for key in params}
+
+
+def _fill_masters(
+    produce: Callable[[ParamSpec, int, int, Tensor], Tensor],
+    spec: ModelSpec,
+    weights: MasterWeights,
+) -> None:
+    """Split all parameters, piece by piece, into the masters, and zero the padding.
+
+    ``produce(param, start, count, buffer)`` returns the elements from ``start`` on, held in the
+    ``uint8 [_PIECE_BYTES]`` buffer. It runs in worker threads, one per core; the splitting, whose
+    operators use all cores themselves, stays in the calling thread.
+    """
+    workers = len(os.sched_getaffinity(0))
+    free = [torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(workers + 1)]
+    running: deque[tuple[Future[Tensor], Tensor, Tensor, Tensor]] = deque()
+
+    def finish_oldest() -> None:
+        future, buffer, hi, lo = running.popleft()
+        split_master(future.result(), hi, lo)
+        free.append(buffer)
+
+    pool = ThreadPoolExecutor(workers, thread_name_prefix="weights")
+    try:
+        for param, start, count, hi, lo in _pieces(spec, weights):
+            if not free:
+                finish_oldest()
+            buffer = free.pop()
+            running.append((pool.submit(produce, param, start, count, buffer), buffer, hi, lo))
+        while running:
+            finish_oldest()
+    finally:
+        pool.shutdown(cancel_futures=True)
+    for unit in spec.units:
+        _zero_padding(unit, *weights[unit.name])
+
+
+def _pieces(
+    spec: ModelSpec, weights: MasterWeights
+) -> Iterator[tuple[ParamSpec, int, int, Tensor, Tensor]]:
+    """All parameters in pieces: parameter, first element, number of elements, ``hi``, ``lo``."""
+    for unit in spec.units:
+        hi, lo = weights[unit.name]
+        for array in (hi, lo):
+            assert array.dtype is torch.int16
+            assert array.shape == (unit.numel,)
+        for param in unit.params:
+            for start in range(0, param.numel, PIECE):
+                count = min(PIECE, param.numel - start)
+                where = slice(param.offset + start, param.offset + start + count)
+                yield param, start, count, hi[where], lo[where]
+
+
+def _zero_padding(unit: UnitSpec, hi: Tensor, lo: Tensor) -> None:
+    """Zero what lies between and behind a unit's parameters."""
+    for array in (hi, lo):
+        end = 0
+        for param in unit.params:
+            array[end : param.offset].zero_()
+            end = param.offset + param.numel
+        array[end:].zero_()

@@ -1,0 +1,270 @@
+"""Which model families are supported, and what the decoder layers of each compute.
+
+A Hugging Face config becomes a :class:`DecoderConfig`; a family or a setting that the arithmetic of
+``layer.py`` does not cover is refused by name. A further family is one entry of ``FAMILIES``. How
+parameters are named and laid out is the matter of ``units.py``.
+
+All present families share one decoder layer: pre-norm attention with rotary positions and
+grouped-query heads, then a gated MLP, each with a residual connection. RMSNorm normalises in FP32,
+rounds to the compute dtype and then multiplies by its weight.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from slideformer.graph.errors import CheckpointError, UnsupportedModelError
+from slideformer.kernels.swiglu import ACTIVATIONS, Activation
+
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+"""Kinds of rotary position embedding that are supported."""
+
+_ACTIVATIONS: dict[str, Activation] = {**{name: name for name in ACTIVATIONS}, "swish": "silu"}
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What a decoder computes, as far as the sizes of its operands do not tell.
+
+    ``windows[i]`` is the sliding window of layer ``i``: position q attends to the positions k with
+    ``q - window < k <= q``, so to itself and the ``window - 1`` before it; ``None`` is plain causal
+    attention. Scores are multiplied by ``scale``. With ``qk_norm`` each head of the
+    queries and keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The
+    embedding's row ``padding_idx`` receives no gradient from the look-up (it does receive one as a
+    row of a tied output matrix), as in ``torch.nn.Embedding``.
+    """
+
+    family: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    norm_eps: float
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    activation: Activation
+    windows: tuple[int | None, ...]
+    scale: float
+    padding_idx: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What distinguishes one ``model_type`` from another; functions take the Hugging Face config.
+
+    ``rotary`` names the class of its rotary embedding in
+    ``transformers.models.<model_type>.modeling_<model_type>``.
+    """
+
+    rotary: str
+    windows: Callable[[PretrainedConfig], tuple[int | None, ...]]
+    qk_norm: bool = False
+    qkv_bias: Callable[[PretrainedConfig], bool] = lambda _: False
+    o_bias: Callable[[PretrainedConfig], bool] = lambda _: False
+    mlp_bias: Callable[[PretrainedConfig], bool] = lambda _: False
+
+
+def _no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """Plain causal attention in every layer."""
+    return tuple([None] * config.num_hidden_layers)
+
+
+def _same_window(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """``sliding_window`` in every layer (Mistral, which does not look at ``layer_types``)."""
+    return tuple([config.sliding_window] * config.num_hidden_layers)
+
+
+def _window_by_layer_type(config: PretrainedConfig) -> tuple[int | None, ...]:
+    """``sliding_window`` in the layers that ``layer_types`` names ``sliding_attention`` (Qwen).
+
+    The config class itself derives ``layer_types`` from ``use_sliding_window`` and
+    ``max_window_layers`` where they are not given, and clears ``sliding_window`` where unused.
+    """
+    if len(config.layer_types) != config.num_hidden_layers:
+        raise UnsupportedModelError(
+            f"layer_types has {len(config.layer_types)} entries, num_hidden_layers is"
+            f" {config.num_hidden_layers}: give one entry for each layer"
+        )
+    windows: list[int | None] = []
+    for layer, kind in enumerate(config.layer_types):
+        if kind not in ("full_attention", "sliding_attention"):
+            raise _unsupported(
+                config, f"layer_types[{layer}]", kind, "full_attention and sliding_attention"
+            )
+        if kind == "sliding_attention" and config.sliding_window is None:
+            raise UnsupportedModelError(
+                f"layer_types[{layer}] is sliding_attention but no window is set: set"
+                " use_sliding_window to true and sliding_window to a number of tokens"
+            )
+        windows.append(config.sliding_window if kind == "sliding_attention" else None)
+    return tuple(windows)
+
+
+def _attention_bias(config: PretrainedConfig) -> bool:
+    return bool(config.attention_bias)
+
+
+FAMILIES: Mapping[str, Family] = {
+    "llama": Family(
+        rotary="LlamaRotaryEmbedding",
+        windows=_no_windows,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        mlp_bias=lambda config: bool(config.mlp_bias),
+    ),
+    "mistral": Family(rotary="MistralRotaryEmbedding", windows=_same_window),
+    "qwen2": Family(
+        rotary="Qwen2RotaryEmbedding",
+        windows=_window_by_layer_type,
+        qkv_bias=lambda _: True,
+    ),
+    "qwen3": Family(
+        rotary="Qwen3RotaryEmbedding",
+        windows=_window_by_layer_type,
+        qk_norm=True,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+    ),
+}
+"""The supported families by ``model_type``."""
+
+
+def read_model_config(folder: Path) -> PretrainedConfig:
+    """Read ``config.json`` of a model folder. Code that a folder ships is never run.
+
+    Raises:
+        CheckpointError: the folder or its ``config.json`` is missing or malformed.
+        UnsupportedModelError: its ``model_type`` is not one of ``FAMILIES``.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"model folder {folder} does not exist or is not a folder: give a folder that holds"
+            " config.json and *.safetensors (`hf download NAME --local-dir FOLDER` fetches one)"
+        )
+    path = folder / "config.json"
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"model folder {folder} has no config.json: is it a Hugging Face model, fully"
+            " downloaded?"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
+    family_of(content.get("model_type"))
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    # The classes of transformers check fields with errors of many types, some of their own.
+    except Exception as error:
+        raise CheckpointError(f"{path} is not a valid model config: {_one_line(error)}") from error
+    assert isinstance(config, PretrainedConfig)
+    return config
+
+
+def family_of(model_type: Any) -> Family:
+    """The family of a ``model_type``.
+
+    Raises:
+        UnsupportedModelError: there is none.
+    """
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    if family is None:
+        raise UnsupportedModelError(
+            f"model_type {model_type!r} is not supported: supported are {', '.join(FAMILIES)}"
+        )
+    return family
+
+
+def decoder_config(config: PretrainedConfig) -> DecoderConfig:
+    """Describe the arithmetic of a model.
+
+    Raises:
+        UnsupportedModelError: the family, or a setting of it, is not implemented.
+    """
+    family = family_of(config.model_type)
+    _refuse_unsupported(config)
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    # Attention of transformers reads head_dim only where it is set, in every family.
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if heads % kv_heads:
+        raise _unsupported(
+            config, "num_key_value_heads", kv_heads, f"divisors of num_attention_heads ({heads})"
+        )
+    windows = family.windows(config)
+    if any(window is not None and window < 1 for window in windows):
+        raise _unsupported(config, "sliding_window", config.sliding_window, "1 and more, or null")
+    return DecoderConfig(
+        family=config.model_type,
+        hidden=config.hidden_size,
+        intermediate=config.intermediate_size,
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        norm_eps=config.rms_norm_eps,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias(config),
+        o_bias=family.o_bias(config),
+        mlp_bias=family.mlp_bias(config),
+        activation=_ACTIVATIONS[config.hidden_act],
+        windows=windows,
+        scale=head_dim**-0.5,
+        padding_idx=_padding_idx(config),
+    )
+
+
+def _padding_idx(config: PretrainedConfig) -> int | None:
+    """``pad_token_id`` as ``torch.nn.Embedding`` reads it: negative counts from the end."""
+    index: int | None = config.pad_token_id
+    if index is None:
+        return None
+    if not -config.vocab_size <= index < config.vocab_size:
+        raise _unsupported(config, "pad_token_id", index, f"below vocab_size ({config.vocab_size})")
+    return index + config.vocab_size if index < 0 else index
+
+
+def _refuse_unsupported(config: PretrainedConfig) -> None:
+    """Raise for settings that change the arithmetic in ways that are not implemented."""
+    if config.hidden_act not in _ACTIVATIONS:
+        raise _unsupported(config, "hidden_act", config.hidden_act, ", ".join(_ACTIVATIONS))
+    if config.attention_dropout:
+        raise _unsupported(config, "attention_dropout", config.attention_dropout, "0")
+    if getattr(config, "quantization_config", None):
+        raise _unsupported(
+            config, "quantization_config", "set", "float32, bfloat16 and float16 weights"
+        )
+    if (getattr(config, "pretraining_tp", None) or 1) != 1:
+        raise _unsupported(config, "pretraining_tp", config.pretraining_tp, "1")
+    if not getattr(config, "is_causal", True):
+        raise _unsupported(config, "is_causal", False, "true")
+    if getattr(config, "is_heterogeneous", False):
+        raise _unsupported(config, "per_layer_config", "set", "layers of one shape")
+    rope = config.rope_parameters
+    rope_type = rope.get("rope_type")
+    if rope_type not in ROPE_TYPES:
+        raise _unsupported(config, "rope_type", rope_type, ", ".join(ROPE_TYPES))
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise _unsupported(config, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
+
+
+def _unsupported(
+    config: PretrainedConfig, setting: str, found: object, supported: str
+) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{config.model_type} model with {setting} {found!r} is not supported: supported is"
+        f" {supported}; change it in config.json only if the model was trained that way"
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

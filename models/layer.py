@@ -1,0 +1,274 @@
+"""The arithmetic of one decoder layer, forward and backward, over weights that lie in a slot.
+
+    middle = x + O · attention(rope(norm(QKV · rms_norm(x))))
+    y = middle + Down · swiglu(GateUp · rms_norm(middle))
+
+This is the pre-norm layer of Llama, Qwen2, Qwen3 and Mistral; biases and the head norms of
+queries and keys are optional. Weights come as a mapping from operand name to a view of a slot, and
+gradients go to views of another. Nothing is kept between forward and backward but the layer's
+input: backward recomputes the rest and frees each temporary as soon as its last reader is done.
+There is no module and, outside attention, no autograd graph; call under ``torch.no_grad()``.
+Nothing here waits for the device, moves weights, or knows which layer it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
+from slideformer.kernels.rope import rope_
+from slideformer.kernels.swiglu import swiglu, swiglu_backward
+from slideformer.models.attention import RecordedAttention, attention
+from slideformer.models.gradients import product_, store_
+
+if TYPE_CHECKING:  # the arithmetic runs without transformers
+    from slideformer.models.families import DecoderConfig
+
+Operands = Mapping[str, Tensor]
+"""Operand name → tensor; the names are those of :func:`forward`."""
+
+Rope = tuple[Tensor, Tensor]
+"""Cosines and sines of the rotary embedding, each FP32 [S, D]."""
+
+
+def forward(
+    x: Tensor,
+    w: Operands,
+    cfg: DecoderConfig,
+    rope: Rope,
+    *,
+    mask: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The layer's output [B, S, h] for input ``x`` [B, S, h], BF16 or FP32, contiguous.
+
+    ``w`` holds, in the dtype of ``x``: ``input_norm.weight`` and ``post_norm.weight`` [h],
+    ``qkv.weight`` [(H+2K)·D, h], ``o.weight`` [h, H·D], ``gate_up.weight`` [2I, h] (gate rows
+    first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
+    ``k_norm.weight`` [D] and the biases ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``.
+    ``mask`` is that of :func:`slideformer.models.attention.window_mask`. ``out``, contiguous and
+    distinct from ``x``, receives the result.
+    """
+    if out is None:
+        out = torch.empty_like(x)
+    tokens, stream = x.view(-1, cfg.hidden), out.view(-1, cfg.hidden)
+    normed, _ = rms_norm(tokens, w["input_norm.weight"], cfg.norm_eps)
+    heads = _linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    del normed
+    q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=True)
+    attended = attention(q, k, v, scale=cfg.scale, mask=mask)
+    del heads, q, k, v
+    _residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=stream)
+    del attended
+    normed, _ = rms_norm(stream, w["post_norm.weight"], cfg.norm_eps)
+    gate_up = _linear(normed, w, "gate_up")
+    del normed
+    activated = swiglu(gate_up, cfg.activation)
+    del gate_up
+    _residual_linear(stream, activated, w, "down", out=stream)
+    return out
+
+
+def backward(
+    x: Tensor,
+    dy: Tensor,
+    w: Operands,
+    grads: Operands,
+    cfg: DecoderConfig,
+    rope: Rope,
+    *,
+    accumulate: bool,
+    mask: Tensor | None = None,
+) -> None:
+    """From the gradient of the output to those of the input and of every operand.
+
+    ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
+    overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
+    dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only).
+    """
+    tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
+    eps, sink = cfg.norm_eps, _Gradients(grads, accumulate)
+
+    normed, rstd = rms_norm(tokens, w["input_norm.weight"], eps)
+    heads = _linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    q, k, v, head_rstd = _rotated(heads, w, cfg, rope, in_place=False)
+    recorded = RecordedAttention(q, k, v, scale=cfg.scale, mask=mask)
+    del q, k, v
+    attended = recorded.output.reshape(len(tokens), -1)
+    middle = torch.empty_like(tokens)
+    _residual_linear(tokens, attended, w, "o", out=middle)
+
+    _mlp_backward(middle, d_stream, w, sink, cfg)
+    del middle
+
+    sink.linear("o", d_stream, attended)
+    d_attended = torch.mm(d_stream, w["o.weight"]).view(recorded.output.shape)
+    dq, dk, dv = recorded.backward(d_attended)
+    del recorded, attended, d_attended
+    _heads_backward(heads, (dq, dk, dv), w, sink, cfg, rope, head_rstd)
+    del dq, dk, dv
+    d_heads = heads.view(len(tokens), -1)
+    sink.linear("qkv", d_heads, normed)
+    d_normed = torch.mm(d_heads, w["qkv.weight"], out=normed)
+    _, d_weight = rms_norm_backward(
+        d_normed, tokens, w["input_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
+    )
+    sink.vector("input_norm.weight", d_weight)
+
+
+def _mlp_backward(
+    middle: Tensor, d_stream: Tensor, w: Operands, sink: _Gradients, cfg: DecoderConfig
+) -> None:
+    """Recompute the second half from its input ``middle`` and turn dy into d middle in place.
+
+    The down projection is not recomputed: no gradient needs its output.
+    """
+    normed, rstd = rms_norm(middle, w["post_norm.weight"], cfg.norm_eps)
+    gate_up = _linear(normed, w, "gate_up")
+    d_activated = torch.mm(d_stream, w["down.weight"])
+    # Both are overwritten: the activation's gradient by the activation, gate and up by their own.
+    activated = swiglu_backward(d_activated, gate_up, cfg.activation, out=d_activated)
+    d_gate_up = gate_up
+    sink.linear("down", d_stream, activated)
+    del d_activated, activated
+    sink.linear("gate_up", d_gate_up, normed)
+    d_normed = torch.mm(d_gate_up, w["gate_up.weight"], out=normed)
+    del gate_up, d_gate_up
+    _, d_weight = rms_norm_backward(
+        d_normed, middle, w["post_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
+    )
+    sink.vector("post_norm.weight", d_weight)
+
+
+class _Gradients(NamedTuple):
+    """Where weight gradients go, and whether they are added to what is there."""
+
+    slots: Operands
+    accumulate: bool
+
+    def linear(self, name: str, d_out: Tensor, inputs: Tensor) -> None:
+        """Gradients of a projection's matrix and bias; ``d_out`` [T, n], ``inputs`` [T, m]."""
+        product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
+        if f"{name}.bias" in self.slots:
+            self.vector(f"{name}.bias", d_out.sum(0, dtype=torch.float32))
+
+    def vector(self, name: str, value: Tensor) -> None:
+        """A gradient already reduced over tokens, FP32."""
+        store_(self.slots[name], value, accumulate=self.accumulate)
+
+
+def _linear(inputs: Tensor, w: Operands, name: str) -> Tensor:
+    """inputs Wᵀ + bias; the bias rides in the product's epilogue."""
+    bias = w.get(f"{name}.bias")
+    if bias is None:
+        return torch.mm(inputs, w[f"{name}.weight"].T)
+    return torch.addmm(bias, inputs, w[f"{name}.weight"].T)
+
+
+def _residual_linear(
+    residual: Tensor, inputs: Tensor, w: Operands, name: str, *, out: Tensor
+) -> None:
+    """out = residual + inputs Wᵀ + bias; the residual rides in the product; may be ``out``."""
+    torch.addmm(residual, inputs, w[f"{name}.weight"].T, out=out)
+    bias = w.get(f"{name}.bias")
+    if bias is not None:
+        out.add_(bias)
+
+
+def _rotated(
+    heads: Tensor, w: Operands, cfg: DecoderConfig, rope: Rope, *, in_place: bool
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Queries, keys and values [B, S, heads, D] ready for attention, and the head norms' rstd.
+
+    ``heads`` [B, S, H+2K, D] holds the projections. Rotation works in place; the head norms write
+    in place too, unless the backward pass will ask for their inputs.
+    """
+    n_q, n_qk = cfg.heads, cfg.heads + cfg.kv_heads
+    qk, rstd = heads[:, :, :n_qk], None
+    if cfg.qk_norm:
+        normed = qk if in_place else torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
+        q_norm, k_norm, eps = w["q_norm.weight"], w["k_norm.weight"], cfg.norm_eps
+        _, q_rstd = rms_norm(qk[:, :, :n_q], q_norm, eps, out=normed[:, :, :n_q])
+        _, k_rstd = rms_norm(qk[:, :, n_q:], k_norm, eps, out=normed[:, :, n_q:])
+        qk, rstd = normed, (q_rstd, k_rstd)
+    rope_(qk, *rope)
+    return qk[:, :, :n_q], qk[:, :, n_q:], heads[:, :, n_qk:], rstd
+
+
+def _heads_backward(
+    heads: Tensor,
+    d_rotated: tuple[Tensor, Tensor, Tensor],
+    w: Operands,
+    sink: _Gradients,
+    cfg: DecoderConfig,
+    rope: Rope,
+    rstd: tuple[Tensor, Tensor] | None,
+) -> None:
+    """Undo :func:`_rotated` for gradients: overwrite ``heads`` with the projections' gradient.
+
+    The gradient of a rotation is its transpose.
+    """
+    dq, dk, dv = d_rotated
+    n_q, n_qk = cfg.heads, cfg.heads + cfg.kv_heads
+    if rstd is None:
+        torch.cat((dq, dk, dv), dim=2, out=heads)
+        rope_(heads[:, :, :n_qk], *rope, inverse=True)
+        return
+    q, k = heads[:, :, :n_q], heads[:, :, n_q:n_qk]
+    dq, dk = dq.contiguous(), dk.contiguous()  # as they are, from the fused kernels
+    rope_(dq, *rope, inverse=True)
+    rope_(dk, *rope, inverse=True)
+    # Each row of the buffer is read as a query or key before its norm, then takes its gradient.
+    _, d_weight = rms_norm_backward(dq, q, w["q_norm.weight"], rstd[0], out=q)
+    sink.vector("q_norm.weight", d_weight)
+    _, d_weight = rms_norm_backward(dk, k, w["k_norm.weight"], rstd[1], out=k)
+    sink.vector("k_norm.weight", d_weight)
+    heads[:, :, n_qk:].copy_(dv)
+
+
+def workspace_bytes(
+    cfg: DecoderConfig, tokens: int, dtype_bytes: int, seq_len: int | None = None
+) -> int:
+    """Most bytes of temporaries that exist at once in :func:`forward` or :func:`backward` on a GPU.
+
+    For a micro-batch of ``tokens`` tokens in sequences of ``seq_len`` (default: one sequence),
+    computed in a dtype of ``dtype_bytes``. Arguments are not temporaries, and the workspace that
+    cuBLAS keeps for good is not counted.
+    """
+    seq_len = tokens if seq_len is None else seq_len
+    h, i = cfg.hidden, cfg.intermediate
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    windowed = any(window is not None and window < seq_len for window in cfg.windows)
+    shared = not windowed and dtype_bytes < 4  # as in attention()
+    copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
+    forward_peak = max(
+        h + q + 2 * kv,  # normed input, heads
+        q + 2 * kv + copies + q,  # heads, keys and values copied per query head, attended
+        h + 2 * i,  # normed middle, gate and up
+        2 * i + i,  # gate and up, activation
+    )
+    held = (  # all through backward
+        h  # normed input, for the gradient of the QKV matrix
+        + (q + 2 * kv)  # heads
+        + (q + kv if cfg.qk_norm else 0)  # queries and keys after their norms
+        + copies  # saved by the attention
+        + q  # attended
+    )
+    mlp_peak = held + h + h + 2 * i + i  # middle, normed middle, gate and up, activation
+    attention_peak = (
+        held
+        + q  # gradient of attended
+        + (q + 2 * kv)  # gradients of queries, keys, values
+        + 2 * q  # gradients of keys and values per query head, before they are summed
+        + q * 4 // dtype_bytes  # gradient of the queries, summed in FP32
+    )
+    per_token = max(forward_peak, mlp_peak, attention_peak) * dtype_bytes
+    # FP32: what the RMSNorms of the stream and the heads keep for backward; of attention the
+    # log-sum-exp and each row's product of output and gradient.
+    rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
+    # A boolean mask becomes an additive one of the compute dtype inside attention.
+    return tokens * (per_token + 4 * rows) + (seq_len * seq_len * dtype_bytes if windowed else 0)

@@ -1,0 +1,123 @@
+"""Shapes of well-known models, for benchmarks and memory plans without a checkpoint.
+
+Only sizes and positions matter here; weights, tokenizers and token ids of the models do not.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig
+
+from slideformer.graph.errors import ConfigError
+
+
+def _shape(
+    hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int, **more: Any
+) -> dict[str, Any]:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        **more,
+    }
+
+
+def _llama3_rope(factor: float) -> dict[str, Any]:
+    return {
+        "rope_type": "llama3",
+        "rope_theta": 500000.0,
+        "factor": factor,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+
+
+_LLAMA3: dict[str, Any] = {
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "max_position_embeddings": 131072,
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA31 = {**_LLAMA3, "rope_parameters": _llama3_rope(8.0), "tie_word_embeddings": False}
+_LLAMA32 = {**_LLAMA3, "rope_parameters": _llama3_rope(32.0), "tie_word_embeddings": True}
+_QWEN3: dict[str, Any] = {
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+
+_SHAPES: dict[str, dict[str, Any]] = {
+    "llama3-1b": _shape(2048, 8192, 16, 32, 8, **_LLAMA32),
+    "llama3-3b": _shape(3072, 8192, 28, 24, 8, **_LLAMA32),
+    "llama3-8b": _shape(4096, 14336, 32, 32, 8, **_LLAMA31),
+    "llama3-70b": _shape(8192, 28672, 80, 64, 8, **_LLAMA31),
+    "llama2-13b": _shape(
+        5120,
+        13824,
+        40,
+        40,
+        40,
+        model_type="llama",
+        vocab_size=32000,
+        max_position_embeddings=4096,
+        rms_norm_eps=1e-5,
+    ),
+    "qwen2.5-72b": _shape(
+        8192,
+        29568,
+        80,
+        64,
+        8,
+        model_type="qwen2",
+        vocab_size=152064,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-6,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "qwen3-4b": _shape(2560, 9728, 36, 32, 8, tie_word_embeddings=True, **_QWEN3),
+    "qwen3-8b": _shape(4096, 12288, 36, 32, 8, **_QWEN3),
+    "qwen3-14b": _shape(5120, 17408, 40, 40, 8, **_QWEN3),
+    "mistral-large-123b": _shape(
+        12288,
+        28672,
+        88,
+        96,
+        8,
+        model_type="mistral",
+        head_dim=128,
+        vocab_size=32768,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+}
+
+SHAPE_NAMES = tuple(_SHAPES)
+"""Names that :func:`shape_config` knows."""
+
+
+def shape_config(name: str) -> PretrainedConfig:
+    """The Hugging Face config of a named shape.
+
+    Raises:
+        ConfigError: the name is unknown; the message gives the nearest one.
+    """
+    if name not in _SHAPES:
+        near = difflib.get_close_matches(name, SHAPE_NAMES, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise ConfigError(f"unknown shape {name!r}: {hint}known are {', '.join(SHAPE_NAMES)}")
+    # A copy: a config keeps the mappings it is given and edits them.
+    settings = copy.deepcopy(_SHAPES[name])
+    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    assert isinstance(config, PretrainedConfig)
+    return config

@@ -1,0 +1,112 @@
+"""How a model's parameters are named in a checkpoint and laid out in units.
+
+Operand names are those that ``layer.py`` reads; parameter names are those of a Hugging Face
+checkpoint. Sizes come from a Hugging Face config, so a spec needs no weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from slideformer.graph.model import ModelSpec, ParamGroup, UnitKind, UnitSpec, layout_unit
+from slideformer.models.families import DecoderConfig, decoder_config
+
+MasterWeights = Mapping[str, tuple[Tensor, Tensor]]
+"""Unit name → ``(hi, lo)``, the two halves of its FP32 master weights: CPU tensors int16 [n] with
+n the unit's ``numel`` (see ``slideformer.kernels.split``)."""
+
+EMBED_KEY = "model.embed_tokens.weight"
+"""Name of the token matrix in a checkpoint."""
+
+HEAD_KEY = "lm_head.weight"
+"""Name of the output matrix in a checkpoint; absent or equal to the token matrix when tied."""
+
+
+def model_spec(config: PretrainedConfig) -> ModelSpec:
+    """Split a model into units: ``embed``, ``L00`` …, ``norm`` and, unless tied, ``head``.
+
+    The names of all parameters are those of the model's checkpoint.
+
+    Raises:
+        UnsupportedModelError: the family, or a setting of it, is not implemented.
+    """
+    decoder = decoder_config(config)
+    matrix = (config.vocab_size, decoder.hidden)
+    layers = len(decoder.windows)
+    width = 3 if layers >= 100 else 2
+    units = [_one_operand_unit("embed", UnitKind.EMBED, EMBED_KEY, matrix)]
+    units += [
+        layout_unit(f"L{i:0{width}d}", UnitKind.LAYER, _layer_groups(decoder, f"model.layers.{i}."))
+        for i in range(layers)
+    ]
+    units.append(_one_operand_unit("norm", UnitKind.NORM, "model.norm.weight", (decoder.hidden,)))
+    if not config.tie_word_embeddings:
+        units.append(_one_operand_unit("head", UnitKind.HEAD, HEAD_KEY, matrix))
+    return ModelSpec(
+        family=decoder.family,
+        hidden=decoder.hidden,
+        intermediate=decoder.intermediate,
+        heads=decoder.heads,
+        kv_heads=decoder.kv_heads,
+        head_dim=decoder.head_dim,
+        vocab=config.vocab_size,
+        max_positions=config.max_position_embeddings,
+        tied=bool(config.tie_word_embeddings),
+        units=tuple(units),
+    )
+
+
+def _one_operand_unit(name: str, kind: UnitKind, key: str, shape: tuple[int, ...]) -> UnitSpec:
+    return layout_unit(name, kind, [ParamGroup("weight", ((key, shape),), decay=True)])
+
+
+def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
+    """The operands of one layer: matrices first, then biases and norms.
+
+    Weight decay applies to all of them, as ``torch.optim.AdamW(model.parameters())`` does.
+    """
+    hidden, inner = decoder.hidden, decoder.intermediate
+    q_rows, kv_rows = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
+    qkv = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
+    gate_up = (("gate_proj", inner), ("up_proj", inner))
+    # (operand, module, its projections and their rows, columns, has a bias)
+    projections = (
+        ("qkv", "self_attn", qkv, hidden, decoder.qkv_bias),
+        ("o", "self_attn", (("o_proj", hidden),), q_rows, decoder.o_bias),
+        ("gate_up", "mlp", gate_up, hidden, decoder.mlp_bias),
+        ("down", "mlp", (("down_proj", hidden),), inner, decoder.mlp_bias),
+    )
+    groups = [
+        ParamGroup(
+            f"{operand}.weight",
+            tuple((f"{prefix}{module}.{p}.weight", (rows, columns)) for p, rows in parts),
+            decay=True,
+        )
+        for operand, module, parts, columns, _ in projections
+    ]
+    groups += [
+        ParamGroup(
+            f"{operand}.bias",
+            tuple((f"{prefix}{module}.{p}.bias", (rows,)) for p, rows in parts),
+            decay=True,
+        )
+        for operand, module, parts, _, has_bias in projections
+        if has_bias
+    ]
+    norms = [
+        ("input_norm.weight", "input_layernorm", hidden),
+        ("post_norm.weight", "post_attention_layernorm", hidden),
+    ]
+    if decoder.qk_norm:
+        norms += [
+            ("q_norm.weight", "self_attn.q_norm", decoder.head_dim),
+            ("k_norm.weight", "self_attn.k_norm", decoder.head_dim),
+        ]
+    groups += [
+        ParamGroup(operand, ((f"{prefix}{module}.weight", (size,)),), decay=True)
+        for operand, module, size in norms
+    ]
+    return groups

@@ -1,0 +1,344 @@
+"""The deciding core of the scheduler: events in, instructions out, nothing else.
+
+It has no clock, thread, device or random number, so a recorded sequence of events replays to the
+same instructions. The asyncio shell around it is ``scheduler.py``; devices carry out instructions.
+
+A task moves through these states:
+
+    WAITING   some predecessor is not far enough; counted in `TaskRun.missing`
+    READY     may start; listed in its lane's ready list until the policy takes it
+    ISSUED    handed to the device; occupies one place of its lane
+    DONE      finished; forgotten once its instance is
+
+Ordering (`stream lanes` are lanes whose tasks run in order on a device stream of their own):
+
+    stream lane → stream lane   the consumer may be issued once the producer is issued; the device
+                                makes the consumer's stream wait (`Launch.waits`)
+    everything else             the consumer may be issued once the producer has finished
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from slideformer.graph.errors import PolicyError, SlideFormerError, TaskError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.hazards import HazardMap
+from slideformer.graph.tasks import Lane, Task
+from slideformer.runtime.policies import Policy
+
+STREAM_DEPTH = 2
+"""Unfinished tasks per stream lane: one runs, one is queued, the rest stays the policy's to order."""
+
+
+class State(Enum):
+    """Where a task is; see the module's docstring."""
+
+    WAITING = auto()
+    READY = auto()
+    ISSUED = auto()
+    DONE = auto()
+
+
+@dataclass(slots=True, eq=False)
+class TaskRun:
+    """One task of one instance. ``later`` are tasks of later instances that wait for it."""
+
+    instance: Instance
+    position: int
+    task: Task
+    missing: int
+    state: State = State.WAITING
+    waits: list[TaskRun] = field(default_factory=list)
+    later: list[TaskRun] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return f"{self.task.name}#{self.instance.number}"
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    """One run of a graph. ``unfinished`` counts its tasks that are not done."""
+
+    number: int
+    graph: TaskGraph
+    runs: list[TaskRun] = field(default_factory=list)
+    unfinished: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """Event: a task is done. Times are seconds on the device's clock."""
+
+    run: TaskRun
+    started: float
+    stopped: float
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Event: a task raised ``error``."""
+
+    run: TaskRun
+    error: BaseException
+
+
+Event = Finished | Failed
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """Instruction: start ``run``; on a stream lane, behind the unfinished tasks in ``waits``."""
+
+    run: TaskRun
+    waits: tuple[TaskRun, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceDone:
+    """Instruction: every task of ``instance`` is done."""
+
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Instruction: the run has failed and nothing is in flight any more."""
+
+    error: SlideFormerError
+
+
+Instruction = Launch | InstanceDone | Stop
+
+
+class Core:
+    """Decides what starts next. `submit` and `handle` are its only two ways in."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        widths: Mapping[Lane, int] | None = None,
+        stream_lanes: frozenset[Lane] = frozenset(),
+    ) -> None:
+        self._policy = policy
+        self._streams = stream_lanes
+        self._limit = {
+            lane: STREAM_DEPTH if lane in stream_lanes else (widths or {}).get(lane, 1)
+            for lane in Lane
+        }
+        self._ready: dict[Lane, list[TaskRun]] = {lane: [] for lane in Lane}
+        self._in_flight: dict[Lane, int] = dict.fromkeys(Lane, 0)
+        self._frontier: HazardMap[TaskRun] = HazardMap()
+        self._instances = 0
+        self._open: list[Instance] = []
+        self._error: SlideFormerError | None = None
+        self._stopped = False
+        self._story: list[str] = []
+
+    # -- ways in ---------------------------------------------------------------------------------
+
+    def submit(self, graph: TaskGraph) -> tuple[Instance, list[Instruction]]:
+        """Start another instance of a graph behind all that were submitted before.
+
+        Tasks wait only for those earlier tasks that touch the same bytes.
+        """
+        instance = Instance(self._instances, graph, unfinished=len(graph.tasks))
+        self._instances += 1
+        instance.runs = [
+            TaskRun(instance, position, task, len(preds))
+            for position, (task, preds) in enumerate(
+                zip(graph.tasks, graph.edges.predecessors, strict=True)
+            )
+        ]
+        self._open.append(instance)
+        self._join_frontier(instance)
+        for run in instance.runs:
+            if run.missing == 0:
+                self._make_ready(run)
+        if not instance.runs:
+            self._open.remove(instance)
+            return instance, [InstanceDone(instance)]
+        return instance, self._dispatch()
+
+    def handle(self, events: Sequence[Event]) -> list[Instruction]:
+        """Take note of what happened and decide what happens next."""
+        instructions: list[Instruction] = []
+        for event in events:
+            run = event.run
+            self._in_flight[run.task.lane] -= 1
+            if isinstance(event, Failed):
+                self._fail(_task_error(run, event.error, self._story))
+                continue
+            run.state = State.DONE
+            self._story.append(f"{run!r} finished")
+            run.instance.unfinished -= 1
+            if run.instance.unfinished == 0:
+                self._open.remove(run.instance)
+                instructions.append(InstanceDone(run.instance))
+            self._release(run, issued=False)
+        del self._story[:-40]
+        instructions += self._dispatch()
+        return instructions
+
+    def abort(self, error: SlideFormerError) -> list[Instruction]:
+        """Stop issuing; `Stop` follows once nothing is in flight."""
+        self._fail(error)
+        return self._dispatch()
+
+    # -- edges -----------------------------------------------------------------------------------
+
+    def _join_frontier(self, instance: Instance) -> None:
+        """Edges from earlier instances, then leave this instance's own marks."""
+        waits: dict[int, set[TaskRun]] = {}
+        for entry in instance.graph.edges.entries:
+            for segment in self._frontier.cut(entry.place, entry.start, entry.stop):
+                earlier = waits.setdefault(entry.task, set())
+                if segment.writer is not None:
+                    earlier.add(segment.writer)
+                if entry.write:
+                    earlier.update(segment.readers)
+        for position, earlier in waits.items():
+            run = instance.runs[position]
+            for pred in earlier:
+                self._wait_for(run, pred)
+        for leave in instance.graph.edges.exits:
+            readers = [instance.runs[r] for r in leave.readers]
+            for segment in self._frontier.cut(leave.place, leave.start, leave.stop):
+                if leave.writer is None:
+                    alive = [r for r in segment.readers if r.state is not State.DONE]
+                    segment.readers = alive + readers
+                else:
+                    segment.writer = instance.runs[leave.writer]
+                    segment.readers = list(readers)
+
+    def _wait_for(self, run: TaskRun, pred: TaskRun) -> None:
+        """Make ``run`` wait for a task of an earlier instance, if it has not gone far enough yet."""
+        if pred.state is State.DONE:
+            return
+        if self._both_streams(run, pred) and pred.state is State.ISSUED:
+            run.waits.append(pred)
+            return
+        run.missing += 1
+        pred.later.append(run)
+
+    def _both_streams(self, one: TaskRun, other: TaskRun) -> bool:
+        return one.task.lane in self._streams and other.task.lane in self._streams
+
+    def _successors(self, run: TaskRun) -> Iterator[TaskRun]:
+        runs = run.instance.runs
+        for position in run.instance.graph.edges.successors[run.position]:
+            yield runs[position]
+        yield from run.later
+
+    def _release(self, run: TaskRun, *, issued: bool) -> None:
+        """Tell the tasks that wait for ``run`` that it is issued, or done."""
+        for successor in self._successors(run):
+            both = self._both_streams(run, successor)
+            if both and issued:
+                successor.waits.append(run)
+            if both == issued:
+                successor.missing -= 1
+                if successor.missing == 0:
+                    self._make_ready(successor)
+        if not issued:
+            run.later.clear()
+            run.waits.clear()
+
+    def _make_ready(self, run: TaskRun) -> None:
+        run.state = State.READY
+        self._ready[run.task.lane].append(run)
+
+    # -- choosing --------------------------------------------------------------------------------
+
+    def _dispatch(self) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        progress = True
+        while progress and self._error is None:
+            progress = False
+            for lane, ready in self._ready.items():
+                while ready and self._in_flight[lane] < self._limit[lane] and self._error is None:
+                    run = self._choose(lane, ready)
+                    if run is None:
+                        break
+                    instructions.append(self._issue(run))
+                    progress = True
+        if not any(self._in_flight.values()):
+            self._check_stuck()
+            if self._error is not None and not self._stopped:
+                self._stopped = True
+                instructions.append(Stop(self._error))
+        return instructions
+
+    def _choose(self, lane: Lane, ready: list[TaskRun]) -> TaskRun | None:
+        try:
+            run = self._policy.choose(lane, ready)
+        except Exception as error:
+            self._fail(PolicyError(f"policy {self._policy.name!r} raised {error!r} on lane {lane}"))
+            return None
+        if run is None:
+            return None
+        try:
+            ready.remove(run)
+        except ValueError:
+            self._fail(
+                PolicyError(
+                    f"policy {self._policy.name!r} chose {run!r} on lane {lane}, which is not ready; "
+                    f"ready: {', '.join(map(repr, ready[:8]))}"
+                )
+            )
+            return None
+        return run
+
+    def _issue(self, run: TaskRun) -> Launch:
+        lane = run.task.lane
+        run.state = State.ISSUED
+        self._in_flight[lane] += 1
+        waits = tuple(w for w in run.waits if w.state is not State.DONE and w.task.lane != lane)
+        if lane in self._streams:
+            self._release(run, issued=True)
+        return Launch(run, waits)
+
+    def _check_stuck(self) -> None:
+        if self._error is None and self._open:
+            ready = [run for runs in self._ready.values() for run in runs]
+            names = ", ".join(map(repr, ready[:8]))
+            self._fail(
+                PolicyError(
+                    f"policy {self._policy.name!r} leaves every lane idle although "
+                    f"{len(ready)} task(s) are ready: {names}"
+                )
+            )
+
+    def _fail(self, error: SlideFormerError) -> None:
+        if self._error is None:
+            self._error = error
+
+    # -- for tests -------------------------------------------------------------------------------
+
+    def validate(self) -> None:
+        """Check every count against every task; raises `AssertionError` on a mistake of ours."""
+        for lane, ready in self._ready.items():
+            assert all(r.state is State.READY and r.missing == 0 for r in ready)
+            assert all(r.task.lane is lane for r in ready)
+            assert 0 <= self._in_flight[lane] <= self._limit[lane]
+        issued = [r for i in self._open for r in i.runs if r.state is State.ISSUED]
+        if self._error is None:
+            assert len(issued) == sum(self._in_flight.values())
+        for instance in self._open:
+            done = sum(r.state is State.DONE for r in instance.runs)
+            assert instance.unfinished == len(instance.runs) - done
+
+
+def _task_error(run: TaskRun, error: BaseException, story: list[str]) -> SlideFormerError:
+    """A user's error keeps its class and gets the task's name; anything else becomes a `TaskError`."""
+    if isinstance(error, SlideFormerError):
+        named: SlideFormerError = type(error)(f"{run!r}: {error}")
+    else:
+        recent = "; ".join(story[-5:]) or "nothing"
+        named = TaskError(
+            f"{run!r} failed: {type(error).__name__}: {error} (before it: {recent})"
+        )
+    named.__cause__ = error
+    return named

@@ -1,0 +1,140 @@
+"""A CUDA device: compute and both copy directions on streams of their own, host lanes on threads.
+
+One thread launches everything, so that a stream only ever waits for an event already recorded. One
+thread per stream lane waits for its tasks' events and reports them; nothing else synchronises.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from slideformer.graph.tasks import Lane
+from slideformer.runtime.core import Event, Failed, Finished, Launch, TaskRun
+from slideformer.runtime.cpu import LaneThreads, Work
+
+_STREAMS = {
+    Lane.COMPUTE: "forward, recompute, backward; everything else must hide behind it",
+    Lane.H2D: "weights and boundaries come up while the layer before computes",
+    Lane.D2H: "gradients and boundaries go down while weights come up: PCIe is full duplex",
+}
+"""The stream lanes, each with what it overlaps."""
+
+
+class CudaDevice:
+    """Stream lanes on one GPU; the host lanes run on threads as on the CPU device."""
+
+    stream_lanes = frozenset(_STREAMS)
+
+    def __init__(self, index: int = 0, widths: dict[Lane, int] | None = None) -> None:
+        self._index = index
+        self._widths = widths or {}
+        self._streams = {lane: torch.cuda.Stream(index) for lane in _STREAMS}
+        self._launches: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
+        self._events: dict[TaskRun, torch.cuda.Event] = {}
+
+    def start(self, post: Callable[[Event], None]) -> None:
+        """Start all threads."""
+        self._post = post
+        self._origin = _timed_event()
+        self._origin.record(self._streams[Lane.COMPUTE])
+        self._origin.synchronize()
+        self._origin_time = time.perf_counter()
+        self._host = {
+            lane: LaneThreads(lane, self._widths.get(lane, 1), post)
+            for lane in Lane
+            if lane not in self.stream_lanes
+        }
+        self._waiters = {lane: _Waiter(lane, self._report) for lane in _STREAMS}
+        self._launcher = threading.Thread(
+            target=self._serve, name="slideformer-launcher", daemon=True
+        )
+        self._launcher.start()
+
+    def launch(self, launches: Sequence[Work]) -> None:
+        """Queue stream tasks for the launcher and host tasks on their threads."""
+        for work in launches:
+            lane = work[0].run.task.lane
+            if lane in self.stream_lanes:
+                self._launches.put(work)
+            else:
+                self._host[lane].put(work)
+
+    def close(self) -> None:
+        """End all threads."""
+        self._launches.put(None)
+        self._launcher.join()
+        for waiter in self._waiters.values():
+            waiter.close()
+        for lane in self._host.values():
+            lane.close()
+
+    def _serve(self) -> None:
+        """Launch tasks in the order in which the core issued them."""
+        torch.cuda.set_device(self._index)
+        with torch.no_grad():
+            while (work := self._launches.get()) is not None:
+                try:
+                    self._launch(work)
+                except BaseException as error:  # the run fails by the task's name
+                    self._post(Failed(work[0].run, error))
+
+    def _launch(self, work: Work) -> None:
+        launch, operation, context = work
+        run = launch.run
+        stream = self._streams[run.task.lane]
+        for earlier in launch.waits:
+            event = self._events.get(earlier)
+            if event is not None:  # else it has finished and been reported meanwhile
+                stream.wait_event(event)
+        started, stopped = _timed_event(), _timed_event()
+        with torch.cuda.stream(stream):
+            started.record(stream)
+            operation(context)
+            stopped.record(stream)
+        self._events[run] = stopped
+        self._waiters[run.task.lane].put(run, started, stopped)
+
+    def _report(self, run: TaskRun, started: torch.cuda.Event, stopped: torch.cuda.Event) -> None:
+        """A stream task has finished: post it with its times on the host's clock."""
+        self._events.pop(run, None)
+        begin = self._origin.elapsed_time(started) / 1e3 + self._origin_time
+        end = self._origin.elapsed_time(stopped) / 1e3 + self._origin_time
+        self._post(Finished(run, begin, end))
+
+
+class _Waiter:
+    """Waits for the events of one stream lane, in order, without spinning."""
+
+    def __init__(
+        self, lane: Lane, report: Callable[[TaskRun, torch.cuda.Event, torch.cuda.Event], None]
+    ) -> None:
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._report = report
+        self._thread = threading.Thread(
+            target=self._serve, name=f"slideformer-wait-{lane}", daemon=True
+        )
+        self._thread.start()
+
+    def put(self, run: TaskRun, started: torch.cuda.Event, stopped: torch.cuda.Event) -> None:
+        """Add a launched task."""
+        self._queue.put((run, started, stopped))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._queue.put(None)
+        self._thread.join()
+
+    def _serve(self) -> None:
+        while (item := self._queue.get()) is not None:
+            item[2].synchronize()
+            self._report(*item)
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True, blocking=True)

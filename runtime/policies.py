@@ -1,0 +1,122 @@
+"""Scheduling policies: which ready task a lane takes next.
+
+Any order is safe in a planned graph, so a policy decides speed and nothing else. Third-party
+policies load through the entry-point group ``slideformer.policies``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from difflib import get_close_matches
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Protocol
+
+from slideformer.graph.analysis import due_times, tails
+from slideformer.graph.errors import ConfigError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.plan import MachineProfile
+from slideformer.graph.tasks import Lane
+
+if TYPE_CHECKING:
+    from slideformer.runtime.core import TaskRun
+
+
+class Policy(Protocol):
+    """Chooses from a lane's ready tasks."""
+
+    name: str
+
+    def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
+        """Called once for each graph before its first instance is submitted."""
+
+    def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
+        """The task that ``lane`` takes now, or None to leave it idle until something finishes.
+
+        ``ready`` is not empty and in the order in which its tasks became ready.
+        """
+
+
+class Fifo:
+    """Takes tasks in the order in which they became ready."""
+
+    name = "fifo"
+
+    def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
+        """Nothing to prepare."""
+
+    def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
+        """The first."""
+        return ready[0]
+
+
+class _Ranked:
+    """Takes the task of lowest rank; ranks are computed once per graph."""
+
+    name = ""
+
+    def __init__(self) -> None:
+        self._ranks: dict[int, list[float]] = {}
+        self._graphs: list[TaskGraph] = []  # keeps the ids in `_ranks` valid
+
+    def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
+        """Rank every task of ``graph``."""
+        self._graphs.append(graph)
+        self._ranks[id(graph)] = self.rank(graph, profile)
+
+    def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
+        """One number per task, in steps: a task of the next instance ranks one higher."""
+        raise NotImplementedError
+
+    def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
+        """The task of lowest rank; of several, the one ready first."""
+        ranks = self._ranks
+        return min(
+            ready, key=lambda r: r.instance.number + ranks[id(r.instance.graph)][r.position]
+        )
+
+
+class CriticalPath(_Ranked):
+    """Prefers the task with the longest path behind it in its own step."""
+
+    name = "critical-path"
+
+    def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
+        """Shares of the step's critical path that are already behind the task."""
+        longest = tails(graph, profile)
+        whole = max(longest, default=1.0) or 1.0
+        return [1.0 - tail / whole for tail in longest]
+
+
+class EarliestDeadline(_Ranked):
+    """Prefers the task whose result is needed first, in this step or the next (Jackson 1955)."""
+
+    name = "earliest-deadline"
+
+    def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
+        """Latest starts that keep the compute lane busy."""
+        return due_times(graph, profile)
+
+
+_POLICIES: dict[str, Callable[[], Policy]] = {
+    "fifo": Fifo,
+    "critical-path": CriticalPath,
+    "earliest-deadline": EarliestDeadline,
+}
+
+
+def policy_names() -> list[str]:
+    """Names of all policies that can be chosen."""
+    return sorted({*_POLICIES, *(e.name for e in entry_points(group="slideformer.policies"))})
+
+
+def make_policy(name: str) -> Policy:
+    """A fresh policy by name; raises `ConfigError` with the nearest known name."""
+    if name in _POLICIES:
+        return _POLICIES[name]()
+    for entry in entry_points(group="slideformer.policies"):
+        if entry.name == name:
+            loaded: Policy = entry.load()()
+            return loaded
+    near = get_close_matches(name, policy_names(), n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ConfigError(f"unknown policy {name!r}; {hint}known: {', '.join(policy_names())}")

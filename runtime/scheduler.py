@@ -1,0 +1,131 @@
+"""The asyncio shell around the deciding core: carries events in and instructions out.
+
+The loop only decides. Work runs on the device's threads and streams; their events arrive through
+one queue and wake the loop once however many they are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from slideformer.graph.errors import SlideFormerError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.plan import MachineProfile
+from slideformer.runtime.core import (
+    Core,
+    Event,
+    Finished,
+    Instance,
+    InstanceDone,
+    Instruction,
+    Launch,
+    Stop,
+)
+from slideformer.runtime.device import Device, Operation
+from slideformer.runtime.policies import Policy
+from slideformer.runtime.trace import Trace
+
+
+class Scheduler:
+    """Runs instances of graphs on a device; use inside a running asyncio loop.
+
+    Instances overlap: each waits only for the tasks of earlier ones that touch the same bytes.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        policy: Policy,
+        profile: MachineProfile | None = None,
+        trace: Trace | None = None,
+    ) -> None:
+        self._device = device
+        self._policy = policy
+        self._profile = profile or MachineProfile()
+        self._trace = trace
+        self._core = Core(policy, self._profile.widths, device.stream_lanes)
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[Event] = deque()
+        self._woken = False
+        self._prepared: set[int] = set()
+        self._work: dict[int, tuple[Sequence[Operation], Any]] = {}
+        self._done: dict[int, asyncio.Future[None]] = {}
+        self._error: SlideFormerError | None = None
+        device.start(self._post)
+
+    def submit(
+        self, graph: TaskGraph, operations: Sequence[Operation], context: Any = None
+    ) -> asyncio.Future[None]:
+        """Start an instance; the future ends with it, or with the error that failed the run.
+
+        Every operation of the instance is called with ``context``.
+        """
+        if self._error is not None:
+            raise self._error
+        if id(graph) not in self._prepared:
+            self._policy.prepare(graph, self._profile)
+            self._prepared.add(id(graph))
+        instance, instructions = self._core.submit(graph)
+        future: asyncio.Future[None] = self._loop.create_future()
+        self._done[instance.number] = future
+        self._work[instance.number] = (operations, context)
+        self._carry_out(instructions)
+        return future
+
+    def abort(self, error: SlideFormerError) -> None:
+        """Fail the run with ``error`` once what is in flight has ended."""
+        self._carry_out(self._core.abort(error))
+
+    async def close(self) -> None:
+        """Wait for everything in flight, then stop the device's threads."""
+        pending = list(self._done.values())
+        if pending:
+            await asyncio.gather(*pending, return_exceptions=True)
+        self._device.close()
+
+    def _post(self, event: Event) -> None:
+        """Take an event from any thread."""
+        self._events.append(event)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._wake)
+
+    def _wake(self) -> None:
+        self._woken = False  # before draining: an event that comes now must wake us again
+        events: list[Event] = []
+        while self._events:
+            events.append(self._events.popleft())
+        if self._trace is not None:
+            for event in events:
+                if isinstance(event, Finished):
+                    self._trace.record(event)
+        self._carry_out(self._core.handle(events))
+
+    def _carry_out(self, instructions: Sequence[Instruction]) -> None:
+        launches: list[tuple[Launch, Operation, Any]] = []
+        for instruction in instructions:
+            match instruction:
+                case Launch(run):
+                    operations, context = self._work[run.instance.number]
+                    launches.append((instruction, operations[run.position], context))
+                case InstanceDone(instance):
+                    self._finish(instance)
+                case Stop(error):
+                    self._fail(error)
+        if launches:
+            self._device.launch(launches)
+
+    def _finish(self, instance: Instance) -> None:
+        del self._work[instance.number]
+        self._done.pop(instance.number).set_result(None)
+
+    def _fail(self, error: SlideFormerError) -> None:
+        self._error = error
+        for future in self._done.values():
+            if not future.done():
+                future.set_exception(error)
+        self._done.clear()
+        self._work.clear()

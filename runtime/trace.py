@@ -1,0 +1,94 @@
+"""What ran when: spans with their tasks' names, predicted and measured alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from slideformer.graph.tasks import Lane
+from slideformer.runtime.core import Finished
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One task's time on its lane, in seconds on the device's clock."""
+
+    task: str
+    instance: int
+    lane: Lane
+    started: float
+    stopped: float
+
+    @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return self.stopped - self.started
+
+
+@dataclass(slots=True)
+class Timeline:
+    """Spans in the order in which they finished."""
+
+    spans: list[Span] = field(default_factory=list)
+
+    @property
+    def start(self) -> float:
+        """When the first task started."""
+        return min((s.started for s in self.spans), default=0.0)
+
+    @property
+    def stop(self) -> float:
+        """When the last task finished."""
+        return max((s.stopped for s in self.spans), default=0.0)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last finish."""
+        return self.stop - self.start
+
+    def of_lane(self, lane: Lane) -> list[Span]:
+        """The spans of one lane in order of their start."""
+        return sorted((s for s in self.spans if s.lane is lane), key=lambda s: s.started)
+
+    def busy(self, lane: Lane) -> float:
+        """Seconds in which at least one task of the lane ran."""
+        total, reached = 0.0, float("-inf")
+        for span in self.of_lane(lane):
+            total += max(0.0, span.stopped - max(span.started, reached))
+            reached = max(reached, span.stopped)
+        return total
+
+    def instance(self, number: int) -> Timeline:
+        """The spans of one instance."""
+        return Timeline([s for s in self.spans if s.instance == number])
+
+    def gaps(self, lane: Lane) -> Iterator[tuple[float, float, str]]:
+        """Idle times of a lane between its spans: start, stop, and the task that ended the wait."""
+        reached = self.start
+        for span in self.of_lane(lane):
+            if span.started > reached:
+                yield reached, span.started, span.task
+            reached = max(reached, span.stopped)
+
+
+class Trace:
+    """Collects spans as tasks finish; keeps those of the last ``keep`` instances."""
+
+    def __init__(self, keep: int = 8) -> None:
+        self._keep = keep
+        self._spans: dict[int, list[Span]] = {}
+
+    def record(self, event: Finished) -> None:
+        """Take note of a finished task."""
+        run = event.run
+        number = run.instance.number
+        if number not in self._spans:
+            self._spans[number] = []
+            for old in sorted(self._spans)[: -self._keep]:
+                del self._spans[old]
+        span = Span(run.task.name, number, run.task.lane, event.started, event.stopped)
+        self._spans[number].append(span)
+
+    def timeline(self) -> Timeline:
+        """All spans kept."""
+        return Timeline([span for spans in self._spans.values() for span in spans])

@@ -1,0 +1,55 @@
+"""SlideFormer: fine-tune every parameter of language models that are larger than the GPU.
+
+    import slideformer as sf
+
+    config = sf.load_config("run.yaml", {"steps": 100})
+    sf.Trainer(config).train()
+
+Names are resolved when they are first used, so importing the package is cheap and loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from slideformer.config import Config as Config
+    from slideformer.config import format_size as format_size
+    from slideformer.config import load_config as load_config
+    from slideformer.config import parse_size as parse_size
+    from slideformer.config import save_config as save_config
+    from slideformer.engine import Engine as Engine
+    from slideformer.graph.builder import GraphBuilder as GraphBuilder
+    from slideformer.graph.errors import SlideFormerError as SlideFormerError
+    from slideformer.graph.graph import TaskGraph as TaskGraph
+    from slideformer.trainer import Trainer as Trainer
+
+__version__ = "0.1.0"
+
+_EXPORTS = {
+    "Config": "slideformer.config",
+    "Engine": "slideformer.engine",
+    "GraphBuilder": "slideformer.graph.builder",
+    "SlideFormerError": "slideformer.graph.errors",
+    "TaskGraph": "slideformer.graph.graph",
+    "Trainer": "slideformer.trainer",
+    "format_size": "slideformer.config",
+    "load_config": "slideformer.config",
+    "parse_size": "slideformer.config",
+    "save_config": "slideformer.config",
+}
+"""Public name to the module that defines it; type checkers read the same names above."""
+
+
+def __getattr__(name: str) -> object:
+    """The public object of that name; its module is imported now."""
+    if name not in _EXPORTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value: object = getattr(import_module(_EXPORTS[name]), name)
+    globals()[name] = value  # next time no call is needed
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_EXPORTS})

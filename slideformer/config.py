@@ -1,0 +1,274 @@
+"""The settings of one fine-tuning run: a frozen model, read from YAML and flags, saved as YAML.
+
+Checks what can be checked from the values alone. Whether the folders exist, the device is there
+and the budgets suffice is found out by those who use them. Every complaint is a ``ConfigError``
+with one line per problem.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from decimal import Decimal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    model_validator,
+)
+from pydantic_core import ErrorDetails
+
+from slideformer.graph.errors import ConfigError
+
+_UNITS = {
+    "": 1,
+    "b": 1,
+    **{f"{prefix}b": 1000**i for i, prefix in enumerate("kmgt", start=1)},
+    **{f"{prefix}ib": 1024**i for i, prefix in enumerate("kmgt", start=1)},
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
+_LEAST_BUDGET = 2**20
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as ``"24GiB"``, ``"100 GB"``, ``"1.5 TiB"`` or a plain number of bytes.
+
+    KB, MB, GB, TB count in thousands, KiB, MiB, GiB, TiB in 1024s; case does not matter. Fractions
+    of a byte are dropped. Raises ``ConfigError`` for anything else.
+    """
+    match = _SIZE.fullmatch(str(text))
+    unit = match and _UNITS.get(match[2].lower())
+    if match is None or unit is None:
+        raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 100 GB or 1073741824")
+    return int(Decimal(match[1]) * unit)
+
+
+def format_size(size: int) -> str:
+    """A number of bytes for reading: ``"23.50 GiB"``, below one GiB ``"512.00 MiB"`` and so on."""
+    if size < 1024:
+        return f"{size} B"
+    exponent, unit = next(
+        (e, u) for e, u in ((3, "GiB"), (2, "MiB"), (1, "KiB")) if size >= 1024**e
+    )
+    return f"{size / 1024**exponent:.2f} {unit}"
+
+
+def _budget(value: Any) -> Any:
+    if value is None:
+        return None
+    try:
+        size = parse_size(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+    if size < _LEAST_BUDGET:
+        raise ValueError(
+            f"{value!r} is {format_size(size)}, below the least budget of "
+            f"{format_size(_LEAST_BUDGET)}; write it like 24GiB"
+        )
+    return size
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, bool):
+        raise ValueError(f"{value!r} is not a number; write it like 1e-5")
+    return value
+
+
+def _path(value: Any) -> Any:
+    if isinstance(value, str):
+        if not value.strip():
+            raise ValueError(f"{value!r} is not a path; name a file or folder")
+        return Path(os.path.expanduser(value))
+    return value
+
+
+Budget = Annotated[int | None, BeforeValidator(_budget)]
+Count = Annotated[int, Field(strict=True, ge=1)]
+Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
+Location = Annotated[Path, BeforeValidator(_path)]
+
+
+class Config(BaseModel):
+    """Everything a run needs to know; frozen, and unknown names are refused with the nearest one.
+
+    Relative paths are relative to the current directory. ``None`` leaves a choice to the program:
+    budgets are then what the machine has, ``micro_batch``, ``window`` and ``threads`` what the
+    planner picks. Without ``steps`` and ``epochs`` the run is one epoch.
+
+    Raises ``ConfigError``, with one line per problem.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+    version: Literal[1] = 1
+    """Version of this format, written into saved files."""
+    model: Location
+    """Checkpoint folder to start from."""
+    data: Location
+    """Training file: ``.jsonl`` or ``.txt``."""
+    output: Location
+    """Folder for the fine-tuned checkpoint."""
+    gpu_memory: Budget = None
+    """Bytes the run may use on the GPU; accepts sizes like ``"24GiB"``."""
+    cpu_memory: Budget = None
+    """Bytes the run may use on the host; accepts sizes like ``"100 GB"``."""
+    batch_size: Count = 8
+    """Rows per optimizer step."""
+    seq_len: int = Field(default=1024, strict=True, ge=2)
+    """Tokens per row; longer rows are truncated, shorter ones padded."""
+    steps: Count | None = None
+    """Optimizer steps to run."""
+    epochs: Count | None = None
+    """Passes over the data, instead of ``steps``."""
+    lr: Number = Field(default=1e-5, ge=0)
+    """Learning rate."""
+    beta1: Number = Field(default=0.9, ge=0, lt=1)
+    """Decay of AdamW's first moment."""
+    beta2: Number = Field(default=0.999, ge=0, lt=1)
+    """Decay of AdamW's second moment."""
+    eps: Number = Field(default=1e-8, gt=0)
+    """Term added to AdamW's denominator."""
+    weight_decay: Number = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay, on matrices only."""
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
+    """Seed of the order of the data."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where forward and backward run; ``auto`` is the GPU if there is one."""
+    compute: Literal["bf16", "fp32"] = "bf16"
+    """Precision of forward and backward; master weights and moments are FP32 in both."""
+    policy: str = Field(default="earliest-deadline", min_length=1)
+    """Name of the scheduling policy."""
+    micro_batch: Count | None = None
+    """Rows per forward-backward pass; a divisor of ``batch_size``."""
+    window: int | None = Field(default=None, strict=True, ge=2)
+    """How many units' weight slots are on the GPU at once."""
+    threads: Count | None = None
+    """Threads of the CPU update."""
+    deterministic: bool = Field(default=False, strict=True)
+    """Whether the GPU uses deterministic kernels only."""
+    log_every: Count = 1
+    """Steps between two lines of progress."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
+            )
+        if self.micro_batch is not None and self.batch_size % self.micro_batch:
+            divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            raise ValueError(
+                f"micro_batch is {self.micro_batch}, which does not divide batch_size "
+                f"{self.batch_size}; use one of {', '.join(map(str, divisors))} or leave it out"
+            )
+        return self
+
+    # Defined last, so that it also sees what _agree raises.
+    @model_validator(mode="wrap")
+    @classmethod
+    def _explain(
+        cls, data: Any, handler: ModelWrapValidatorHandler[Self], info: ValidationInfo
+    ) -> Self:
+        try:
+            return handler(data)
+        except ValidationError as error:
+            sources: Mapping[str, str] = info.context or {}
+            lines = [_describe(problem, sources) for problem in error.errors()]
+            raise ConfigError("\n".join(lines)) from None
+
+
+def _describe(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+    """One line for one problem: where it was set, the value found, the limit, what to try."""
+    if not problem["loc"]:
+        return str(problem["ctx"]["error"])
+    name = str(problem["loc"][0])
+    prefix = f"{sources[name]}: " if name in sources else ""
+    kind = problem["type"]
+    if kind == "missing":
+        return f"{name} is not set; give it as {flag_name(name)} or in the YAML file"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), Config.model_fields, n=1)
+        known = ", ".join(Config.model_fields)
+        hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
+        return f"{prefix}unknown setting {name!r}; {hint}"
+    if kind == "value_error":
+        return f"{prefix}{name}: {problem['ctx']['error']}"
+    limit = re.sub(r"^(Input|String)", "it", problem["msg"])
+    field = Config.model_fields[name]
+    if field.is_required():
+        hint = "; it has no default"
+    elif field.default is None:
+        hint = "; leave it out to have it chosen"
+    else:
+        hint = f"; the default is {field.default}"
+    return f"{prefix}{name} is {problem['input']!r}: {limit}{hint}"
+
+
+def flag_name(name: str) -> str:
+    """The command-line flag of a setting: ``batch_size`` is ``--batch-size``."""
+    return "--" + name.replace("_", "-")
+
+
+def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Config:
+    """The config of a YAML file (if any) with flags put over it.
+
+    ``overrides`` maps setting names to values; ``None`` means that the flag was not given. A flag
+    for ``steps`` replaces the file's ``epochs`` and the other way round. Raises ``ConfigError``.
+    """
+    settings = {} if path is None else _read_yaml(Path(path))
+    sources = dict.fromkeys(settings, str(path))
+    given = {name: value for name, value in overrides.items() if value is not None}
+    for name, other in (("steps", "epochs"), ("epochs", "steps")):
+        if name in given:
+            settings.pop(other, None)
+    sources.update({name: flag_name(name) for name in given})
+    return Config.model_validate({**settings, **given}, context=sources)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_bytes())
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; check the path given as --config"
+        ) from None
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        problem = error.problem or error.context
+        raise ConfigError(
+            f"{path}, line {line}: not valid YAML: {problem}; write one 'name: value' per line"
+        ) from None
+    except yaml.YAMLError:
+        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
+    except ValueError as error:  # PyYAML's own dates, such as 2026-13-01
+        raise ConfigError(f"{path}: not valid YAML: {error}; put the value in quotes") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(
+            f"{path}: holds a {type(content).__name__}; write one 'name: value' per line"
+        )
+    return {str(name): value for name, value in content.items()}
+
+
+def save_config(config: Config, path: Path | str) -> None:
+    """Write every setting as YAML that ``load_config`` reads back equal; replaces the file at once.
+
+    Raises ``OSError`` if the file cannot be written.
+    """
+    path = Path(path)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
