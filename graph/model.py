@@ -150,12 +150,11 @@ def layout_unit(name: str, kind: UnitKind, groups: Sequence[ParamGroup]) -> Unit
     operands: list[OperandSpec] = []
     offset = 0
     for group in groups:
-        start = offset
+        offset = start = -(-offset // ALIGNMENT) * ALIGNMENT
         for key, shape in group.params:
             param = ParamSpec(key, shape, offset, group.decay)
             params.append(param)
             offset += param.numel
         rows = sum(shape[0] for _, shape in group.params)
         operands.append(OperandSpec(group.operand, (rows, *group.params[0][1][1:]), start))
-        offset = -(-offset // ALIGNMENT) * ALIGNMENT
     return UnitSpec(name, kind, tuple(params), tuple(operands), offset)

@@ -113,7 +113,8 @@ def lse_accumulate(
     wide = logits.float()
     if softcap is not None:
         wide = softcap * torch.tanh(wide / softcap)
-    new_max = torch.maximum(running_max, wide.amax(-1))
+    # Finite even if all logits so far are -inf, so that no difference of infinities arises.
+    new_max = torch.maximum(running_max, wide.amax(-1)).clamp_min(torch.finfo(torch.float32).min)
     chunk_sum = torch.exp(wide - new_max[:, None]).sum(-1)
     running_sum.copy_(running_sum * torch.exp(running_max - new_max) + chunk_sum)
     running_max.copy_(new_max)

@@ -6,7 +6,7 @@ all. Where it comes in chunks, one sweep of :func:`head_stats` over all of them 
 log-sum-exp, and a second, of :func:`head_grad`, makes each tile again and turns it into gradients:
 four products. Evaluation is the first sweep and :func:`head_loss` alone.
 
-The final norm is not done here: ``xn`` is its output, and ``dxn`` goes to
+The final norm is not done here: ``xn`` is its output, and ``dxn``, FP32 or not, goes to
 :func:`slideformer.kernels.rms_norm.rms_norm_backward`. Targets are already shifted. Loss and
 gradients are scaled by ``scale``, one over the number of target tokens of the whole step, which the
 caller counts on the host: nothing here waits for the device. Call under ``torch.no_grad()``.
@@ -129,10 +129,11 @@ def head_loss_and_grad(
 def head_workspace_bytes(vocab_chunk: int, tile: int, tokens: int, dtype_bytes: int) -> int:
     """Most bytes of temporaries that exist at once in this module; arguments are not temporaries.
 
-    One tile of logits in the compute dtype, and six FP32 or smaller vectors over the tokens of the
-    micro-batch: three of the sweep, the log-sum-exp, the losses and their mask.
+    One tile of logits in the compute dtype (with up to 1 MiB that PyTorch's allocator leaves unused
+    behind it), and seven vectors of at most FP32 over the tokens of the micro-batch: three of the
+    sweep, the log-sum-exp, the losses, and what computing those takes.
     """
-    return vocab_chunk * min(tile, tokens) * dtype_bytes + 6 * 4 * tokens
+    return vocab_chunk * min(tile, tokens) * dtype_bytes + 2**20 + 7 * 4 * tokens
 
 
 def _tiles(xn: Tensor, w_chunk: Tensor, tile: int) -> Iterator[tuple[slice, Tensor]]:

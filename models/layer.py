@@ -271,4 +271,6 @@ def workspace_bytes(
     # log-sum-exp and each row's product of output and gradient.
     rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
     # A boolean mask becomes an additive one of the compute dtype inside attention.
-    return tokens * (per_token + 4 * rows) + (seq_len * seq_len * dtype_bytes if windowed else 0)
+    mask = seq_len * seq_len * dtype_bytes if windowed else 0
+    # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
+    return tokens * (per_token + 4 * rows) + mask + 12 * 2**20

@@ -98,26 +98,19 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
 
 
-class Config(BaseModel):
-    """Everything a run needs to know; frozen, and unknown names are refused with the nearest one.
+class EngineConfig(BaseModel):
+    """What an engine needs to know; frozen, and unknown names are refused with the nearest one.
 
-    Relative paths are relative to the current directory. ``None`` leaves a choice to the program:
-    budgets are then what the machine has, ``micro_batch``, ``window`` and ``threads`` what the
-    planner picks. Without ``steps`` and ``epochs`` the run is one epoch.
+    ``None`` leaves a choice to the program: budgets are then what the machine has, ``micro_batch``,
+    ``window`` and ``threads`` what the planner picks.
 
     Raises ``ConfigError``, with one line per problem.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
-    version: Literal[1] = 1
-    """Version of this format, written into saved files."""
     model: Location
     """Checkpoint folder to start from."""
-    data: Location
-    """Training file: ``.jsonl`` or ``.txt``."""
-    output: Location
-    """Folder for the fine-tuned checkpoint."""
     gpu_memory: Budget = None
     """Bytes the run may use on the GPU; accepts sizes like ``"24GiB"``."""
     cpu_memory: Budget = None
@@ -126,10 +119,6 @@ class Config(BaseModel):
     """Rows per optimizer step."""
     seq_len: int = Field(default=1024, strict=True, ge=2)
     """Tokens per row; longer rows are truncated, shorter ones padded."""
-    steps: Count | None = None
-    """Optimizer steps to run."""
-    epochs: Count | None = None
-    """Passes over the data, instead of ``steps``."""
     lr: Number = Field(default=1e-5, ge=0)
     """Learning rate."""
     beta1: Number = Field(default=0.9, ge=0, lt=1)
@@ -139,9 +128,7 @@ class Config(BaseModel):
     eps: Number = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay, on matrices only."""
-    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
-    """Seed of the order of the data."""
+    """AdamW's decoupled weight decay, on all parameters."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"
@@ -156,15 +143,9 @@ class Config(BaseModel):
     """Threads of the CPU update."""
     deterministic: bool = Field(default=False, strict=True)
     """Whether the GPU uses deterministic kernels only."""
-    log_every: Count = 1
-    """Steps between two lines of progress."""
 
     @model_validator(mode="after")
-    def _agree(self) -> Self:
-        if self.steps is not None and self.epochs is not None:
-            raise ValueError(
-                f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
-            )
+    def _divides(self) -> Self:
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ValueError(
@@ -185,6 +166,37 @@ class Config(BaseModel):
             sources: Mapping[str, str] = info.context or {}
             lines = [_describe(problem, sources) for problem in error.errors()]
             raise ConfigError("\n".join(lines)) from None
+
+
+class Config(EngineConfig):
+    """Everything a fine-tuning run needs to know.
+
+    Relative paths are relative to the current directory. Without ``steps`` and ``epochs`` the run
+    is one epoch.
+    """
+
+    version: Literal[1] = 1
+    """Version of this format, written into saved files."""
+    data: Location
+    """Training file: ``.jsonl`` or ``.txt``."""
+    output: Location
+    """Folder for the fine-tuned checkpoint."""
+    steps: Count | None = None
+    """Optimizer steps to run."""
+    epochs: Count | None = None
+    """Passes over the data, instead of ``steps``."""
+    seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
+    """Seed of the order of the data."""
+    log_every: Count = 1
+    """Steps between two lines of progress."""
+
+    @model_validator(mode="after")
+    def _agree(self) -> Self:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError(
+                f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
+            )
+        return self
 
 
 def _describe(problem: ErrorDetails, sources: Mapping[str, str]) -> str:

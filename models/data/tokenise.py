@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 GROUP_CHARS = 1 << 18
 PIECE_CHARS = 1 << 15
 
-# Between a letter or digit and a space or newline every tokenizer in use starts a new token.
-_LAST_WORD_END = re.compile(r"(?s).*[^\W_](?=[ \n])")
+# Between a letter or digit and a space every tokenizer in use starts a new token.
+_LAST_WORD_END = re.compile(r"(?s).*[^\W_](?= )")
 
 T = TypeVar("T")
 

@@ -106,12 +106,14 @@ def test_a_broken_logit_shows(device: torch.device) -> None:
     assert losses.isnan().tolist() == [False, False, True, False]
 
 
-def test_masked_and_extreme_logits(device: torch.device) -> None:
+@pytest.mark.parametrize("bounds", [[], [10]], ids=["one", "two"])
+def test_masked_and_extreme_logits(bounds: list[int], device: torch.device) -> None:
+    # In two chunks, one of each row is masked as a whole: the last of row 0, the first of row 1.
     logits = torch.full((2, 70), float("-inf"), device=device)
     logits[0, 3], logits[0, 5] = 3000.0, 3000.0
     logits[1, 69] = -3000.0
     targets = torch.tensor([5, 69], device=device)
-    lse, losses = chunked(logits, targets, [])
+    lse, losses = chunked(logits, targets, bounds)
     torch.testing.assert_close(losses.cpu(), torch.tensor([2.0, 1.0]).log(), rtol=1e-4, atol=3e-4)
     softmax_grad_(logits, targets, 0, lse, 1.0)
     assert logits[0, 3].item() == pytest.approx(0.5, abs=1e-3)

@@ -70,6 +70,16 @@ def test_backward_overwrites_the_gradient(dtype: torch.dtype, device: torch.devi
     assert torch.equal(gate_up, other)
 
 
+def test_backward_stays_inside_its_tensors(device: torch.device) -> None:
+    # The rows end inside a program's piece; what follows the last row must survive.
+    tokens, width = 3, 37
+    guarded = [torch.full((size + 8,), 7.0, device=device) for size in (222, 111)]
+    gate_up, act = guarded[0][:222].view(tokens, 2 * width), guarded[1][:111].view(tokens, width)
+    swiglu_backward(sample((tokens, width), torch.float32, device), gate_up, out=act)
+    for buffer in guarded:
+        assert torch.equal(buffer[-8:].cpu(), torch.full((8,), 7.0))
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_large_gates_stay_finite(activation: Activation, device: torch.device) -> None:
     gate_up = torch.tensor([[-1e4, -200.0, 0.0, 200.0, 1e4, 2.0, 2.0, 2.0, 2.0, 2.0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -211,7 +212,7 @@ def test_gpu_bf16_is_near_fp32(bounds: list[int]) -> None:
 @pytest.mark.gpu
 def test_gpu_peak_is_within_the_formula_and_the_host_never_waits() -> None:
     tokens, hidden, vocab, tile = 4096, 1024, 128256, 1024
-    bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     xn, w = torch.randn(tokens, hidden, **bf16), torch.randn(vocab, hidden, **bf16) * 0.03
     targets = torch.randint(vocab, (tokens,), device="cuda")
     loss, dxn = torch.zeros((), device="cuda"), torch.empty_like(xn)

@@ -376,7 +376,7 @@ def large_layer(request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
     name, batch, seq = request.param
     config = make_config(name, **LARGE[name])
     cfg, unit = decoder_config(config), model_spec(config).layers[0]
-    bf16 = {"dtype": torch.bfloat16, "device": "cuda"}
+    bf16: dict[str, Any] = {"dtype": torch.bfloat16, "device": "cuda"}
     flat = torch.randn(unit.numel, **bf16).mul_(0.02)
     slot = torch.empty(unit.numel, **bf16)
     w, grads = (

@@ -27,13 +27,14 @@ def loaded(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> PreTrainedTokenizerFast:
     """The tokenizer out of its folder, alone there or beside a model's configuration."""
-    from transformers import AutoConfig, AutoTokenizer
+    from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
 
     folder: Path = tmp_path_factory.mktemp("tokenizer")
     save_byte_tokenizer(folder)
     if request.param:
         AutoConfig.for_model(request.param).save_pretrained(folder)
-    tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast)
     return tokenizer
 
 

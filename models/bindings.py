@@ -1,0 +1,238 @@
+"""What the tasks of a step do: op name → the callable that does it, over the memory it works on.
+
+Each binding is called once per task and graph with the task and views of its buffers, makes the
+typed views it needs, and returns the operation that each step then calls with its `StepContext`.
+Here are copies, the embedding and the layers; ``head_ops.py`` has the output matrix and the loss,
+``update_ops.py`` everything that changes weights.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.tasks import Task
+from slideformer.kernels.split import join_master
+from slideformer.models import layer
+from slideformer.models.attention import window_mask
+from slideformer.models.context import SaveContext, StepContext
+from slideformer.models.families import DecoderConfig
+from slideformer.models.state import UnitState
+
+Operation = Callable[[Any], object]
+Views = Mapping[str, Tensor]
+Binding = Callable[[Task, Views], Operation]
+
+
+class ModelMemory:
+    """What bindings know of a run beside their task: shapes, and where state lies."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        decoder: DecoderConfig,
+        plan: MemoryPlan,
+        states: Mapping[str, UnitState],
+    ) -> None:
+        self.spec = spec
+        self.decoder = decoder
+        self.plan = plan
+        self.states = states
+        self.dtype = torch.bfloat16 if plan.compute is Compute.BF16 else torch.float32
+
+    def boundary(self, view: Tensor) -> Tensor:
+        """A boundary [micro_rows, seq_len, hidden]."""
+        plan = self.plan
+        return view.view(self.dtype).view(plan.micro_rows, plan.seq_len, self.spec.hidden)
+
+    def tokens(self, micro: int) -> slice:
+        """Positions of a micro-batch's tokens in a step."""
+        count = self.plan.micro_tokens
+        return slice(micro * count, (micro + 1) * count)
+
+    def weights(self, views: Views, names: Sequence[str], unit: str) -> Tensor:
+        """All chunks of ``unit`` among ``names`` as one tensor in the compute dtype."""
+        return whole(views, names, f"w.{unit}.").view(self.dtype)
+
+    def accumulators(self, views: Views, names: Sequence[str], unit: str, size: int) -> Tensor:
+        """All gradient accumulators of ``unit``, of ``size`` bytes an element, as one tensor."""
+        dtype = torch.float32 if size == 4 else torch.bfloat16
+        return whole(views, names, f"acc.{unit}.").view(dtype)
+
+
+def whole(views: Views, names: Sequence[str], prefix: str) -> Tensor:
+    """The buffers whose names start with ``prefix``, which lie one after another, as one tensor."""
+    parts = [views[name] for name in names if name.startswith(prefix)]
+    position = parts[0].storage_offset()
+    for part in parts:
+        assert part.storage_offset() == position, f"{prefix}* are not adjacent"
+        position += part.numel()
+    return parts[0].as_strided((position - parts[0].storage_offset(),), (1,))
+
+
+def operands(flat: Tensor, unit: UnitSpec) -> dict[str, Tensor]:
+    """Views of a unit's operands in its flat storage."""
+    return {
+        o.name: flat[o.offset : o.offset + o.numel].view(o.shape) for o in unit.operands
+    }
+
+
+def without_grad(operation: Operation) -> Operation:
+    """Run an operation with autograd off, whatever thread it runs on."""
+
+    @functools.wraps(operation)
+    def run(context: Any) -> object:
+        with torch.no_grad():
+            return operation(context)
+
+    return run
+
+
+class StreamOps:
+    """Copies, inputs and decoder layers."""
+
+    def __init__(self, memory: ModelMemory) -> None:
+        self._memory = memory
+
+    def table(self) -> dict[str, Binding]:
+        """Op name → binding."""
+        return {
+            "copy": self.copy,
+            "stage": self.stage,
+            "gather": self.gather,
+            "upload_halves": self.upload_halves,
+            "join": self.join,
+            "fwd": self.forward,
+            "bwd": self.backward,
+            "save": self.save,
+        }
+
+    def copy(self, task: Task, views: Views) -> Operation:
+        """Copy a whole buffer, in stream order where the device has streams."""
+        source, target = views[task.reads[0]], views[task.writes[0]]
+        return lambda _: target.copy_(source, non_blocking=True)
+
+    def stage(self, task: Task, views: Views) -> Operation:
+        """Put the step's targets where the GPU can fetch them."""
+        staged = views[task.writes[0]].view(torch.int64)
+
+        def run(context: StepContext) -> None:
+            staged.copy_(context.targets)
+
+        return run
+
+    def gather(self, task: Task, views: Views) -> Operation:
+        """Look up a micro-batch's embedding rows."""
+        memory = self._memory
+        state = memory.states["embed"]
+        width = memory.spec.hidden
+        hi = state.hi[: memory.spec.vocab * width].view(-1, width)
+        lo = state.lo[: memory.spec.vocab * width].view(-1, width)
+        rows = memory.tokens(int(task.args["micro"]))
+        out = views[task.writes[0]]
+
+        def run_bf16(context: StepContext) -> None:
+            target = out.view(torch.int16).view(-1, width)
+            torch.index_select(hi, 0, context.input_ids[rows], out=target)
+
+        def run_fp32(context: StepContext) -> None:
+            ids = context.input_ids[rows]
+            join_master(hi[ids], lo[ids], out.view(torch.float32).view(-1, width))
+
+        return run_bf16 if memory.plan.compute is Compute.BF16 else run_fp32
+
+    def upload_halves(self, task: Task, views: Views) -> Operation:
+        """Bring both halves of a chunk's master up, for FP32 compute."""
+        state = self._memory.states[str(task.args["unit"])]
+        part = slice(int(task.args["begin"]), int(task.args["end"]))
+        hi, lo = views[task.writes[0]].view(torch.int16).chunk(2)
+
+        def run(_: StepContext) -> None:
+            hi.copy_(state.hi[part], non_blocking=True)
+            lo.copy_(state.lo[part], non_blocking=True)
+
+        return run
+
+    def join(self, task: Task, views: Views) -> Operation:
+        """Join the halves to FP32 weights on the GPU."""
+        hi, lo = views[task.reads[0]].view(torch.int16).chunk(2)
+        weight = views[task.writes[0]].view(torch.float32)
+        return without_grad(lambda _: join_master(hi, lo, weight))
+
+    def forward(self, task: Task, views: Views) -> Operation:
+        """One layer forward on one micro-batch."""
+        unit, weights, rope, mask = self._layer(task, views)
+        cfg = self._memory.decoder
+        x = self._memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
+        out = self._memory.boundary(views[task.writes[0]])
+        return without_grad(
+            lambda _: layer.forward(x, weights, cfg, rope, mask=mask, out=out)
+        )
+
+    def backward(self, task: Task, views: Views) -> Operation:
+        """One layer recomputed and differentiated on one micro-batch."""
+        memory = self._memory
+        unit, weights, rope, mask = self._layer(task, views)
+        cfg, accumulate = memory.decoder, int(task.args["micro"]) > 0
+        x = memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
+        dx = memory.boundary(views[_only(task.reads, "x.dx.")])
+        flat = memory.accumulators(views, task.writes, unit.name, memory.plan.layer_accumulator)
+        gradients = operands(flat, unit)
+        return without_grad(
+            lambda _: layer.backward(
+                x, dx, weights, gradients, cfg, rope, accumulate=accumulate, mask=mask
+            )
+        )
+
+    def _layer(
+        self, task: Task, views: Views
+    ) -> tuple[UnitSpec, dict[str, Tensor], tuple[Tensor, Tensor], Tensor | None]:
+        memory = self._memory
+        unit = memory.spec.unit(str(task.args["unit"]))
+        weights = operands(memory.weights(views, task.reads, unit.name), unit)
+        cos, sin = rope_views(views["rope"], memory)
+        window = memory.decoder.windows[memory.spec.layers.index(unit)]
+        mask = views.get(f"mask.{window}")
+        size = memory.plan.seq_len
+        return unit, weights, (cos, sin), None if mask is None else mask.view(torch.bool).view(size, size)
+
+    def save(self, task: Task, views: Views) -> Operation:
+        """Hand a unit to the checkpoint writer."""
+        unit = str(task.args["unit"])
+
+        def run(context: SaveContext) -> None:
+            context.writer.write_unit(unit)
+
+        return run
+
+
+def rope_views(view: Tensor, memory: ModelMemory) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, FP32 [seq_len, head_dim] each, in their buffer."""
+    tables = view.view(torch.float32).view(2, memory.plan.seq_len, memory.spec.head_dim)
+    return tables[0], tables[1]
+
+
+def fill_constants(
+    views: Views, memory: ModelMemory, rope: tuple[Tensor, Tensor]
+) -> None:
+    """Write the tables and masks that all steps share into their buffers."""
+    for target, source in zip(rope_views(views["rope"], memory), rope, strict=True):
+        target.copy_(source)
+    seq_len = memory.plan.seq_len
+    for window in memory.spec.windows:
+        if window < seq_len:
+            mask = window_mask(seq_len, window, views["rope"].device)
+            assert mask is not None
+            views[f"mask.{window}"].view(seq_len, seq_len).copy_(mask)
+
+
+def _only(names: Sequence[str], prefix: str) -> str:
+    found = [name for name in names if name.startswith(prefix)]
+    assert len(found) == 1, f"expected one buffer {prefix}* among {names}"
+    return found[0]

@@ -1,0 +1,95 @@
+"""What changes from step to step: the batch, the optimizer's settings, and where results go."""
+
+from __future__ import annotations
+
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from slideformer.kernels.adamw import AdamW
+from slideformer.models.export import HuggingFaceWriter
+
+
+@dataclass(frozen=True)
+class UsedRows:
+    """Which rows of the embedding a step uses, and where.
+
+    ``rows`` int64 [U] are the distinct token ids, ascending; the gradient of row u is the sum of the
+    boundary gradients at the positions ``order[starts[u]:starts[u + 1]]``, in that order. ``idle``
+    int64 [V − U] are all other rows.
+    """
+
+    rows: Tensor
+    starts: Tensor
+    order: Tensor
+    idle: Tensor
+
+    @classmethod
+    def of(cls, input_ids: Tensor, vocab: int, padding_idx: int | None) -> UsedRows:
+        """Sort the token ids of a step (int64 [T]); ``padding_idx`` gets no gradient from look-up."""
+        order = torch.argsort(input_ids, stable=True)
+        if padding_idx is not None:
+            order = order[input_ids[order] != padding_idx]
+        rows, counts = torch.unique_consecutive(input_ids[order], return_counts=True)
+        starts = torch.zeros(len(rows) + 1, dtype=torch.int64)
+        torch.cumsum(counts, 0, out=starts[1:])
+        used = torch.zeros(vocab, dtype=torch.bool)
+        used[rows] = True
+        return cls(rows, starts, order, (~used).nonzero().view(-1))
+
+    def within(self, start: int, stop: int) -> UsedRows:
+        """The used and idle rows in ``[start, stop)``, counted from ``start``."""
+        first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
+        idle = torch.searchsorted(self.idle, torch.tensor([start, stop])).tolist()
+        starts = self.starts[first : last + 1]
+        order = self.order[int(starts[0]) : int(starts[-1])]
+        return UsedRows(
+            self.rows[first:last] - start,
+            starts - starts[0],
+            order,
+            self.idle[idle[0] : idle[1]] - start,
+        )
+
+
+@dataclass(frozen=True)
+class StepResults:
+    """Filled by tasks while a step runs: mean loss per target token, and norm of all gradients."""
+
+    loss: Future[float] = field(default_factory=Future)
+    gradient_norm: Future[float] = field(default_factory=Future)
+
+    def fail(self, error: BaseException) -> None:
+        """Pass an error on to whoever waits for a result."""
+        for future in (self.loss, self.gradient_norm):
+            if not future.done():
+                future.set_exception(error)
+
+
+@dataclass(frozen=True)
+class StepContext:
+    """One step, or one evaluation: ``input_ids`` and ``targets`` int64 [T] on the host, −100 = ignore.
+
+    ``scale`` is one over the number of target tokens. ``used`` and ``optimizer`` are set for a
+    training step.
+    """
+
+    input_ids: Tensor
+    targets: Tensor
+    scale: float
+    results: StepResults
+    used: UsedRows | None = None
+    optimizer: AdamW | None = None
+
+    def training(self) -> tuple[UsedRows, AdamW]:
+        """What only a training step has."""
+        assert self.used is not None and self.optimizer is not None
+        return self.used, self.optimizer
+
+
+@dataclass(frozen=True)
+class SaveContext:
+    """One save: the writer that units are handed to."""
+
+    writer: HuggingFaceWriter

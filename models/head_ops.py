@@ -1,0 +1,209 @@
+"""Bindings of the final norm, the output matrix and the loss (arithmetic in ``head.py``)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from slideformer.graph.chunks import vocab_chunks
+from slideformer.graph.tasks import Task
+from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
+from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, without_grad
+from slideformer.models.context import StepContext
+from slideformer.models.gradients import store_
+from slideformer.models.head import (
+    HeadStats,
+    head_grad,
+    head_loss,
+    head_loss_and_grad,
+    head_stats,
+)
+
+
+class HeadOps:
+    """Loss and gradients, in one sweep over the output matrix or in two."""
+
+    def __init__(self, memory: ModelMemory) -> None:
+        self._memory = memory
+        self._starts = [v.start for v in vocab_chunks(memory.spec, memory.plan.vocab_chunks)]
+
+    def table(self) -> dict[str, Binding]:
+        """Op name → binding."""
+        return {
+            "loss": self.loss,
+            "evaluate_loss": self.evaluate_loss,
+            "stats": self.stats,
+            "grad": self.grad,
+            "norm_backward": self.norm_backward,
+            "report": self.report,
+        }
+
+    def loss(self, task: Task, views: Views) -> Operation:
+        """Loss of one micro-batch, gradients of the whole matrix, the norm and its input."""
+        memory = self._memory
+        parts = _Parts(task, views, memory)
+        matrix = parts.matrix()
+        gradient = parts.matrix_gradient()
+        dx = views[next(n for n in task.writes if n.startswith("x."))].view(memory.dtype)
+        dx = dx.view(-1, memory.spec.hidden)
+
+        def run(context: StepContext) -> None:
+            if parts.first:
+                parts.loss.zero_()
+            normed, rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)
+            head_loss_and_grad(
+                normed,
+                matrix,
+                parts.targets,
+                context.scale,
+                parts.loss,
+                dx,
+                gradient,
+                accumulate_dw=not parts.first,
+                tile=memory.plan.head_tile,
+            )
+            parts.finish_norm(dx, rstd, dx)
+
+        return without_grad(run)
+
+    def evaluate_loss(self, task: Task, views: Views) -> Operation:
+        """Loss of one micro-batch, nothing else."""
+        parts = _Parts(task, views, self._memory)
+        matrix = parts.matrix()
+
+        def run(context: StepContext) -> None:
+            if parts.first:
+                parts.loss.zero_()
+            stats = HeadStats.start(len(parts.x), parts.x.device)
+            normed = parts.normed()
+            head_stats(
+                normed, matrix, parts.targets, 0, stats, tile=self._memory.plan.head_tile
+            )
+            head_loss(stats, parts.targets, context.scale, parts.loss)
+
+        return without_grad(run)
+
+    def stats(self, task: Task, views: Views) -> Operation:
+        """First sweep: fold one vocabulary chunk into the softmax denominators."""
+        parts = _Parts(task, views, self._memory)
+        matrix = parts.matrix()
+        vocab = int(task.args["vocab"])
+        last = "loss" in task.writes
+        stats = HeadStats(*views[f"softmax.m{task.args['micro']}"].view(torch.float32).chunk(3))
+
+        def run(context: StepContext) -> None:
+            if vocab == 0:
+                for held, start in zip(
+                    stats, HeadStats.start(len(parts.x), parts.x.device), strict=True
+                ):
+                    held.copy_(start)
+            head_stats(
+                parts.normed(),
+                matrix,
+                parts.targets,
+                self._starts[vocab],
+                stats,
+                tile=self._memory.plan.head_tile,
+            )
+            if last:
+                if parts.first:
+                    parts.loss.zero_()
+                lse = head_loss(stats, parts.targets, context.scale, parts.loss)
+                stats.running_max.copy_(lse)  # the second sweep needs nothing else
+
+        return without_grad(run)
+
+    def grad(self, task: Task, views: Views) -> Operation:
+        """Second sweep: gradients through one vocabulary chunk."""
+        parts = _Parts(task, views, self._memory)
+        matrix, gradient = parts.matrix(), parts.matrix_gradient()
+        vocab, micro = int(task.args["vocab"]), task.args["micro"]
+        lse = views[f"softmax.m{micro}"].view(torch.float32).chunk(3)[0]
+        dxn = views[f"dxn.m{micro}"].view(torch.float32).view(len(parts.x), -1)
+        accumulate_dxn = f"dxn.m{micro}" in task.reads
+
+        def run(context: StepContext) -> None:
+            head_grad(
+                parts.normed(),
+                matrix,
+                parts.targets,
+                self._starts[vocab],
+                lse,
+                context.scale,
+                dxn,
+                gradient,
+                accumulate_dxn=accumulate_dxn,
+                accumulate_dw=not parts.first,
+                tile=self._memory.plan.head_tile,
+            )
+
+        return without_grad(run)
+
+    def norm_backward(self, task: Task, views: Views) -> Operation:
+        """After the second sweep: back through the final norm."""
+        memory = self._memory
+        parts = _Parts(task, views, memory)
+        dxn = views[f"dxn.m{task.args['micro']}"].view(torch.float32).view(len(parts.x), -1)
+        dx = views[next(n for n in task.writes if n.startswith("x."))].view(memory.dtype)
+        dx = dx.view(-1, memory.spec.hidden)
+
+        def run(_: StepContext) -> None:
+            _, rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)
+            dx.copy_(dxn)
+            parts.finish_norm(dx, rstd, dx)
+
+        return without_grad(run)
+
+    def report(self, task: Task, views: Views) -> Operation:
+        """Hand the loss, or the norm of all gradients, to whoever waits for it."""
+        if task.name == "report.loss":
+            loss = views[task.reads[0]].view(torch.float32)
+            return lambda context: context.results.loss.set_result(float(loss))
+        squares = [views[name].view(torch.float64) for name in task.reads]
+
+        def run(context: StepContext) -> None:
+            total = float(torch.cat(squares).sum())
+            context.results.gradient_norm.set_result(total**0.5)
+
+        return run
+
+
+class _Parts:
+    """The typed views that the head's tasks share."""
+
+    def __init__(self, task: Task, views: Views, memory: ModelMemory) -> None:
+        self._task, self._views, self._memory = task, views, memory
+        micro = int(task.args["micro"])
+        self.first = micro == 0
+        hidden = memory.spec.hidden
+        self.norm = memory.weights(views, task.reads, "norm")[:hidden]
+        boundary = next(n for n in task.reads if n.startswith("x.norm."))
+        self.x = views[boundary].view(memory.dtype).view(-1, hidden)
+        if "targets" in views:
+            self.targets = views["targets"].view(torch.int64)[memory.tokens(micro)]
+        if "loss" in views:
+            self.loss = views["loss"].view(torch.float32)[0]
+
+    def matrix(self) -> Tensor:
+        """Rows of the output matrix [rows, hidden]."""
+        flat = self._memory.weights(self._views, self._task.reads, self._memory.spec.head.name)
+        return flat.view(-1, self._memory.spec.hidden)
+
+    def matrix_gradient(self) -> Tensor:
+        """Accumulator of their gradient [rows, hidden]."""
+        memory = self._memory
+        size = memory.plan.head_accumulator
+        flat = memory.accumulators(self._views, self._task.writes, memory.spec.head.name, size)
+        return flat.view(-1, memory.spec.hidden)
+
+    def normed(self) -> Tensor:
+        """The norm's output, computed anew: cheaper than keeping it for the sweeps."""
+        return rms_norm(self.x, self.norm, self._memory.decoder.norm_eps)[0]
+
+    def finish_norm(self, dxn: Tensor, rstd: Tensor, dx: Tensor) -> None:
+        """Gradients of the norm's input and weight from that of its output; ``dx`` may be ``dxn``."""
+        memory = self._memory
+        _, d_weight = rms_norm_backward(dxn, self.x, self.norm, rstd, out=dx)
+        size = memory.plan.layer_accumulator
+        flat = memory.accumulators(self._views, self._task.writes, "norm", size)
+        store_(flat[: memory.spec.hidden], d_weight, accumulate=not self.first)

@@ -1,0 +1,180 @@
+"""Bindings that finish gradients and update weights."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from slideformer.graph.errors import NonFiniteError
+from slideformer.graph.model import UnitSpec
+from slideformer.graph.step_memory import CHECK_NBYTES
+from slideformer.graph.tasks import Task
+from slideformer.kernels.adamw import Segment, adamw_rows, adamw_update
+from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, without_grad
+from slideformer.models.context import StepContext
+
+
+class UpdateOps:
+    """Gradient chunks become weights; runs on ``threads`` threads of the CPU."""
+
+    def __init__(self, memory: ModelMemory, threads: int) -> None:
+        self._memory = memory
+        self._threads = threads
+
+    def table(self) -> dict[str, Binding]:
+        """Op name → binding."""
+        return {
+            "finish": self.finish,
+            "update": self.update,
+            "update_idle_rows": self.update_idle_rows,
+            "update_used_rows": self.update_used_rows,
+        }
+
+    def finish(self, task: Task, views: Views) -> Operation:
+        """Round a chunk's gradient to the dtype it travels in and append its norm."""
+        numel = int(task.args["numel"])
+        size = views[task.reads[0]].numel() // numel
+        accumulator = views[task.reads[0]].view(torch.float32 if size == 4 else torch.bfloat16)
+        gradient, norm = self._travelling(views[task.writes[0]], numel)
+
+        def run(_: StepContext) -> None:
+            gradient.copy_(accumulator)
+            torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
+
+        return without_grad(run)
+
+    def update(self, task: Task, views: Views) -> Operation:
+        """AdamW on one chunk of a unit."""
+        name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
+        state = self._memory.states[name].part(begin, end)
+        runs = decay_runs(self._memory.spec.unit(name), begin, end)
+        gradient, norm = self._travelling(views[task.reads[0]], end - begin)
+        square = views[task.writes[-1]].view(torch.float64)
+
+        def run(context: StepContext) -> None:
+            _, optimizer = context.training()
+            square[0] = _finite(float(norm)) ** 2
+            segments = [
+                Segment(start, stop, optimizer.lr, optimizer.weight_decay if decay else 0.0)
+                for start, stop, decay in runs
+            ]
+            adamw_update(
+                state.hi, state.lo, state.m, state.v, gradient, segments, optimizer, self._threads
+            )
+
+        return run
+
+    def update_idle_rows(self, task: Task, views: Views) -> Operation:
+        """AdamW on the embedding's rows in a chunk that the step does not use."""
+        memory, hidden = self._memory, self._memory.spec.hidden
+        begin, end = int(task.args["begin"]), int(task.args["end"])
+        state = memory.states["embed"].part(begin, end)
+        parked = self._travelling(views[task.reads[0]], end - begin) if memory.spec.tied else None
+        square = views[task.writes[-1]].view(torch.float64)
+        nothing = torch.empty(0, dtype=torch.int64)
+        no_rows = torch.empty(0, hidden, dtype=memory.dtype)
+
+        def run(context: StepContext) -> None:
+            used, optimizer = context.training()
+            if parked is not None:
+                _finite(float(parked[1]))
+            idle = used.within(begin // hidden, end // hidden).idle
+            square[0] = adamw_rows(
+                state.hi,
+                state.lo,
+                state.m,
+                state.v,
+                idle,
+                torch.zeros(len(idle) + 1, dtype=torch.int64),
+                nothing,
+                no_rows,
+                None if parked is None else parked[0],
+                optimizer,
+                self._threads,
+            )
+
+        return run
+
+    def update_used_rows(self, task: Task, views: Views) -> Operation:
+        """AdamW on the rows that the step uses, whose gradients are sums over their positions."""
+        memory, hidden = self._memory, self._memory.spec.hidden
+        unit = memory.spec.embed
+        first = views[next(n for n in task.reads if n.startswith("dxh."))]
+        size = memory.plan.tokens * hidden * memory.plan.compute.nbytes
+        dx = first.as_strided((size,), (1,)).view(memory.dtype).view(-1, hidden)
+        parts = self._parked_parts(task, views)
+        square = views[task.writes[-1]].view(torch.float64)
+
+        def run(context: StepContext) -> None:
+            used, optimizer = context.training()
+            total = 0.0
+            for begin, end, parked in parts:
+                state = memory.states[unit.name].part(begin, end)
+                rows = used.within(begin // hidden, end // hidden)
+                total += _finite(
+                    adamw_rows(
+                        state.hi,
+                        state.lo,
+                        state.m,
+                        state.v,
+                        rows.rows,
+                        rows.starts,
+                        rows.order,
+                        dx,
+                        parked,
+                        optimizer,
+                        self._threads,
+                    )
+                )
+            square[0] = total
+
+        return run
+
+    def _parked_parts(self, task: Task, views: Views) -> list[tuple[int, int, Tensor | None]]:
+        """Element ranges of the embedding with the output side's gradient of each, if it is tied."""
+        memory = self._memory
+        whole = memory.spec.vocab * memory.spec.hidden
+        if not memory.spec.tied:
+            return [(0, whole, None)]
+        parts: list[tuple[int, int, Tensor | None]] = []
+        begin = 0
+        for name in (n for n in task.reads if n.startswith("parked.")):
+            numel = (views[name].numel() - CHECK_NBYTES) // memory.plan.compute.nbytes
+            gradient, _ = self._travelling(views[name], numel)
+            parts.append((begin, begin + numel, gradient))
+            begin += numel
+        assert begin == whole, "the parked chunks tile the matrix"
+        return parts
+
+    def _travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+        """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
+        nbytes = numel * self._memory.plan.compute.nbytes
+        return view[:nbytes].view(self._memory.dtype), view[nbytes : nbytes + 4].view(torch.float32)[0]
+
+
+def decay_runs(unit: UnitSpec, begin: int, end: int) -> list[tuple[int, int, bool]]:
+    """Ranges of ``[begin, end)``, counted from ``begin``, and whether weight decay applies there.
+
+    Padding belongs to the range before it: it is zero, has no gradient and stays zero.
+    """
+    runs: list[tuple[int, int, bool]] = []
+    ends = [*(p.offset for p in unit.params[1:]), unit.numel]
+    for param, stop in zip(unit.params, ends, strict=True):
+        low, high = max(param.offset, begin) - begin, min(stop, end) - begin
+        if low >= high:
+            continue
+        if runs and runs[-1][2] == param.decay:
+            low = runs.pop()[0]
+        runs.append((low, high, param.decay))
+    return runs
+
+
+def _finite(value: float) -> float:
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            "the gradient is not finite; nothing of this chunk was updated. Lower the learning rate, "
+            "or look at the data of this step"
+        )
+    return value

@@ -1,0 +1,362 @@
+"""The engine: a model, its host state, its graphs, and a scheduler that runs them.
+
+    with Engine(EngineConfig(model="llama", batch_size=16)) as engine:
+        for batch in batches:
+            handle = engine.step(batch)
+        print(handle.loss())
+        engine.save("tuned")
+
+Reading a handle waits for it; not reading lets steps overlap. This module wires the folders
+together and decides nothing: placement is the planner's, order the policy's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections import deque
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from transformers import PretrainedConfig
+
+from slideformer.config import EngineConfig
+from slideformer.graph.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    DeviceError,
+    SlideFormerError,
+)
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.kernels.adamw import AdamW
+from slideformer.memory.arena import Arenas
+from slideformer.memory.layout import lay_out, places
+from slideformer.memory.limits import available_host_memory
+from slideformer.memory.planner import PlanRequest, Prediction, make_plan, plan_graphs
+from slideformer.models.bindings import ModelMemory, StreamOps, fill_constants
+from slideformer.models.checkpoint import init_random, load_weights
+from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
+from slideformer.models.data.batches import Batch
+from slideformer.models.export import HuggingFaceWriter
+from slideformer.models.families import decoder_config, read_model_config
+from slideformer.models.head import head_workspace_bytes
+from slideformer.models.head_ops import HeadOps
+from slideformer.models.layer import workspace_bytes
+from slideformer.models.rotary import rope_tables
+from slideformer.models.state import UnitState
+from slideformer.models.units import model_spec
+from slideformer.models.update_ops import UpdateOps
+from slideformer.runtime.cpu import CpuDevice
+from slideformer.runtime.cuda import CudaDevice
+from slideformer.runtime.device import Device, bind
+from slideformer.runtime.loop import SchedulerThread
+from slideformer.runtime.policies import Policy, make_policy
+from slideformer.runtime.simulated import simulate
+from slideformer.runtime.trace import Timeline, Trace
+
+logger = logging.getLogger(__name__)
+
+MAX_OPEN_STEPS = 2
+"""Steps submitted and not finished: one runs, one is ready to follow without a gap."""
+
+
+@dataclass(frozen=True)
+class StepHandle:
+    """What became of a step or an evaluation; reading a result waits for it.
+
+    Waiting raises the error that failed the run, if one did.
+    """
+
+    number: int
+    target_tokens: int
+    real_tokens: int
+    _results: StepResults
+    _done: Future[None]
+
+    def loss(self) -> float:
+        """Mean loss per target token, in nats."""
+        return self._results.loss.result()
+
+    def gradient_norm(self) -> float:
+        """Euclidean norm of all gradients; known when the step's last update is done."""
+        return self._results.gradient_norm.result()
+
+    def wait(self) -> None:
+        """Until every task of the step is done."""
+        self._done.result()
+
+
+class Engine:
+    """Fine-tunes one model; use as a context manager, or `close` it.
+
+    ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks);
+    ``policy`` replaces the one that ``config`` names.
+
+    Raises `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`, `UnsupportedModelError`
+    before anything large is allocated.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        initial: PretrainedConfig | None = None,
+        policy: Policy | None = None,
+    ) -> None:
+        self.config = config
+        self._hf_config = initial or read_model_config(config.model)
+        self.spec = model_spec(self._hf_config)
+        self._decoder = decoder_config(self._hf_config)
+        _check_length(config, self.spec.max_positions)
+        self._device = _torch_device(config)
+        self._policy = policy or make_policy(config.policy)
+        self._profile = MachineProfile()
+        self.plan = self._make_plan()
+        self._steps = 0
+        self._open: deque[Future[None]] = deque()
+        self._failed: BaseException | None = None
+        self._allocate()
+        try:
+            self._fill(initial)
+            self._start()
+        except BaseException:
+            self._arenas.close()
+            raise
+
+    # -- making ready ----------------------------------------------------------------------------
+
+    def _make_plan(self) -> MemoryPlan:
+        config = self.config
+        compute = Compute(config.compute)
+
+        def workspace(rows: int, vocab_rows: int, tile: int) -> int:
+            tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
+            layers = workspace_bytes(self._decoder, tokens, size, seq_len)
+            head = head_workspace_bytes(vocab_rows, tile, tokens, size)
+            return max(layers, head + tokens * self.spec.hidden * size)
+
+        return make_plan(
+            PlanRequest(
+                spec=self.spec,
+                rows=config.batch_size,
+                seq_len=config.seq_len,
+                compute=compute,
+                budgets=_budgets(config, self._device),
+                profile=self._profile,
+                workspace=workspace,
+                predict=self._predict,
+                micro_rows=config.micro_batch,
+                window=config.window,
+            )
+        )
+
+    def _predict(self, graph: TaskGraph) -> Prediction:
+        """The middle one of three steps, simulated under a policy of the same kind."""
+        timeline = simulate(graph, make_policy(self.config.policy), self._profile, instances=3)
+        seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
+        return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
+
+    def _allocate(self) -> None:
+        self._graphs = plan_graphs(self.spec, self.plan)
+        wanted = places(self._graphs)
+        self._arenas = Arenas(lay_out(wanted), wanted, self._device)
+        self._states = {
+            unit.name: UnitState.of(
+                unit,
+                self._arenas.place(f"hi.{unit.name}"),
+                self._arenas.place(f"state.{unit.name}"),
+            )
+            for unit in self.spec.units
+        }
+
+    def _fill(self, initial: PretrainedConfig | None) -> None:
+        masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
+        if initial is None:
+            self._stored = load_weights(self.config.model, self.spec, masters)
+        else:
+            init_random(initial, self.spec, masters, seed=0)
+            self._stored = torch.bfloat16
+
+    def _start(self) -> None:
+        config, cuda = self.config, self._device.type == "cuda"
+        if config.deterministic:
+            # cuBLAS reads its setting when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
+        memory = ModelMemory(self.spec, self._decoder, self.plan, self._states)
+        threads = config.threads or default_threads()
+        bindings = {
+            **StreamOps(memory).table(),
+            **HeadOps(memory).table(),
+            **UpdateOps(memory, threads).table(),
+        }
+        step = self._graphs[0]
+        constants = {
+            name: self._arenas.view(buffer)
+            for name, buffer in step.buffers.items()
+            if name == "rope" or name.startswith("mask.")
+        }
+        rope = rope_tables(self._hf_config, config.seq_len, self._device)
+        fill_constants(constants, memory, rope)
+        self._operations = [bind(graph, bindings, self._arenas) for graph in self._graphs]
+        device: Device = CudaDevice(self._device.index or 0) if cuda else CpuDevice()
+        self._trace = Trace()
+        self._scheduler = SchedulerThread(device, self._policy, self._profile, self._trace)
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def step(self, batch: Batch, *, lr: float | None = None) -> StepHandle:
+        """Train on a batch; returns before it is done, unless two steps are open already.
+
+        ``lr`` replaces the configured learning rate for this step. Raises `DataError` for a batch
+        without target tokens, and whatever failed an earlier step.
+        """
+        config = self.config
+        self._steps += 1
+        optimizer = AdamW(
+            lr=config.lr if lr is None else lr,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            step=self._steps,
+        )
+        ids = batch.input_ids.view(-1)
+        used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
+        return self._run(0, batch, used, optimizer)
+
+    def evaluate(self, batch: Batch) -> StepHandle:
+        """Compute the loss of a batch with the weights after all submitted steps; trains nothing."""
+        return self._run(1, batch, None, None)
+
+    def _run(
+        self, graph: int, batch: Batch, used: UsedRows | None, optimizer: AdamW | None
+    ) -> StepHandle:
+        shape = (self.config.batch_size, self.config.seq_len)
+        if tuple(batch.input_ids.shape) != shape:
+            raise DataError(
+                f"the batch is {tuple(batch.input_ids.shape)}; this engine was planned for {shape}"
+            )
+        if batch.target_tokens == 0:
+            raise DataError("the batch has no target token, so it has no loss; leave it out")
+        results = StepResults()
+        context = StepContext(
+            batch.input_ids.view(-1),
+            batch.targets.view(-1),
+            1.0 / batch.target_tokens,
+            results,
+            used,
+            optimizer,
+        )
+        done = self._submit(graph, context)
+        done.add_done_callback(lambda f: (e := f.exception()) and results.fail(e))
+        return StepHandle(self._steps, batch.target_tokens, batch.real_tokens, results, done)
+
+    def _submit(self, graph: int, context: Any) -> Future[None]:
+        while len(self._open) >= MAX_OPEN_STEPS:
+            self._wait_oldest()
+        if self._failed is not None:
+            raise self._failed
+        done = self._scheduler.submit(self._graphs[graph], self._operations[graph], context)
+        self._open.append(done)
+        return done
+
+    def _wait_oldest(self) -> None:
+        try:
+            self._open.popleft().result()
+        except SlideFormerError as error:
+            self._failed = error
+            raise
+
+    def synchronize(self) -> None:
+        """Wait until everything submitted is done; raises what failed."""
+        while self._open:
+            self._wait_oldest()
+
+    def timeline(self) -> Timeline:
+        """When each task of the last steps ran."""
+        return self._trace.timeline()
+
+    @property
+    def graph(self) -> TaskGraph:
+        """The graph of a training step."""
+        return self._graphs[0]
+
+    def save(self, output: Path | str) -> None:
+        """Write a Hugging Face checkpoint with the weights after all submitted steps.
+
+        The folder appears whole or not at all. Raises `CheckpointError`, also after a failed step:
+        weights that are part old and part new are not saved.
+        """
+        if self._failed is not None:
+            raise CheckpointError(
+                f"step {self._steps} failed, so the weights in memory are part old and part new "
+                f"and are not saved; restart from {self.config.model}"
+            )
+        masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
+        with HuggingFaceWriter(
+            self.config.model, Path(output), self.spec, masters, self._stored
+        ) as writer:
+            self._submit(2, SaveContext(writer))
+            self.synchronize()
+            writer.finish()
+
+    def close(self) -> None:
+        """Wait for what is in flight and give all memory back."""
+        self._scheduler.close()
+        self._arenas.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def default_threads() -> int:
+    """Threads of the CPU update: all cores but two, which launch and decide."""
+    return max(1, len(os.sched_getaffinity(0)) - 2)
+
+
+def _check_length(config: EngineConfig, limit: int) -> None:
+    if config.seq_len > limit:
+        raise ConfigError(
+            f"seq_len is {config.seq_len}, but the model has positions for {limit}; "
+            f"use --seq-len {limit} or less"
+        )
+
+
+def _torch_device(config: EngineConfig) -> torch.device:
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        found = "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is usable"
+        raise DeviceError(f"device is 'cuda', but {found}; use --device cpu or --device auto")
+    if config.compute == "bf16" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name()
+        raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _budgets(config: EngineConfig, device: torch.device) -> Budgets:
+    """The budgets asked for; otherwise what the machine has left."""
+    host = config.cpu_memory or available_host_memory()
+    if config.gpu_memory is not None:
+        return Budgets(config.gpu_memory, host)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return Budgets(free + torch.cuda.memory_reserved(device), host)
+    # Without a GPU its tier lies in host memory too: divide what there is.
+    return Budgets(host // 2, host - host // 2)
