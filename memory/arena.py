@@ -8,7 +8,7 @@ several times as long.
 from __future__ import annotations
 
 import mmap
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -21,9 +21,12 @@ _HUGE_PAGE = 2 << 20
 
 
 class HostArena:
-    """``nbytes`` bytes of zeroed host memory as one uint8 tensor, page-locked if ``pinned``."""
+    """``nbytes`` bytes of zeroed host memory as one uint8 tensor.
 
-    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+    With ``cuts``, ascending offsets that no copy crosses, it is page-locked.
+    """
+
+    def __init__(self, nbytes: int, cuts: Sequence[int] | None = None) -> None:
         try:
             self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -36,14 +39,15 @@ class HostArena:
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         self.tensor.zero_()  # touches every page, on all of torch's threads
         self._registered: list[int] = []
-        if pinned:
-            self._register(nbytes)
+        if cuts is not None:
+            self._register(nbytes, cuts)
 
-    def _register(self, nbytes: int) -> None:
+    def _register(self, nbytes: int, cuts: Sequence[int]) -> None:
+        """Lock the pages in pieces that end at cuts: CUDA copies only within one piece."""
         runtime = torch.cuda.cudart()
         base = self.tensor.data_ptr()
-        for offset in range(0, nbytes, _REGISTER_PIECE):
-            size = min(_REGISTER_PIECE, nbytes - offset)
+        for offset, end in _pieces(nbytes, cuts):
+            size = end - offset
             code = runtime.cudaHostRegister(base + offset, size, 0)
             if int(code) != 0:
                 self.close()
@@ -61,6 +65,18 @@ class HostArena:
         self._registered.clear()
 
 
+def _pieces(nbytes: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Tile ``[0, nbytes)`` by ranges that end at cuts and are as long as fits into 4 GiB."""
+    start, end = 0, 0
+    for cut in [*cuts, nbytes]:
+        if cut - start > _REGISTER_PIECE and end > start:
+            yield start, end
+            start = end
+        end = cut
+    if end > start:
+        yield start, end
+
+
 class Arenas:
     """The arenas of a run; resolves buffers to views. `close` unlocks pinned memory."""
 
@@ -76,7 +92,8 @@ class Arenas:
             if tier is Tier.GPU and cuda:
                 self._tensors[tier] = torch.empty(nbytes, dtype=torch.uint8, device=device)
             else:
-                arena = HostArena(nbytes, pinned=cuda and tier is Tier.PINNED)
+                starts = [layout.offsets[name] for name, (t, _) in places.items() if t is tier]
+                arena = HostArena(nbytes, sorted(starts) if cuda and tier is Tier.PINNED else None)
                 self._host.append(arena)
                 self._tensors[tier] = arena.tensor
 

@@ -12,9 +12,10 @@ import hashlib
 import json
 import logging
 import os
-from collections import Counter, deque
+import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -205,29 +206,32 @@ def _fill_masters(
     """Split all parameters, piece by piece, into the masters, and zero the padding.
 
     ``produce(param, start, count, buffer)`` returns the elements from ``start`` on, held in the
-    ``uint8 [_PIECE_BYTES]`` buffer. It runs in worker threads, one per core; the splitting, whose
-    operators use all cores themselves, stays in the calling thread.
+    ``uint8 [_PIECE_BYTES]`` buffer of the calling thread. Pieces run on one thread per core; the
+    first error cancels those that have not begun.
     """
-    workers = len(os.sched_getaffinity(0))
-    free = [torch.empty(_PIECE_BYTES, dtype=torch.uint8) for _ in range(workers + 1)]
-    running: deque[tuple[Future[Tensor], Tensor, Tensor, Tensor]] = deque()
+    local = threading.local()
 
-    def finish_oldest() -> None:
-        future, buffer, hi, lo = running.popleft()
-        split_master(future.result(), hi, lo)
-        free.append(buffer)
+    def work(param: ParamSpec, start: int, count: int, hi: Tensor, lo: Tensor) -> None:
+        if not hasattr(local, "buffer"):
+            local.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+        split_master(produce(param, start, count, local.buffer), hi, lo)
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="weights")
+    # One thread per operator in the workers: teams of threads that wait for each other at every
+    # operator, in each of them, would be many times slower. The setting is also the default of
+    # threads that begin later, so the caller's is put back.
+    operator_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(
+        len(os.sched_getaffinity(0)),
+        thread_name_prefix="weights",
+        initializer=torch.set_num_threads,
+        initargs=(1,),
+    )
     try:
-        for param, start, count, hi, lo in _pieces(spec, weights):
-            if not free:
-                finish_oldest()
-            buffer = free.pop()
-            running.append((pool.submit(produce, param, start, count, buffer), buffer, hi, lo))
-        while running:
-            finish_oldest()
+        for future in [pool.submit(work, *piece) for piece in _pieces(spec, weights)]:
+            future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(operator_threads)
     for unit in spec.units:
         _zero_padding(unit, *weights[unit.name])
 

@@ -26,8 +26,9 @@ from slideformer.kernels.split import join_master
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
 
-PIECE = 4 * 2**20
-"""Elements that are converted at a time."""
+PIECE = 2**15
+"""Elements that are converted at a time: of so few, PyTorch's operators run on the calling thread
+alone and neither take cores from the training that goes on meanwhile nor wait for them."""
 
 _COMPANIONS = (
     "generation_config.json",
@@ -186,11 +187,12 @@ class HuggingFaceWriter:
         """All values of a unit in the order of its parameters, padding left out."""
         hi, lo = self._weights[unit.name]
         for param in unit.params:
-            for begin in range(param.offset, param.offset + param.numel, PIECE):
-                end = min(begin + PIECE, param.offset + param.numel)
-                if self._dtype is torch.bfloat16:
-                    yield hi[begin:end].view(torch.bfloat16)
-                    continue
+            first, last = param.offset, param.offset + param.numel
+            if self._dtype is torch.bfloat16:
+                yield hi[first:last].view(torch.bfloat16)
+                continue
+            for begin in range(first, last, PIECE):
+                end = min(begin + PIECE, last)
                 values = torch.empty(end - begin)
                 join_master(hi[begin:end], lo[begin:end], values)
                 narrow = values.to(self._dtype)
@@ -242,7 +244,6 @@ class HuggingFaceWriter:
                 raise self._no_room(free) from error
             raise CheckpointError(f"cannot write checkpoint {self._output}: {error}") from error
         except BaseException:
-            self.abort()
             raise
 
     def _no_room(self, free: int) -> CheckpointError:

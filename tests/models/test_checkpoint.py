@@ -395,6 +395,19 @@ def test_a_failing_read_stops_the_loading(folder: Folder, monkeypatch: pytest.Mo
         load(source)
 
 
+def test_loading_leaves_the_number_of_operator_threads_alone(folder: Folder) -> None:
+    source = folder()
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        load(source)
+        assert torch.get_num_threads() == 3
+        with ThreadPoolExecutor(1) as later:
+            assert later.submit(torch.get_num_threads).result() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 # Random weights
 
 
