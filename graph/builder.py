@@ -67,9 +67,7 @@ class GraphBuilder:
     ) -> str:
         """Append a task; ``op`` defaults to the name's first part. Returns the task's name."""
         op = op or name.split(".", 1)[0]
-        task = Task(
-            name, kind, op, tuple(reads), tuple(writes), tuple(after), cost or Cost(), args
-        )
+        task = Task(name, kind, op, tuple(reads), tuple(writes), tuple(after), cost or Cost(), args)
         self._tasks[name] = self._new(self._tasks, task)
         return name
 

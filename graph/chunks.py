@@ -49,13 +49,15 @@ def vocab_chunks(spec: ModelSpec, count: int) -> tuple[VocabChunk, ...]:
 def chunk_unit(spec: ModelSpec, unit: UnitSpec, chunk_numel: int, vocab: int) -> tuple[Chunk, ...]:
     """Cut ``unit`` into nearly equal chunks of at most ``chunk_numel`` elements.
 
-    The output matrix is cut at rows, each chunk inside one of its ``vocab`` vocabulary chunks, and
-    so is the embedding; a chunk holds at least one row there.
+    Chunks begin at multiples of ``ALIGNMENT`` and are not made smaller than that. The output matrix
+    is cut at rows, each chunk inside one of its ``vocab`` vocabulary chunks, and so is the
+    embedding; a chunk holds at least one row there.
     """
     if unit.kind in (UnitKind.EMBED, UnitKind.HEAD):
         ranges = vocab_chunks(spec, vocab if unit is spec.head else 1)
         return tuple(_chunk_rows(spec.hidden, unit.name, ranges, chunk_numel))
-    pieces = -(-unit.numel // chunk_numel)
+    most = max(chunk_numel // ALIGNMENT, 1) * ALIGNMENT
+    pieces = -(-unit.numel // most)
     step = -(-unit.numel // (pieces * ALIGNMENT)) * ALIGNMENT
     return tuple(
         Chunk(unit.name, i, begin, min(begin + step, unit.numel))
@@ -67,9 +69,10 @@ def _chunk_rows(
     hidden: int, unit: str, ranges: tuple[VocabChunk, ...], chunk_numel: int
 ) -> list[Chunk]:
     chunks: list[Chunk] = []
+    most = max(chunk_numel // hidden, 1)
     for part in ranges:
         rows = part.stop - part.start
-        pieces = min(rows, -(-rows * hidden // chunk_numel))
+        pieces = -(-rows // most)
         step = -(-rows // pieces)
         for start in range(part.start, part.stop, step):
             stop = min(start + step, part.stop)

@@ -87,7 +87,8 @@ class MemoryPlan:
     of one micro-batch each; those of the first ``offloaded`` layers wait for backward in pinned
     memory. Gradients leave through ``staging_slots`` GPU slots and park in ``gradient_slots`` pinned
     slots, the i-th gradient chunk of the step in slot ``gradient_slot[i]`` (empty: each in a place of
-    its own, as in a draft).
+    its own, as in a draft). The weights and optimizer state of the ``resident`` units stay on the
+    GPU, which also updates them.
 
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
@@ -103,6 +104,7 @@ class MemoryPlan:
     chunk_numel: int
     offloaded: int
     staging_slots: int
+    resident: frozenset[str] = frozenset()
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()

@@ -7,6 +7,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     g.k                   GPU      finished gradient chunks on their way down
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
+                          (both on the GPU for a resident unit)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
     xh.U                  pinned   offloaded boundaries
 """
@@ -21,7 +22,7 @@ from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.chunks import Chunk, chunk_unit
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
-from slideformer.graph.placing import SlotPool
+from slideformer.graph.placing import SlotPool, Visit
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Cost, TaskKind
 
@@ -29,30 +30,32 @@ STATE_NBYTES = 10
 """Bytes per element beside the master's upper half: its lower half (2) and two moments (4 + 4)."""
 
 CHECK_NBYTES = 256
-"""Bytes behind each gradient chunk for its sum of squares (4 used; keeps chunks aligned)."""
+"""Bytes behind each travelling gradient chunk for its norm (4 used; keeps chunks aligned)."""
 
 
 class StepMemory:
     """Declares buffers on first use and appends copy tasks; `build` adds the slots."""
 
     def __init__(self, spec: ModelSpec, plan: MemoryPlan, name: str) -> None:
-        self._spec = spec
-        self._plan = plan
+        self.spec = spec
+        self.plan = plan
+        self.visits: list[Visit] = []
+        self.boundaries: dict[tuple[str, int], str] = {}
         self._builder = GraphBuilder(name)
         self._nbytes: dict[str, int] = {}
         self._slots: set[str] = set()
         self._places: dict[str, tuple[Tier, int]] = {}
-        self._boundaries = SlotPool("x", plan.boundary_slots)
-        self._boundary_slot: dict[str, str] = {}
+        self._pool = SlotPool("x", plan.boundary_slots)
+        self._pool_slot: dict[str, str] = {}
+        self._loaded: dict[str, list[str]] = {}
         self._staged = 0
         self._downloaded = 0
-        self.norm_parts: list[str] = []
         self.task = self._builder.task
 
     @cached_property
     def chunks(self) -> Mapping[str, tuple[Chunk, ...]]:
         """The chunks of every unit."""
-        spec, plan = self._spec, self._plan
+        spec, plan = self.spec, self.plan
         return {
             unit.name: chunk_unit(spec, unit, plan.chunk_numel, plan.vocab_chunks)
             for unit in spec.units
@@ -61,7 +64,7 @@ class StepMemory:
     @cached_property
     def boundary_nbytes(self) -> int:
         """Bytes of one micro-batch's boundary [micro_rows, seq_len, hidden]."""
-        return self._plan.micro_tokens * self._spec.hidden * self._plan.compute.nbytes
+        return self.plan.micro_tokens * self.spec.hidden * self.plan.compute.nbytes
 
     def build(self) -> TaskGraph:
         """Declare all slots and finish the graph."""
@@ -73,7 +76,7 @@ class StepMemory:
 
     def places(self) -> dict[str, tuple[Tier, int]]:
         """Tier and bytes of every slot, and of every buffer without one, used so far."""
-        for name in self._boundaries.names():
+        for name in self._pool.names():
             self._slots.add(name)
             self._places[name] = (Tier.GPU, self.boundary_nbytes)
         return dict(self._places)
@@ -111,40 +114,51 @@ class StepMemory:
 
     # -- weights and optimizer state -------------------------------------------------------------
 
+    def resident(self, unit: str) -> bool:
+        """Whether a unit's weights and optimizer state stay on the GPU."""
+        return unit in self.plan.resident
+
     def hi(self, chunk: Chunk) -> str:
         """Upper halves of a chunk's master: its BF16 weights, 2 bytes per element."""
-        return self.buffer(
-            f"hi.{chunk.unit}.{chunk.label}",
-            2 * chunk.numel,
-            Tier.PINNED,
-            Role.WEIGHT,
-            slot=f"hi.{chunk.unit}",
-            offset=2 * chunk.begin,
-            carried=True,
-        )
+        return self._owned(chunk, "hi", 2, Tier.PINNED, Role.WEIGHT)
 
     def state(self, chunk: Chunk) -> str:
         """Lower halves and moments of a chunk, 10 bytes per element."""
+        return self._owned(chunk, "state", STATE_NBYTES, Tier.CPU, Role.OPTIMIZER)
+
+    def _owned(self, chunk: Chunk, kind: str, size: int, tier: Tier, role: Role) -> str:
         return self.buffer(
-            f"state.{chunk.unit}.{chunk.label}",
-            STATE_NBYTES * chunk.numel,
-            Tier.CPU,
-            Role.OPTIMIZER,
-            slot=f"state.{chunk.unit}",
-            offset=STATE_NBYTES * chunk.begin,
+            f"{kind}.{chunk.unit}.{chunk.label}",
+            size * chunk.numel,
+            Tier.GPU if self.resident(chunk.unit) else tier,
+            role,
+            slot=f"{kind}.{chunk.unit}",
+            offset=size * chunk.begin,
             carried=True,
         )
 
-    def master(self, unit: UnitSpec) -> list[str]:
-        """Upper halves and state of all chunks of a unit."""
-        return [name for c in self.chunks[unit.name] for name in (self.hi(c), self.state(c))]
+    def weights(
+        self, key: str, chunks: Sequence[Chunk], purpose: str, *, slot: str = ""
+    ) -> list[str]:
+        """Buffers on the GPU that hold the weights of adjacent chunks.
 
-    def load_chunks(self, chunks: Sequence[Chunk], slot: str, purpose: str) -> list[str]:
-        """Bring chunks up into a slot, which starts at the first one. Returns their buffers."""
+        Resident units are used where they are. Others come up into ``slot``, or without one into
+        the slot of the window that the next of `visits` names, unless it still holds them.
+        """
+        if self.resident(chunks[0].unit):
+            return [self.hi(chunk) for chunk in chunks]
+        if slot:
+            return self._load_chunks(chunks, slot, purpose)
+        visit = self.visits.pop(0)
+        if visit.load:
+            self._loaded[key] = self._load_chunks(chunks, f"w.{visit.slot}", purpose)
+        return self._loaded[key]
+
+    def _load_chunks(self, chunks: Sequence[Chunk], slot: str, purpose: str) -> list[str]:
         return [self._load(chunk, slot, purpose, chunks[0].begin) for chunk in chunks]
 
     def _load(self, chunk: Chunk, slot: str, purpose: str, origin: int) -> str:
-        size = self._plan.compute.nbytes
+        size = self.plan.compute.nbytes
         name = f"{chunk.unit}.{purpose}.{chunk.label}"
         weight = self.buffer(
             f"w.{name}",
@@ -154,7 +168,7 @@ class StepMemory:
             slot=slot,
             offset=size * (chunk.begin - origin),
         )
-        if self._plan.compute is Compute.BF16:
+        if self.plan.compute is Compute.BF16:
             self.copy(f"h2d.{name}", TaskKind.H2D, self.hi(chunk), weight)
             return weight
         halves = self.buffer(
@@ -183,10 +197,10 @@ class StepMemory:
     @cached_property
     def constants(self) -> list[str]:
         """RoPE's cosines and sines, FP32 [2, seq_len, head_dim], and attention masks; made before step 1."""
-        seq_len = self._plan.seq_len
-        nbytes = 8 * seq_len * self._spec.head_dim
+        seq_len = self.plan.seq_len
+        nbytes = 8 * seq_len * self.spec.head_dim
         names = [self.buffer("rope", nbytes, Tier.GPU, Role.CONSTANT, carried=True)]
-        for window in self._spec.windows:
+        for window in self.spec.windows:
             if window < seq_len:
                 mask = f"mask.{window}"
                 square = seq_len * seq_len
@@ -196,16 +210,17 @@ class StepMemory:
     # -- boundaries ------------------------------------------------------------------------------
 
     def boundary(self, unit: str, m: int, suffix: str = "") -> str:
-        """A new boundary buffer on a slot of the pool; `release` gives the slot back."""
-        slot = self._boundaries.acquire()
+        """A new boundary on a slot of the pool, entered in `boundaries`; `release` gives it back."""
+        slot = self._pool.acquire()
         name = f"x.{unit}.m{m}{suffix}"
         buffer = self.buffer(name, self.boundary_nbytes, Tier.GPU, Role.ACTIVATION, slot=slot)
-        self._boundary_slot[buffer] = slot
+        self._pool_slot[buffer] = slot
+        self.boundaries[unit, m] = buffer
         return buffer
 
     def release(self, boundary: str) -> None:
         """The boundary's last access has been written down."""
-        self._boundaries.release(self._boundary_slot[boundary])
+        self._pool.release(self._pool_slot[boundary])
 
     def host_boundary(self, unit: str, m: int) -> str:
         """Place of a layer's input in pinned memory."""
@@ -225,21 +240,20 @@ class StepMemory:
         """Bring a boundary down, to wait for backward in pinned memory."""
         self.copy(f"d2h.x.{unit}.m{m}", TaskKind.D2H, boundary, self.host_boundary(unit, m))
 
-    def reload_boundary(self, unit: str, m: int) -> str:
+    def reload_boundary(self, unit: str, m: int) -> None:
         """Bring an offloaded boundary up again for backward."""
         boundary = self.boundary(unit, m, ".bwd")
         self.copy(f"h2d.x.{unit}.m{m}.bwd", TaskKind.H2D, self.host_boundary(unit, m), boundary)
-        return boundary
 
     # -- gradients -------------------------------------------------------------------------------
 
     def accumulate(self, unit: UnitSpec, slot: str) -> list[str]:
         """Gradient accumulators of a unit's chunks."""
-        return self._accumulators(self.chunks[unit.name], slot, self._plan.layer_accumulator)
+        return self._accumulators(self.chunks[unit.name], slot, self.plan.layer_accumulator)
 
     def accumulate_chunks(self, chunks: Sequence[Chunk], slot: str) -> list[str]:
         """Gradient accumulators of chunks of the output matrix."""
-        return self._accumulators(chunks, slot, self._plan.head_accumulator)
+        return self._accumulators(chunks, slot, self.plan.head_accumulator)
 
     def _accumulators(self, chunks: Sequence[Chunk], slot: str, size: int) -> list[str]:
         return [
@@ -254,49 +268,63 @@ class StepMemory:
             for chunk in chunks
         ]
 
-    def download_gradient(self, chunk: Chunk, accumulator: str, *, parked: bool) -> str:
-        """Round a finished gradient, add up its squares and bring both down. Returns the host buffer."""
+    def finish_gradient(self, chunk: Chunk, accumulator: str, target: str = "") -> str:
+        """Round a chunk's finished gradient and append its norm, into a staging slot or ``target``."""
         name = f"{chunk.unit}.{chunk.label}"
-        nbytes = self._plan.compute.nbytes * chunk.numel + CHECK_NBYTES
-        slot = f"g.{self._staged % self._plan.staging_slots}"
-        self._staged += 1
-        staged = self.buffer(f"g.{name}", nbytes, Tier.GPU, Role.GRADIENT, slot=slot)
+        if not target:
+            slot = f"g.{self._staged % self.plan.staging_slots}"
+            self._staged += 1
+            nbytes = self._travelling_nbytes(chunk)
+            target = self.buffer(f"g.{name}", nbytes, Tier.GPU, Role.GRADIENT, slot=slot)
         self.task(
             f"finish.{name}",
             TaskKind.COMPUTE,
             reads=[accumulator],
-            writes=[staged],
+            writes=[target],
             cost=Cost(nbytes=6 * chunk.numel),
             numel=chunk.numel,
         )
-        host = self.parked_gradient(chunk) if parked else self._host_gradient(name, nbytes)
-        self.copy(f"d2h.{name}", TaskKind.D2H, staged, host)
+        return target
+
+    def download_gradient(self, chunk: Chunk, accumulator: str, host: str = "") -> str:
+        """Finish a chunk's gradient and bring it down, into a parking slot or ``host``."""
+        staged = self.finish_gradient(chunk, accumulator)
+        host = host or self._host_gradient(chunk)
+        self.copy(f"d2h.{chunk.unit}.{chunk.label}", TaskKind.D2H, staged, host)
         return host
 
-    def _host_gradient(self, name: str, nbytes: int) -> str:
+    def _host_gradient(self, chunk: Chunk) -> str:
         position = self._downloaded
         self._downloaded += 1
-        slots = self._plan.gradient_slot
+        slots = self.plan.gradient_slot
         slot = f"gh.{slots[position]}" if slots else ""
-        return self.buffer(f"gh.{name}", nbytes, Tier.PINNED, Role.GRADIENT, slot=slot)
+        name, nbytes = f"gh.{chunk.unit}.{chunk.label}", self._travelling_nbytes(chunk)
+        return self.buffer(name, nbytes, Tier.PINNED, Role.GRADIENT, slot=slot)
 
     def parked_gradient(self, chunk: Chunk) -> str:
-        """The tied matrix's gradient from the output side, until the embedding's rows are known."""
-        nbytes = self._plan.compute.nbytes * chunk.numel + CHECK_NBYTES
+        """A tied matrix's gradient from the output side, until the look-up's side is known."""
+        name = f"parked.{chunk.unit}.{chunk.label}"
+        if not self.resident(chunk.unit):
+            return self.buffer(name, self._travelling_nbytes(chunk), Tier.PINNED, Role.GRADIENT)
+        size = self.plan.compute.nbytes  # chunks touch: the GPU updates them all at once
         return self.buffer(
-            f"parked.{chunk.unit}.{chunk.label}", nbytes, Tier.PINNED, Role.GRADIENT
+            name,
+            size * chunk.numel,
+            Tier.GPU,
+            Role.GRADIENT,
+            slot="parked",
+            offset=size * chunk.begin,
         )
 
-    def norm_part(self, name: str) -> str:
-        """Eight bytes for one update's sum of squared gradients (FP64)."""
-        offset = 8 * len(self.norm_parts)
-        part = self.buffer(
-            f"sq.{name}", 8, Tier.CPU, Role.RESULT, slot="squares", offset=offset
-        )
-        self.norm_parts.append(part)
-        return part
+    def _travelling_nbytes(self, chunk: Chunk) -> int:
+        return self.plan.compute.nbytes * chunk.numel + CHECK_NBYTES
 
-    # -- the loss --------------------------------------------------------------------------------
+    # -- inputs and the loss --------------------------------------------------------------------------------
+
+    @property
+    def index_nbytes(self) -> int:
+        """Bytes of the row index that updates of a resident embedding use: int64 [3·T + V + 3]."""
+        return 8 * (3 * self.plan.tokens + self.spec.vocab + 3)
 
     @cached_property
     def loss(self) -> str:
@@ -310,10 +338,10 @@ class StepMemory:
 
     def softmax_stats(self, m: int) -> str:
         """Running maximum, sum and target logit of each token, FP32 [3, micro_tokens]."""
-        nbytes = 12 * self._plan.micro_tokens
+        nbytes = 12 * self.plan.micro_tokens
         return self.buffer(f"softmax.m{m}", nbytes, Tier.GPU, Role.ACTIVATION)
 
     def norm_output_gradient(self, m: int) -> str:
         """Gradient of the final norm's output, FP32 [micro_tokens, hidden]."""
-        nbytes = 4 * self._plan.micro_tokens * self._spec.hidden
+        nbytes = 4 * self.plan.micro_tokens * self.spec.hidden
         return self.buffer(f"dxn.m{m}", nbytes, Tier.GPU, Role.ACTIVATION)

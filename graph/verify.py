@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 
@@ -86,8 +87,9 @@ def _check_tasks(graph: TaskGraph) -> Iterator[str]:
         for name in task.after:
             if name not in graph.index:
                 yield f"task {task.name}: runs after {name!r}, which does not exist"
-    if len(graph.index) != len(graph.tasks):
-        yield "two tasks have the same name"
+    for name, count in Counter(task.name for task in graph.tasks).items():
+        if count > 1:
+            yield f"task {name}: {count} tasks have this name"
 
 
 def _check_access(
@@ -104,12 +106,16 @@ def _check_access(
 def _check_contents(graph: TaskGraph) -> Iterator[str]:
     """Replay in program order: each read must find its own buffer's bytes."""
     hazards: HazardMap[int] = HazardMap()
+    overlap = False
     for buffer in graph.buffers.values():
         if buffer.carried:
             for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
                 if segment.owner is not None:
+                    overlap = True
                     yield f"buffers {segment.owner} and {buffer.name} are both carried and overlap"
                 segment.owner = buffer.name
+    if overlap:  # every read of them would be reported as well
+        return
     for task in graph.tasks:
         for name in task.reads:
             buffer = graph.buffers[name]

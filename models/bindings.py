@@ -9,12 +9,14 @@ Here are copies, the embedding and the layers; ``head_ops.py`` has the output ma
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Task
@@ -58,7 +60,8 @@ class ModelMemory:
 
     def weights(self, views: Views, names: Sequence[str], unit: str) -> Tensor:
         """All chunks of ``unit`` among ``names`` as one tensor in the compute dtype."""
-        return whole(views, names, f"w.{unit}.").view(self.dtype)
+        kind = "hi" if unit in self.plan.resident else "w"
+        return whole(views, names, f"{kind}.{unit}.").view(self.dtype)
 
     def accumulators(self, views: Views, names: Sequence[str], unit: str, size: int) -> Tensor:
         """All gradient accumulators of ``unit``, of ``size`` bytes an element, as one tensor."""
@@ -106,10 +109,12 @@ class StreamOps:
             "copy": self.copy,
             "stage": self.stage,
             "gather": self.gather,
+            "gather_on_gpu": self.gather_on_gpu,
             "upload_halves": self.upload_halves,
             "join": self.join,
             "fwd": self.forward,
             "bwd": self.backward,
+            "download_master": self.download_master,
             "save": self.save,
         }
 
@@ -119,11 +124,16 @@ class StreamOps:
         return lambda _: target.copy_(source, non_blocking=True)
 
     def stage(self, task: Task, views: Views) -> Operation:
-        """Put the step's targets where the GPU can fetch them."""
-        staged = views[task.writes[0]].view(torch.int64)
+        """Put a step's targets, and what a resident embedding needs, where the GPU can fetch them."""
+        staged = {name: views[name].view(torch.int64) for name in task.writes}
+        tokens = self._memory.plan.tokens
 
         def run(context: StepContext) -> None:
-            staged.copy_(context.targets)
+            staged["targets_host"].copy_(context.targets)
+            if "ids_host" in staged:
+                staged["ids_host"].copy_(context.input_ids)
+            if "index_host" in staged:
+                staged["index_host"].copy_(context.training()[0].packed(tokens))
 
         return run
 
@@ -146,6 +156,14 @@ class StreamOps:
             join_master(hi[ids], lo[ids], out.view(torch.float32).view(-1, width))
 
         return run_bf16 if memory.plan.compute is Compute.BF16 else run_fp32
+
+    def gather_on_gpu(self, task: Task, views: Views) -> Operation:
+        """Look up a micro-batch's rows of a resident embedding."""
+        memory = self._memory
+        matrix = memory.weights(views, task.reads, "embed").view(-1, memory.spec.hidden)
+        ids = views["ids"].view(torch.int64)[memory.tokens(int(task.args["micro"]))]
+        out = memory.boundary(views[task.writes[0]]).view(-1, memory.spec.hidden)
+        return without_grad(lambda _: torch.index_select(matrix, 0, ids, out=out))
 
     def upload_halves(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a chunk's master up, for FP32 compute."""
@@ -202,6 +220,17 @@ class StreamOps:
         size = memory.plan.seq_len
         return unit, weights, (cos, sin), None if mask is None else mask.view(torch.bool).view(size, size)
 
+    def download_master(self, task: Task, views: Views) -> Operation:
+        """Bring both halves of a resident unit's master down, to be saved."""
+        state = self._memory.states[str(task.args["unit"])]
+        hi, lo = views[task.writes[0]].view(torch.int16).chunk(2)
+
+        def run(_: SaveContext) -> None:
+            hi.copy_(state.hi, non_blocking=True)
+            lo.copy_(state.lo, non_blocking=True)
+
+        return run
+
     def save(self, task: Task, views: Views) -> Operation:
         """Hand a unit to the checkpoint writer."""
         unit = str(task.args["unit"])
@@ -230,6 +259,16 @@ def fill_constants(
             mask = window_mask(seq_len, window, views["rope"].device)
             assert mask is not None
             views[f"mask.{window}"].view(seq_len, seq_len).copy_(mask)
+
+
+def finite(value: float) -> float:
+    """``value`` if it is finite; otherwise `NonFiniteError`, which fails the step."""
+    if not math.isfinite(value):
+        raise NonFiniteError(
+            "the gradient is not finite; nothing was updated from it. Lower the learning rate, or "
+            "look at the data of this step"
+        )
+    return value
 
 
 def _only(names: Sequence[str], prefix: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,22 @@ class UsedRows:
         used[rows] = True
         return cls(rows, starts, order, (~used).nonzero().view(-1))
 
+    def packed(self, tokens: int) -> Tensor:
+        """The same as one int64 [3·T + V + 3] of fixed layout, for the GPU; see `unpack_rows`."""
+        vocab = len(self.rows) + len(self.idle)
+        index = torch.zeros(3 * tokens + vocab + 3, dtype=torch.int64)
+        packed = unpack_rows(index, tokens)
+        packed.used_count.fill_(len(self.rows))
+        packed.idle_count.fill_(len(self.idle))
+        for target, source in (
+            (packed.rows, self.rows),
+            (packed.starts, self.starts),
+            (packed.order, self.order),
+            (packed.idle, self.idle),
+        ):
+            target[: len(source)] = source
+        return index
+
     def within(self, start: int, stop: int) -> UsedRows:
         """The used and idle rows in ``[start, stop)``, counted from ``start``."""
         first, last = torch.searchsorted(self.rows, torch.tensor([start, stop])).tolist()
@@ -51,6 +68,23 @@ class UsedRows:
             order,
             self.idle[idle[0] : idle[1]] - start,
         )
+
+
+class PackedRows(NamedTuple):
+    """Views of a packed `UsedRows`; only the first ``used_count`` or ``idle_count`` rows are valid."""
+
+    used_count: Tensor
+    idle_count: Tensor
+    rows: Tensor
+    starts: Tensor
+    order: Tensor
+    idle: Tensor
+
+
+def unpack_rows(index: Tensor, tokens: int) -> PackedRows:
+    """The parts of a packed `UsedRows` for steps of ``tokens`` tokens."""
+    vocab = len(index) - 3 * tokens - 3
+    return PackedRows(*index.split([1, 1, tokens, tokens + 1, tokens, vocab]))
 
 
 @dataclass(frozen=True)

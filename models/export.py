@@ -244,6 +244,7 @@ class HuggingFaceWriter:
                 raise self._no_room(free) from error
             raise CheckpointError(f"cannot write checkpoint {self._output}: {error}") from error
         except BaseException:
+            self.abort()
             raise
 
     def _no_room(self, free: int) -> CheckpointError:

@@ -8,7 +8,14 @@ from torch import Tensor
 from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.tasks import Task
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, without_grad
+from slideformer.models.bindings import (
+    Binding,
+    ModelMemory,
+    Operation,
+    Views,
+    finite,
+    without_grad,
+)
 from slideformer.models.context import StepContext
 from slideformer.models.gradients import store_
 from slideformer.models.head import (
@@ -159,11 +166,13 @@ class HeadOps:
         if task.name == "report.loss":
             loss = views[task.reads[0]].view(torch.float32)
             return lambda context: context.results.loss.set_result(float(loss))
-        squares = [views[name].view(torch.float64) for name in task.reads]
+        squares = [views[n].view(torch.float64) for n in task.reads if n != "norms_host"]
+        norms = [views[n].view(torch.float32) for n in task.reads if n == "norms_host"]
 
         def run(context: StepContext) -> None:
-            total = float(torch.cat(squares).sum())
-            context.results.gradient_norm.set_result(total**0.5)
+            parts = [*squares, *(norm.double() ** 2 for norm in norms)]
+            total = float(torch.cat(parts).sum())
+            context.results.gradient_norm.set_result(finite(total) ** 0.5)
 
         return run
 

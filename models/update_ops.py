@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import UnitSpec
 from slideformer.graph.step_memory import CHECK_NBYTES
 from slideformer.graph.tasks import Task
 from slideformer.kernels.adamw import Segment, adamw_rows, adamw_update
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, without_grad
+from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, finite, without_grad
 from slideformer.models.context import StepContext
 
 
@@ -37,7 +34,11 @@ class UpdateOps:
         numel = int(task.args["numel"])
         size = views[task.reads[0]].numel() // numel
         accumulator = views[task.reads[0]].view(torch.float32 if size == 4 else torch.bfloat16)
-        gradient, norm = self._travelling(views[task.writes[0]], numel)
+        target = views[task.writes[0]]
+        if target.numel() == numel * self._memory.plan.compute.nbytes:  # parked on the GPU
+            parked = target.view(self._memory.dtype)
+            return without_grad(lambda _: parked.copy_(accumulator))
+        gradient, norm = self._travelling(target, numel)
 
         def run(_: StepContext) -> None:
             gradient.copy_(accumulator)
@@ -55,7 +56,7 @@ class UpdateOps:
 
         def run(context: StepContext) -> None:
             _, optimizer = context.training()
-            square[0] = _finite(float(norm)) ** 2
+            square[0] = finite(float(norm)) ** 2
             segments = [
                 Segment(start, stop, optimizer.lr, optimizer.weight_decay if decay else 0.0)
                 for start, stop, decay in runs
@@ -79,7 +80,7 @@ class UpdateOps:
         def run(context: StepContext) -> None:
             used, optimizer = context.training()
             if parked is not None:
-                _finite(float(parked[1]))
+                finite(float(parked[1]))
             idle = used.within(begin // hidden, end // hidden).idle
             square[0] = adamw_rows(
                 state.hi,
@@ -113,7 +114,7 @@ class UpdateOps:
             for begin, end, parked in parts:
                 state = memory.states[unit.name].part(begin, end)
                 rows = used.within(begin // hidden, end // hidden)
-                total += _finite(
+                total += finite(
                     adamw_rows(
                         state.hi,
                         state.lo,
@@ -169,12 +170,3 @@ def decay_runs(unit: UnitSpec, begin: int, end: int) -> list[tuple[int, int, boo
             low = runs.pop()[0]
         runs.append((low, high, param.decay))
     return runs
-
-
-def _finite(value: float) -> float:
-    if not math.isfinite(value):
-        raise NonFiniteError(
-            "the gradient is not finite; nothing of this chunk was updated. Lower the learning rate, "
-            "or look at the data of this step"
-        )
-    return value

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from slideformer.config import Config as Config
+    from slideformer.config import EngineConfig as EngineConfig
     from slideformer.config import format_size as format_size
     from slideformer.config import load_config as load_config
     from slideformer.config import parse_size as parse_size
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from slideformer.graph.builder import GraphBuilder as GraphBuilder
     from slideformer.graph.errors import SlideFormerError as SlideFormerError
     from slideformer.graph.graph import TaskGraph as TaskGraph
+    from slideformer.models.data.byte_tokenizer import save_byte_tokenizer as save_byte_tokenizer
     from slideformer.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -30,6 +32,7 @@ __version__ = "0.1.0"
 _EXPORTS = {
     "Config": "slideformer.config",
     "Engine": "slideformer.engine",
+    "EngineConfig": "slideformer.config",
     "GraphBuilder": "slideformer.graph.builder",
     "SlideFormerError": "slideformer.graph.errors",
     "TaskGraph": "slideformer.graph.graph",
@@ -37,6 +40,7 @@ _EXPORTS = {
     "format_size": "slideformer.config",
     "load_config": "slideformer.config",
     "parse_size": "slideformer.config",
+    "save_byte_tokenizer": "slideformer.models.data.byte_tokenizer",
     "save_config": "slideformer.config",
 }
 """Public name to the module that defines it; type checkers read the same names above."""

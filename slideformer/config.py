@@ -107,7 +107,9 @@ class EngineConfig(BaseModel):
     Raises ``ConfigError``, with one line per problem.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, use_attribute_docstrings=True
+    )
 
     model: Location
     """Checkpoint folder to start from."""
@@ -154,7 +156,7 @@ class EngineConfig(BaseModel):
             )
         return self
 
-    # Defined last, so that it also sees what _agree raises.
+    # Defined last, so that it also sees what _divides raises.
     @model_validator(mode="wrap")
     @classmethod
     def _explain(
@@ -164,7 +166,7 @@ class EngineConfig(BaseModel):
             return handler(data)
         except ValidationError as error:
             sources: Mapping[str, str] = info.context or {}
-            lines = [_describe(problem, sources) for problem in error.errors()]
+            lines = [_describe(cls, problem, sources) for problem in error.errors()]
             raise ConfigError("\n".join(lines)) from None
 
 
@@ -193,13 +195,14 @@ class Config(EngineConfig):
     @model_validator(mode="after")
     def _agree(self) -> Self:
         if self.steps is not None and self.epochs is not None:
-            raise ValueError(
+            # What a subclass checks is outside _explain, so this is no ValueError.
+            raise ConfigError(
                 f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
             )
         return self
 
 
-def _describe(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
+def _describe(model: type[BaseModel], problem: ErrorDetails, sources: Mapping[str, str]) -> str:
     """One line for one problem: where it was set, the value found, the limit, what to try."""
     if not problem["loc"]:
         return str(problem["ctx"]["error"])
@@ -209,14 +212,14 @@ def _describe(problem: ErrorDetails, sources: Mapping[str, str]) -> str:
     if kind == "missing":
         return f"{name} is not set; give it as {flag_name(name)} or in the YAML file"
     if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), Config.model_fields, n=1)
-        known = ", ".join(Config.model_fields)
+        near = difflib.get_close_matches(name.lower().replace("-", "_"), model.model_fields, n=1)
+        known = ", ".join(model.model_fields)
         hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
         return f"{prefix}unknown setting {name!r}; {hint}"
     if kind == "value_error":
         return f"{prefix}{name}: {problem['ctx']['error']}"
     limit = re.sub(r"^(Input|String)", "it", problem["msg"])
-    field = Config.model_fields[name]
+    field = model.model_fields[name]
     if field.is_required():
         hint = "; it has no default"
     elif field.default is None:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -96,7 +97,8 @@ class Engine:
     """Fine-tunes one model; use as a context manager, or `close` it.
 
     ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks);
-    ``policy`` replaces the one that ``config`` names.
+    ``policy`` replaces the one that ``config`` names. ``on_plan`` is called with the plan before
+    anything large is allocated; what it raises ends the construction.
 
     Raises `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`, `UnsupportedModelError`
     before anything large is allocated.
@@ -108,6 +110,7 @@ class Engine:
         *,
         initial: PretrainedConfig | None = None,
         policy: Policy | None = None,
+        on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
@@ -118,6 +121,8 @@ class Engine:
         self._policy = policy or make_policy(config.policy)
         self._profile = MachineProfile()
         self.plan = self._make_plan()
+        if on_plan is not None:
+            on_plan(self.plan)
         self._steps = 0
         self._open: deque[Future[None]] = deque()
         self._failed: BaseException | None = None

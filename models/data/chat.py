@@ -80,19 +80,17 @@ class ChatRenderer:
         continued, _ = self._run(where, [*messages[:turn], stand_in, *messages[turn + 1 :]])
         closing = closed.rpartition(_SENTINEL)[2]
         tail = continued.rpartition(_SENTINEL)[2]
-        end = len(text) - len(tail) + len(closing)
         certain = (
             _SENTINEL in closed
             and _SENTINEL in continued
             and text.endswith(tail)
             and tail.startswith(closing)
-            and end >= len(prompt)
         )
         if not certain:
             raise DataError(
                 f"{where}: the chat template does not show where messages[{turn}] ends; {_REMEDY}"
             )
-        return len(prompt), end
+        return len(prompt), len(text) - len(tail) + len(closing)
 
     def _run(
         self,

@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 GROUP_CHARS = 1 << 18
 PIECE_CHARS = 1 << 15
 
-# Between a letter or digit and a space every tokenizer in use starts a new token.
+# Between a letter or digit and a space every tokenizer in use starts a new token. Before a newline
+# most do; that serves scripts that are written without spaces.
 _LAST_WORD_END = re.compile(r"(?s).*[^\W_](?= )")
+_LAST_LINE_END = re.compile(r"(?s).+(?=\n)")
 
 T = TypeVar("T")
 
@@ -76,15 +78,17 @@ def record_chars(record: Record) -> int:
 def cut_text(blocks: Iterable[str]) -> Iterator[Piece]:
     """Cuts a text into pieces of at most ``PIECE_CHARS``; their concatenation is the text.
 
-    Cuts fall at the end of a word where there is one, so that tokenising the pieces gives the
-    tokens of the whole.
+    Cuts fall at the end of a word, or else of a line, if there is one, so that tokenising the
+    pieces gives the tokens of the whole. Elsewhere a token may be split in two.
     """
     context = text = ""
     for block in blocks:
         text += block
         while len(text) > PIECE_CHARS:
-            word_end = _LAST_WORD_END.match(text, 0, PIECE_CHARS + 1)
-            end = word_end.end() if word_end else PIECE_CHARS
+            # The search ends one character late, which is as far as it looks ahead.
+            window = (text, 0, PIECE_CHARS + 1)
+            cut = _LAST_WORD_END.match(*window) or _LAST_LINE_END.match(*window)
+            end = cut.end() if cut else PIECE_CHARS
             yield Piece(context, text[:end])
             # White space is no context: some tokenizers report a blank token as of no width.
             context = "" if text[end - 1].isspace() else text[end - 1]

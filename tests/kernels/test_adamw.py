@@ -395,12 +395,14 @@ def test_zero_padding_stays_zero(kernels: Kernels) -> None:
     assert state.same_bits(before)
 
 
-def test_a_nan_gradient_spoils_its_element_alone(kernels: Kernels) -> None:
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7F800001, 0x7FC00000])
+def test_a_nan_gradient_spoils_its_element_alone(kernels: Kernels, bits: int) -> None:
+    """Whatever the NaN's payload, which rounding to BF16 by the bits would turn into numbers."""
     n = 100
-    grad = random_gradient(n)
+    grad = random_gradient(n, torch.float32)
     clean, state = State.random(n), State.random(n)
     adamw_update(*clean, grad, whole(n, HYPER), HYPER, 1, kernels=kernels)
-    grad[40] = math.nan
+    grad[40:41] = torch.from_numpy(np.array([bits], dtype=np.uint32).view(np.float32))
     adamw_update(*state, grad, whole(n, HYPER), HYPER, 1, kernels=kernels)
     assert (state.hi[40], state.lo[40]) == (0x7FC0, 0)
     for part in (slice(0, 40), slice(41, n)):

@@ -417,6 +417,7 @@ def test_gpu_peak_is_within_the_formula(large_layer: tuple[Any, ...]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 @pytest.mark.parametrize("large_layer", SIZES[:1], indirect=True)
 def test_gpu_host_never_waits(large_layer: tuple[Any, ...]) -> None:
     x, out, dy, w, grads, cfg, rope = large_layer

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from slideformer.config import Config, format_size, load_config, parse_size, save_config
+from slideformer.config import (
+    Config,
+    EngineConfig,
+    format_size,
+    load_config,
+    parse_size,
+    save_config,
+)
 from slideformer.graph.errors import ConfigError
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "output": "o"}
@@ -101,6 +108,21 @@ def test_defaults() -> None:
     }
 
 
+def test_an_engine_needs_the_model_only_and_refuses_what_concerns_a_run() -> None:
+    config = load_config(None, REQUIRED)
+    engine = EngineConfig(model=Path("m"))
+    shared = {name: getattr(config, name) for name in EngineConfig.model_fields}
+    assert engine.model_dump() == shared
+    assert isinstance(config, EngineConfig)
+    with pytest.raises(ConfigError, match="unknown setting 'data'; the settings are model, gpu"):
+        EngineConfig(model=Path("m"), data=Path("d"))  # type: ignore[call-arg]
+
+
+def test_every_setting_is_described() -> None:
+    for name, field in Config.model_fields.items():
+        assert field.description and field.description.endswith("."), name
+
+
 def test_the_config_is_frozen() -> None:
     config = load_config(None, REQUIRED)
     with pytest.raises(ValidationError, match="frozen"):
@@ -149,7 +171,7 @@ def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | None) -> None:
-    hint = f"did you mean {nearest!r}?" if nearest else "the settings are version, model, data"
+    hint = f"did you mean {nearest!r}?" if nearest else "the settings are model, gpu_memory, cpu_memory"
     for refuse in (
         lambda: load_config(None, {**REQUIRED, name: 1}),
         lambda: Config(**{**REQUIRED, name: 1}),  # type: ignore[arg-type]

@@ -107,8 +107,14 @@ def test_template_that_renders_the_last_turn_differently() -> None:
     assert learnt(THINKING, *turns[:4]) == ["b</s>\n", "<think></think>d</s>\n"]
 
 
-def test_prompt_that_changes_once_the_answer_follows() -> None:
-    template = PLAIN.replace("<assistant>", "<assistant><think>")
+@pytest.mark.parametrize(
+    "template",
+    [
+        PLAIN.replace("<assistant>", "<assistant><think>"),
+        "{{ messages | length }}" + PLAIN,
+    ],
+)
+def test_prompt_that_changes_once_the_answer_follows(template: str) -> None:
     with pytest.raises(DataError, match=r"train\.jsonl, line 7: .*messages\[2\] differently"):
         render(template, *TWO_TURNS)
 
@@ -117,17 +123,21 @@ def test_prompt_that_changes_once_the_answer_follows() -> None:
     "template",
     [
         # The last turn alone has an end mark.
-        PLAIN.replace("'</s>\n'", "('<end>' if loop.last else '\n')"),
+        PLAIN.replace(
+            "'</s>\n'", "('<end>' if loop.last and m['role'] == 'assistant' else '</s>\n')"
+        ),
+        # What follows the words depends on them.
+        PLAIN.replace(
+            HEADER, "{{ '<' + m['role'] + '>' }}{{ (loop.previtem or m)['content'][:1] }}"
+        ),
         # The words of the assistant are not there.
         PLAIN.replace("m['content'] +", "('' if m['role'] == 'assistant' else m['content']) +"),
-        # They are there twice.
-        PLAIN + "{% for m in messages %}{{ m['content'] }}{% endfor %}",
     ],
 )
 def test_turn_whose_end_cannot_be_told(template: str) -> None:
     with pytest.raises(DataError) as caught:
         render(template, *TWO_TURNS)
-    assert str(caught.value).startswith("train.jsonl, line 7: ")
+    assert str(caught.value).startswith("train.jsonl, line 7: the chat template does not show")
     assert "{% generation %}" in str(caught.value)
 
 

@@ -1,0 +1,173 @@
+"""The part of a step's graph that turns finished gradients into weights.
+
+A chunk's gradient is rounded and its norm taken on the GPU (``finish``). For a streamed unit it then
+goes down and the CPU updates the chunk; for a resident unit the GPU does.
+
+The embedding's gradient has two sides. From the look-up, only the rows of this step's tokens have
+one, known when the first layer's backward is done; from a tied output matrix, all rows have one,
+known early and parked. AdamW works element by element, so rows without tokens (``idle``) are updated
+early and only the used ones wait for the end.
+"""
+
+from __future__ import annotations
+
+from slideformer.graph.buffers import Role, Tier
+from slideformer.graph.chunks import Chunk
+from slideformer.graph.model import UnitSpec
+from slideformer.graph.step_memory import StepMemory
+from slideformer.graph.tasks import Cost, TaskKind
+
+
+class UpdateWriter:
+    """Writes finish, download and update tasks."""
+
+    def __init__(self, memory: StepMemory) -> None:
+        self.memory = memory
+        self.spec, self.plan = memory.spec, memory.plan
+        self._squares: list[str] = []
+        self._norms: list[str] = []
+
+    def finish_unit(self, unit: UnitSpec, accumulators: list[str]) -> None:
+        """Update all chunks of a unit from their accumulators."""
+        for chunk, accumulator in zip(self.memory.chunks[unit.name], accumulators, strict=True):
+            self._finish_chunk(chunk, accumulator)
+
+    def finish_head(self, chunks: tuple[Chunk, ...], slot: str) -> None:
+        """Update chunks of the output matrix; those of a tied one wait for the look-up's side."""
+        for chunk, accumulator in zip(
+            chunks, self.memory.accumulate_chunks(chunks, slot), strict=True
+        ):
+            if not self.spec.tied:
+                self._finish_chunk(chunk, accumulator)
+                continue
+            parked = self.memory.parked_gradient(chunk)
+            if self.memory.resident(chunk.unit):
+                self.memory.finish_gradient(chunk, accumulator, parked)
+            else:
+                self.memory.download_gradient(chunk, accumulator, parked)
+                self._idle_rows([chunk], chunk.label)
+
+    def _finish_chunk(self, chunk: Chunk, accumulator: str) -> None:
+        memory = self.memory
+        name = f"{chunk.unit}.{chunk.label}"
+        owned = [memory.hi(chunk), memory.state(chunk)]
+        if memory.resident(chunk.unit):
+            gradient = memory.finish_gradient(chunk, accumulator)
+            kind, op, square = TaskKind.COMPUTE, "update_on_gpu", self._norm(name)
+            cost = Cost(nbytes=26 * chunk.numel)
+        else:
+            gradient = memory.download_gradient(chunk, accumulator)
+            kind, op, square = TaskKind.CPU_UPDATE, "update", self._square(name)
+            cost = Cost(params=chunk.numel)
+        memory.task(
+            f"update.{name}",
+            kind,
+            op=op,
+            reads=[gradient, *owned],
+            writes=[*owned, square],
+            cost=cost,
+            unit=chunk.unit,
+            begin=chunk.begin,
+            end=chunk.end,
+        )
+
+    # -- the embedding ---------------------------------------------------------------------------
+
+    def early_rows(self) -> None:
+        """Update the idle rows, unless their gradients' arrival on the host has done so."""
+        chunks = self.memory.chunks["embed"]
+        if self.memory.resident("embed"):
+            self._idle_rows(list(chunks), "idle")
+        elif not self.spec.tied:
+            for chunk in chunks:
+                self._idle_rows([chunk], chunk.label)
+
+    def _idle_rows(self, chunks: list[Chunk], label: str) -> None:
+        gradients = [self.memory.parked_gradient(c) for c in chunks] if self.spec.tied else []
+        begin, end = chunks[0].begin, chunks[-1].end
+        params = end - begin
+        self._rows(label, "update_idle_rows", chunks, gradients, params=params, begin=begin, end=end)
+
+    def late_rows(self, first: str) -> None:
+        """Add the look-up's gradient up row by row and update the used rows."""
+        memory = self.memory
+        gradients = [memory.boundaries["dx", m] for m in range(self.plan.micro_batches)]
+        if not memory.resident("embed"):
+            for m, dx in enumerate(gradients):
+                gradients[m] = memory.host_boundary_gradient(first, m)
+                memory.copy(f"d2h.dx.m{m}", TaskKind.D2H, dx, gradients[m])
+        chunks = memory.chunks["embed"]
+        if self.spec.tied:
+            gradients += [memory.parked_gradient(c) for c in chunks]
+        used = min(self.plan.tokens, self.spec.vocab) * self.spec.hidden
+        self._rows("rows", "update_used_rows", list(chunks), gradients, params=used)
+        for m in range(self.plan.micro_batches):
+            memory.release(memory.boundaries["dx", m])
+
+    def _rows(
+        self,
+        label: str,
+        op: str,
+        chunks: list[Chunk],
+        gradients: list[str],
+        *,
+        params: int,
+        **args: int,
+    ) -> None:
+        """An update of some rows of the embedding, by the processor in whose memory they live."""
+        memory = self.memory
+        owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
+        resident = memory.resident("embed")
+        result = (self._norm if resident else self._square)(f"embed.{label}")
+        memory.task(
+            f"update.embed.{label}",
+            TaskKind.COMPUTE if resident else TaskKind.CPU_UPDATE,
+            op=f"{op}_on_gpu" if resident else op,
+            reads=[*gradients, *owned, *(["index"] if resident else [])],
+            writes=[*owned, result],
+            cost=Cost(nbytes=26 * params) if resident else Cost(params=params),
+            **args,
+        )
+
+    # -- the norm of all gradients ---------------------------------------------------------------
+
+    def _square(self, name: str) -> str:
+        """Eight bytes for one CPU update's sum of squared gradients (FP64)."""
+        self._squares.append(f"square.{name}")
+        return self.memory.buffer(
+            f"square.{name}",
+            8,
+            Tier.CPU,
+            Role.RESULT,
+            slot="squares",
+            offset=8 * (len(self._squares) - 1),
+        )
+
+    def _norm(self, name: str) -> str:
+        """Four bytes for the norm of one chunk's gradient that stays on the GPU (FP32)."""
+        self._norms.append(f"norm.{name}")
+        return self.memory.buffer(
+            f"norm.{name}",
+            4,
+            Tier.GPU,
+            Role.RESULT,
+            slot="norms",
+            offset=4 * (len(self._norms) - 1),
+        )
+
+    def report_norm(self) -> None:
+        """Add up the squared gradients of all chunks."""
+        memory, reads = self.memory, list(self._squares)
+        if self._norms:
+            nbytes = 4 * len(self._norms)
+            host = memory.buffer("norms_host", nbytes, Tier.PINNED, Role.RESULT)
+            memory.task(
+                "d2h.norms",
+                TaskKind.D2H,
+                op="download_norms",
+                reads=self._norms,
+                writes=[host],
+                cost=Cost(nbytes=nbytes),
+            )
+            reads.append(host)
+        memory.task("report.norm", TaskKind.CPU, reads=reads)

@@ -1,0 +1,314 @@
+"""The trainer: from a config to a fine-tuned checkpoint.
+
+    result = Trainer(load_config("run.yaml", {})).train()
+
+Draws batches one ahead, keeps the engine's steps overlapped by reading each result one step late,
+and saves at the end: weights, the merged config and the metrics of every step. Whatever can be
+refused is refused before memory is allocated. How progress is shown is the caller's matter.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Protocol, Self
+
+from transformers import AutoTokenizer
+
+from slideformer.config import Config, save_config
+from slideformer.engine import Engine, StepHandle
+from slideformer.graph.errors import CheckpointError
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import MemoryPlan
+from slideformer.models.data.batches import Batch, BatchStream
+from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.data.reading import is_plain_text
+from slideformer.models.export import check_output
+from slideformer.models.families import read_model_config
+from slideformer.models.units import model_spec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+logger = logging.getLogger(__name__)
+
+CONFIG_FILE = "slideformer.yaml"
+"""The merged config, within the output folder."""
+
+METRICS_FILE = "metrics.jsonl"
+"""One `StepMetrics` a line, within the output folder."""
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """What is known before memory is allocated; ``steps`` is how many are to come."""
+
+    config: Config
+    spec: ModelSpec
+    plan: MemoryPlan
+    steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One finished step.
+
+    ``step`` counts from 1, ``loss`` is the mean per target token in nats, ``tokens`` are real ones
+    (no padding), ``seconds`` is the time since the step before was done.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a run did.
+
+    ``loss`` is that of the last step; ``tokens_per_second`` counts real tokens and leaves the first
+    step out if there are others. ``interrupted``: Ctrl-C ended the run early.
+    """
+
+    steps: int
+    loss: float
+    tokens_per_second: float
+    output: Path
+    interrupted: bool
+
+
+class Progress(Protocol):
+    """What a trainer reports to; called in the thread of `Trainer.train`, so it should be quick."""
+
+    def start(self, run: RunStart) -> None:
+        """The run is planned, and nothing large is allocated yet."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def finish(self) -> None:
+        """The last step is done, or the run has failed."""
+
+
+class Trainer:
+    """Fine-tunes the model of ``config`` on its data and saves it to its output folder."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+
+    def train(self, progress: Progress | None = None) -> TrainingResult:
+        """Run all steps and save.
+
+        In the main thread, Ctrl-C finishes the steps in flight, saves, and returns a result that
+        says so; a second one raises `KeyboardInterrupt` at once and saves nothing.
+
+        Raises:
+            SlideFormerError: any of the tree but `GraphError`; nothing is saved then. Before memory
+                is allocated: output, model, data, settings or budgets cannot work. Later:
+                `TaskError` or `NonFiniteError` from a step, `CheckpointError` from saving.
+            KeyboardInterrupt: see above, or Ctrl-C before the first step.
+        """
+        config = self.config
+        check_output(config.output)
+        spec = model_spec(read_model_config(config.model))
+        is_plain_text(config.data)  # finds a missing file before the model is planned
+        run = _Run(config, spec, load_tokenizer(config.model), progress)
+        try:
+            engine = Engine(config, on_plan=run.prepare)
+            with _Interrupt(config.output) as interrupt:
+                try:
+                    run.train(engine, interrupt)
+                    engine.save(config.output)
+                finally:
+                    if not interrupt.forced:  # to close is to wait for what is in flight
+                        engine.close()
+        finally:
+            if progress is not None:
+                progress.finish()
+        _save_records(config, run.metrics)
+        return run.result()
+
+
+class _Run:
+    """The loop over the steps, and what they gave."""
+
+    def __init__(
+        self,
+        config: Config,
+        spec: ModelSpec,
+        tokenizer: PreTrainedTokenizerFast,
+        progress: Progress | None,
+    ) -> None:
+        self.metrics: list[StepMetrics] = []
+        self._config = config
+        self._spec = spec
+        self._tokenizer = tokenizer
+        self._progress = progress
+        self._interrupted = False
+        self._done_at = 0.0
+
+    def prepare(self, plan: MemoryPlan) -> None:
+        """Read the data, the last thing that can be refused, and report the plan."""
+        config = self._config
+        dataset = TokenDataset.from_file(config.data, self._tokenizer, config.seq_len)
+        dataset.check_vocabulary(self._spec.vocab)
+        epochs = None if config.steps else config.epochs or 1
+        self._stream = BatchStream(dataset, config.batch_size, config.seed, epochs)
+        if self._progress is not None:
+            steps = config.steps or self._stream.steps or 0
+            self._progress.start(RunStart(config, self._spec, plan, steps))
+
+    def train(self, engine: Engine, interrupt: _Interrupt) -> None:
+        """Run steps until there are enough, the data ends, or the user asks to stop."""
+        self._done_at = time.perf_counter()
+        unread: StepHandle | None = None
+        steps = 0
+        for batch in _drawn_ahead(self._stream):
+            if steps == self._config.steps:
+                break
+            if interrupt.asked:
+                self._interrupted = True
+                break
+            if batch.target_tokens == 0:
+                logger.warning("skipped a batch of %d rows without a target token", batch.rows)
+                continue
+            handle = engine.step(batch)
+            steps += 1
+            if unread is not None:
+                self._read(unread)
+            unread = handle
+        if unread is None:  # there is a target in the data, so only Ctrl-C can be the reason
+            raise KeyboardInterrupt
+        self._read(unread)
+
+    def _read(self, handle: StepHandle) -> None:
+        loss, norm = handle.loss(), handle.gradient_norm()
+        now = time.perf_counter()
+        metrics = StepMetrics(
+            step=handle.number,
+            loss=loss,
+            gradient_norm=norm,
+            lr=self._config.lr,
+            tokens=handle.real_tokens,
+            seconds=now - self._done_at,
+        )
+        self._done_at = now
+        self.metrics.append(metrics)
+        if self._progress is not None:
+            self._progress.step(metrics)
+
+    def result(self) -> TrainingResult:
+        """The summary of a run of at least one step."""
+        timed = self.metrics[1:] or self.metrics
+        return TrainingResult(
+            steps=len(self.metrics),
+            loss=self.metrics[-1].loss,
+            tokens_per_second=sum(m.tokens for m in timed) / sum(m.seconds for m in timed),
+            output=self._config.output,
+            interrupted=self._interrupted,
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a model folder; code that a folder ships is never run.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    # Asked without files, some tokenizer classes give one of an empty vocabulary.
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise CheckpointError(
+            f"model folder {folder} has no tokenizer (tokenizer.json): copy the tokenizer's files "
+            "of the same model there"
+        )
+    try:
+        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    # The tokenizer classes raise errors of many types, for a damaged file plain `Exception`.
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise CheckpointError(
+            f"the tokenizer in {folder} cannot be read ({reason}): download it again"
+        ) from error
+    return tokenizer
+
+
+def _drawn_ahead(stream: BatchStream) -> Iterator[Batch]:
+    """The batches of a stream, the next one drawn in a thread while the caller works on one."""
+    with ThreadPoolExecutor(1, thread_name_prefix="slideformer-batches") as pool:
+        following: Future[Batch | None] = pool.submit(next, stream, None)
+        while (batch := following.result()) is not None:
+            following = pool.submit(next, stream, None)
+            yield batch
+
+
+def _save_records(config: Config, metrics: list[StepMetrics]) -> None:
+    """Write config and metrics into the output folder, each file aside and then in its place."""
+    path = config.output / METRICS_FILE
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        save_config(config, config.output / CONFIG_FILE)
+        aside.write_text("".join(json.dumps(asdict(m)) + "\n" for m in metrics), encoding="utf-8")
+        aside.replace(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint in {config.output} is complete, but {CONFIG_FILE} and {METRICS_FILE} "
+            f"could not be written beside it: {error.strerror or error}"
+        ) from error
+
+
+class _Interrupt:
+    """Ctrl-C inside a ``with`` block: the first sets ``asked``, the second raises.
+
+    Python handles signals in its main thread only; in another one this does nothing.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self.asked = False
+        self.forced = False
+        self._output = output
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def __enter__(self) -> Self:
+        if self._main:
+            self._before = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            self.forced = True
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not from here: this thread may be in the middle of writing to the same stream.
+        threading.Thread(target=self._announce).start()
+
+    def _announce(self) -> None:
+        logger.warning(
+            "Ctrl-C: finishing the steps in flight, then saving to %s; a second one leaves at once "
+            "and saves nothing",
+            self._output,
+        )

@@ -1,0 +1,67 @@
+"""Durations from costs, and the sizes that follow from a plan."""
+
+from __future__ import annotations
+
+import pytest
+
+from slideformer.graph.plan import Compute, MachineProfile, forward_flops
+from slideformer.graph.tasks import Cost, Task, TaskKind
+from tests.support.specs import small_plan, small_spec
+
+PROFILE = MachineProfile(
+    h2d=1e9, d2h=2e9, flops=1e12, update=1e8, nvme_read=1e6, nvme_write=2e6, launch=0.5
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cost", "seconds"),
+    [
+        (TaskKind.H2D, Cost(nbytes=3_000_000_000), 3.5),
+        (TaskKind.D2H, Cost(nbytes=3_000_000_000), 2.0),
+        (TaskKind.COMPUTE, Cost(flops=2_000_000_000_000), 2.5),
+        (TaskKind.CPU_UPDATE, Cost(params=100_000_000), 1.5),
+        (TaskKind.NVME_READ, Cost(nbytes=1_000_000), 1.5),
+        (TaskKind.SAVE, Cost(nbytes=1_000_000), 1.0),
+        (TaskKind.COMPUTE, Cost(), 0.5),
+        (TaskKind.COMPUTE, Cost(flops=10**15, seconds=0.25), 0.25),
+    ],
+)
+def test_seconds_of_a_task(kind: TaskKind, cost: Cost, seconds: float) -> None:
+    assert PROFILE.seconds(Task("a.x", kind, "a", cost=cost)) == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("kind", TaskKind)
+def test_every_kind_has_a_rate(kind: TaskKind) -> None:
+    short, long = (Task("a.x", kind, "a", cost=Cost(nbytes=n)) for n in (1 << 20, 1 << 30))
+    profile = MachineProfile()
+    assert profile.launch < profile.seconds(short) < profile.seconds(long)
+
+
+def test_sizes_of_a_step() -> None:
+    plan = small_plan(rows=6, micro_rows=2, seq_len=8)
+    assert (plan.micro_batches, plan.micro_tokens, plan.tokens) == (3, 16, 48)
+
+
+def test_sums_of_several_contributions_are_kept_in_fp32() -> None:
+    one = small_plan(rows=2, micro_rows=2)
+    assert (one.layer_accumulator, one.head_accumulator) == (2, 2)
+    tiled = small_plan(rows=2, micro_rows=2, head_tile=15)
+    assert (tiled.layer_accumulator, tiled.head_accumulator) == (2, 4)
+    several = small_plan(rows=4, micro_rows=2)
+    assert (several.layer_accumulator, several.head_accumulator) == (4, 4)
+    fp32 = small_plan(compute=Compute.FP32, rows=2, micro_rows=2)
+    assert (fp32.layer_accumulator, fp32.head_accumulator) == (4, 4)
+
+
+def test_a_draft_forgets_slots_and_nothing_else() -> None:
+    plan = small_plan(boundary_slots=5, gradient_slots=2, gradient_slot=(0, 1, 0), offloaded=2)
+    assert plan.draft() == small_plan(offloaded=2)
+
+
+def test_forward_flops_of_a_layer() -> None:
+    spec = small_spec(hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=3)
+    weights = 4 * (4 + 2 + 2) + 4 * 4 + 2 * 8 * 4 + 4 * 8
+    layer = spec.layers[0]
+    assert layer.matrix_numel == weights
+    # Scores and their product with the values: each 2·S²·H·D, half of it under the causal mask.
+    assert forward_flops(spec, layer, rows=3, seq_len=5) == 3 * (2 * weights * 5 + 2 * 25 * 2 * 2)

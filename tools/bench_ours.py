@@ -1,0 +1,142 @@
+"""The engine as a contestant of the benchmark: runs in a process of its own.
+
+Measures speed in the steady state: the next step is always submitted before the one before is done.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from typing import Any
+
+import numpy as np
+import torch
+
+from slideformer.config import EngineConfig
+from slideformer.engine import Engine
+from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.plan import MemoryPlan
+from slideformer.measure import array_batches, random_batches, shape_config
+from slideformer.tools.baseline import memory
+
+
+class Ours:
+    """One engine on one shape; answers the requests of a benchmark."""
+
+    def __init__(self) -> None:
+        self._engine: Engine | None = None
+        self._step_ends: list[float] = []
+
+    def hello(self, device: str, gpu_cap: int | None = None) -> dict[str, Any]:
+        """What the machine is; ``gpu_cap`` bounds this process's reserved GPU memory, in bytes."""
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            torch.cuda.init()
+            properties = torch.cuda.get_device_properties(0)
+            if gpu_cap is not None:
+                fraction = min(1.0, gpu_cap / properties.total_memory)
+                torch.cuda.set_per_process_memory_fraction(fraction)
+            torch.cuda.reset_peak_memory_stats()
+        return memory(self._device)
+
+    def build(self, shape: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+        """Make the engine, with random weights unless ``shape`` is None; returns its plan."""
+        started = time.perf_counter()
+        initial = shape_config(shape) if shape is not None else None
+        config = EngineConfig(**{"model": "random", **settings, "device": self._device.type})
+        self._engine = engine = Engine(config, initial=initial)
+        spec = engine.spec
+        self._batches = random_batches(spec.vocab, config.batch_size, config.seq_len, 4)
+        return {
+            "build_seconds": time.perf_counter() - started,
+            "parameters": spec.param_count,
+            "layers": len(spec.layers),
+            "hidden": spec.hidden,
+            "plan": plan_facts(engine.plan),
+            "traffic": traffic(engine.graph),
+        }
+
+    def run(self, steps: int, warmup: int) -> dict[str, Any]:
+        """Seconds per step over ``steps`` steps after ``warmup`` steps, and the memory they took.
+
+        One step more follows, which is not counted: the last counted step shares the machine with
+        the one after it, as all others do.
+        """
+        assert self._engine is not None
+        ends = [time.perf_counter()]
+        previous = None
+        for number in range(warmup + steps + 1):
+            handle = self._engine.step(self._batches[number % len(self._batches)])
+            if previous is not None:
+                previous.wait()
+                ends.append(time.perf_counter())
+            previous = handle
+        self._engine.synchronize()
+        self._step_ends = ends[warmup:]
+        seconds = (ends[-1] - ends[warmup]) / max(steps, 1)
+        return {
+            "step_seconds": seconds,
+            "each": [b - a for a, b in zip(self._step_ends, self._step_ends[1:], strict=False)],
+            **memory(self._device),
+        }
+
+    def losses(self, tokens: str, lr: float) -> list[float]:
+        """Train once on each batch of a .npy file int64 [steps, B, S]; the loss of each."""
+        assert self._engine is not None
+        handles = [self._engine.step(b, lr=lr) for b in array_batches(np.load(tokens))]
+        return [handle.loss() for handle in handles]
+
+    def trace(self) -> dict[str, Any]:
+        """Spans of the last steps, and what is known of the tasks of a step."""
+        assert self._engine is not None
+        graph = self._engine.graph
+        return {
+            "spans": [
+                [s.task, s.instance, str(s.lane), s.started, s.stopped]
+                for s in self._engine.timeline().spans
+            ],
+            "tasks": {
+                task.name: {
+                    "lane": str(task.lane),
+                    "nbytes": task.cost.nbytes,
+                    "flops": task.cost.flops,
+                    "after": [graph.tasks[i].name for i in before],
+                }
+                for task, before in zip(graph.tasks, graph.edges.predecessors, strict=True)
+            },
+        }
+
+    def release(self) -> None:
+        """Give the engine's memory back; `build` makes another one."""
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
+    """The plan's plain numbers, and its predicted peaks in bytes."""
+    facts = {
+        field.name: value
+        for field in dataclasses.fields(plan)
+        if isinstance(value := getattr(plan, field.name), int | float | str)
+    }
+    return {
+        **facts,
+        "gpu_peak": plan.peaks[Tier.GPU],
+        "host_peak": sum(size for tier, size in plan.peaks.items() if tier in HOST_TIERS),
+    }
+
+
+def traffic(graph: TaskGraph) -> dict[str, dict[str, float]]:
+    """Tasks, bytes, FLOPs and updated parameters of a step, per lane."""
+    found: dict[str, dict[str, float]] = {}
+    for task in graph.tasks:
+        lane = found.setdefault(str(task.lane), {"tasks": 0, "nbytes": 0, "flops": 0, "params": 0})
+        lane["tasks"] += 1
+        lane["nbytes"] += task.cost.nbytes
+        lane["flops"] += task.cost.flops
+        lane["params"] += task.cost.params
+    return found

@@ -1,0 +1,99 @@
+"""How the command line speaks: logs and errors on stderr, exit codes, no traceback unless asked.
+
+Data goes to stdout and is written by the commands themselves.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+
+from slideformer.graph.errors import ConfigError, SlideFormerError
+
+INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+
+
+def stderr_console() -> Console:
+    """A console on what is stderr now."""
+    return Console(stderr=True, highlight=False)
+
+
+def set_up_logging(console: Console, *, debug: bool = False) -> None:
+    """Send this package's log to the console: above a progress bar, or as plain lines to a file."""
+    package = logging.getLogger("slideformer")
+    for handler in package.handlers[:]:
+        package.removeHandler(handler)
+    if console.is_terminal:
+        package.addHandler(
+            RichHandler(console=console, show_time=False, show_path=False, show_level=False)
+        )
+    else:
+        package.addHandler(logging.StreamHandler(console.file))
+    package.handlers[0].setFormatter(_Formatter())
+    package.setLevel(logging.DEBUG if debug else logging.INFO)
+    package.propagate = False
+
+
+class _Formatter(logging.Formatter):
+    """The message alone, behind its level where that is a warning or worse."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        message = super().format(record)
+        if record.levelno < logging.WARNING:
+            return message
+        return f"{record.levelname.lower()}: {message}"
+
+
+@contextmanager
+def reporting_errors(*, debug: bool = False) -> Iterator[None]:
+    """Turn whatever goes wrong into one clear message and an exit code, or a traceback in debug.
+
+    A user's error leaves with code 1, one ``error: …`` line each; so does an error of ours. Ctrl-C
+    leaves with 130 and at once: threads in the middle of something are not waited for. Errors of
+    the command line's own parser pass.
+    """
+    try:
+        yield
+    except SlideFormerError as error:
+        if debug:
+            traceback.print_exc()
+        for line in _lines(error):
+            print(f"error: {line}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        if debug:
+            traceback.print_exc()
+        print("error: interrupted", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has left
+        raise
+    except Exception as error:
+        if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
+            raise  # click's own: they carry their exit code
+        if debug:
+            traceback.print_exc()
+        reason = " ".join(str(error).split())
+        print(
+            f"error: unexpected {type(error).__name__}: {reason} (this is a bug; "
+            "`slideformer --debug …` shows where it happened)",
+            file=sys.stderr,
+        )
+        raise typer.Exit(1) from None
+
+
+def _lines(error: SlideFormerError) -> list[str]:
+    """One line, or for settings one per problem."""
+    if isinstance(error, ConfigError):
+        return str(error).splitlines()
+    return [" ".join(str(error).split())]
