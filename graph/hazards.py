@@ -9,11 +9,16 @@ another without a barrier.
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+
+_start = attrgetter("start")
+_stop = attrgetter("stop")
 
 
 @dataclass(slots=True)
@@ -49,20 +54,20 @@ class HazardMap(Generic[T]):
             return [fresh]
         if len(segments) == 1 and segments[0].start == start and segments[0].stop == stop:
             return segments[:]
-        kept: list[Segment[T]] = []
+        first = bisect_right(segments, start, key=_stop)
+        last = bisect_left(segments, stop, lo=first, key=_start)
+        before: list[Segment[T]] = []
         inside: list[Segment[T]] = []
+        after: list[Segment[T]] = []
         cursor = start
-        for segment in segments:
-            if segment.stop <= start or segment.start >= stop:
-                kept.append(segment)
-                continue
+        for segment in segments[first:last]:
             if segment.start > cursor:
                 inside.append(Segment(cursor, segment.start, None, [], None))
             low, high = max(segment.start, start), min(segment.stop, stop)
             if segment.start < low:
-                kept.append(segment._part(segment.start, low))
+                before.append(segment._part(segment.start, low))
             if segment.stop > high:
-                kept.append(segment._part(high, segment.stop))
+                after.append(segment._part(high, segment.stop))
             if segment.start == low and segment.stop == high:
                 inside.append(segment)
             else:
@@ -70,7 +75,7 @@ class HazardMap(Generic[T]):
             cursor = high
         if cursor < stop:
             inside.append(Segment(cursor, stop, None, [], None))
-        self._places[place] = sorted([*kept, *inside], key=lambda s: s.start)
+        segments[first:last] = [*before, *inside, *after]
         return inside
 
     def segments(self) -> Iterator[tuple[str, Segment[T]]]:

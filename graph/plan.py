@@ -43,8 +43,8 @@ class MachineProfile:
     name: str = "generic"
     h2d: float = 50e9
     d2h: float = 50e9
-    flops: float = 500e12
-    update: float = 4e9
+    flops: float = 600e12
+    update: float = 3.5e9
     host_copy: float = 40e9
     nvme_read: float = 1.2e9
     nvme_write: float = 1.8e9
@@ -88,7 +88,8 @@ class MemoryPlan:
     memory. Gradients leave through ``staging_slots`` GPU slots and park in ``gradient_slots`` pinned
     slots, the i-th gradient chunk of the step in slot ``gradient_slot[i]`` (empty: each in a place of
     its own, as in a draft). The weights and optimizer state of the ``resident`` units stay on the
-    GPU, which also updates them.
+    GPU, which also updates them. The last ``kept`` layers keep their MLP's projections on the GPU
+    from forward to backward; the others compute them again.
 
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
@@ -105,6 +106,7 @@ class MemoryPlan:
     offloaded: int
     staging_slots: int
     resident: frozenset[str] = frozenset()
+    kept: int = 0
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()
@@ -147,3 +149,14 @@ def forward_flops(spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int) -> i
     matmul = 2 * unit.matrix_numel * rows * seq_len
     attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
     return matmul + attention
+
+
+def backward_flops(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: bool) -> int:
+    """FLOPs of one layer's recompute and backward on a micro-batch.
+
+    Backward costs twice forward and attention's one product more. Recompute leaves the down
+    projection out, and the projections before it if they are ``kept``.
+    """
+    forward = forward_flops(spec, unit, plan.micro_rows, plan.seq_len)
+    spared = spec.hidden * spec.intermediate * (3 if kept else 1)
+    return 3 * forward - 2 * spared * plan.micro_tokens

@@ -101,30 +101,21 @@ def to_json(graph: TaskGraph) -> str:
     Raises `GraphError` for what the format cannot hold: a negative or overflowing size, a duration
     that is not finite, a name that is empty, longer than 256 characters or has control characters.
     """
-    try:
-        sections = {
-            "slots": [_Slot.model_validate(_fields(s)) for s in graph.slots.values()],
-            "buffers": [_Buffer.model_validate(_buffer_fields(b)) for b in graph.buffers.values()],
-            "tasks": [_Task.model_validate(_task_fields(t)) for t in graph.tasks],
-        }
-        document = _Document.model_validate(
-            {"format": FORMAT, "version": VERSION, "name": graph.name}
-            | {key: tuple(items) for key, items in sections.items()}
-        )
-    except ValidationError as error:
-        raise GraphError(
-            f"graph {graph.name!r} cannot be written: {_problem(error.errors()[0], error.title)}"
-        ) from None
+    sections = {
+        "slots": [_item(_Slot, "slot", _fields(s)) for s in graph.slots.values()],
+        "buffers": [_item(_Buffer, "buffer", _buffer_fields(b)) for b in graph.buffers.values()],
+        "tasks": [_item(_Task, "task", _task_fields(t)) for t in graph.tasks],
+    }
     lines = [
         "{",
         f'"format": "{FORMAT}",',
         f'"version": {VERSION},',
-        f'"name": {json.dumps(document.name)},',
+        f'"name": {json.dumps(graph.name)},',
     ]
-    for key in ("slots", "buffers", "tasks"):
-        items = [item.model_dump_json(exclude_defaults=True) for item in getattr(document, key)]
-        lines += [f'"{key}": [', ",\n".join(items), "]," if key != "tasks" else "]"]
-    return "\n".join([*(line for line in lines if line), "}", ""])
+    for key, items in sections.items():
+        body = ",\n".join(item.model_dump_json(exclude_defaults=True) for item in items)
+        lines += [f'"{key}": [', *([body] if body else []), "]" if key == "tasks" else "],"]
+    return "\n".join([*lines, "}", ""])
 
 
 def from_json(text: str | bytes) -> TaskGraph:
@@ -162,6 +153,15 @@ def _fields(item: Slot | Buffer | Task | Cost) -> dict[str, Any]:
     return {name: getattr(item, name) for name in item.__dataclass_fields__}
 
 
+def _item(schema: type[_Item], what: str, fields: dict[str, Any]) -> _Item:
+    try:
+        return schema.model_validate(fields)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        reason = _field_problem(problem, problem["loc"])
+        raise GraphError(f"{what} {fields['name']!r} cannot be written: {reason}") from None
+
+
 def _buffer_fields(buffer: Buffer) -> dict[str, Any]:
     return _fields(buffer) | {"slot": buffer.slot or None}
 
@@ -179,9 +179,7 @@ def _buffer(item: _Buffer) -> Buffer:
 
 def _task(item: _Task) -> Task:
     cost = Cost(item.cost.nbytes, item.cost.flops, item.cost.params, item.cost.seconds)
-    return Task(
-        item.name, item.kind, item.op, item.reads, item.writes, item.after, cost, item.args
-    )
+    return Task(item.name, item.kind, item.op, item.reads, item.writes, item.after, cost, item.args)
 
 
 def _repeated(names: Iterable[str]) -> list[str]:
@@ -193,36 +191,37 @@ def _repeated(names: Iterable[str]) -> list[str]:
 
 def _explain(problems: Sequence[ErrorDetails], text: str | bytes) -> str:
     first = problems[0]
-    if first["type"] in ("json_invalid", "model_type", "model_attributes_type"):
+    if not first["loc"]:
         return f"not a task graph: {first['msg']}; write one with `slideformer graph dump`"
     raw: dict[str, Any] = json.loads(text)
     if raw.get("format") != FORMAT:
         return f"not a task graph: format is {raw.get('format')!r}, expected {FORMAT!r}"
-    if raw.get("version") != VERSION or isinstance(raw["version"], bool):
+    if raw.get("version") != VERSION:
         return (
             f"the graph has version {raw.get('version')!r}, this program reads version {VERSION}; "
             "write it again with `slideformer graph dump` of this program"
         )
-    return _listed([_problem(problem, _where(problem, raw)) for problem in problems])
+    return _listed([_problem(problem, raw) for problem in problems])
 
 
-def _where(problem: ErrorDetails, raw: dict[str, Any]) -> str:
-    """``task fwd.L00.m0`` for a problem inside that task."""
-    match problem["loc"]:
-        case ("slots" | "buffers" | "tasks" as section, int(position), *_):
-            item = raw[section][position]
-            name = item.get("name") if isinstance(item, dict) else None
-            return f"{section[:-1]} {name if isinstance(name, str) else f'number {position}'}"
-    return "graph"
+def _problem(problem: ErrorDetails, raw: dict[str, Any]) -> str:
+    """``task fwd.L00.m0: cost.nbytes is -1: …`` for a problem inside that task."""
+    where, loc = "graph", problem["loc"]
+    match loc:
+        case ("slots" | "buffers" | "tasks" as section, int(position), *inner):
+            listed = raw[section][position]
+            name = listed.get("name") if isinstance(listed, dict) else None
+            where = f"{section[:-1]} {name if isinstance(name, str) else f'number {position}'}"
+            loc = tuple(inner)
+    return f"{where}: {_field_problem(problem, loc)}"
 
 
-def _problem(problem: ErrorDetails, where: str) -> str:
+def _field_problem(problem: ErrorDetails, loc: Sequence[int | str]) -> str:
     if problem["type"] == "value_error":
-        return f"{where}: {problem['ctx']['error']}"
-    inner = [part for part in problem["loc"] if isinstance(part, str) or len(problem["loc"]) < 3]
-    field = ".".join(map(str, inner[1:] if where != "graph" else inner))
+        return str(problem["ctx"]["error"])
+    field = ".".join(map(str, loc)) or "it"
     found = "" if problem["type"] == "missing" else f" is {problem['input']!r:.80}"
-    return f"{where}: {field}{found}: {problem['msg']}"
+    return f"{field}{found}: {problem['msg']}"
 
 
 def _listed(problems: Sequence[str]) -> str:

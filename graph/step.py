@@ -14,7 +14,7 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import place_weights
-from slideformer.graph.plan import MemoryPlan, forward_flops
+from slideformer.graph.plan import MemoryPlan, backward_flops, forward_flops
 from slideformer.graph.step_head import HeadWriter
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.step_update import UpdateWriter
@@ -127,7 +127,7 @@ class _LayerWriter:
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
             reads=[*weights, x, *memory.constants],
-            writes=[out],
+            writes=[out, *self._kept(position, m)],
             cost=Cost(flops=self._flops(unit)),
             unit=unit.name,
             micro=m,
@@ -142,6 +142,12 @@ class _LayerWriter:
 
     def _flops(self, unit: UnitSpec) -> int:
         return forward_flops(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
+
+    def _kept(self, position: int, m: int) -> list[str]:
+        """Where a layer keeps its MLP's projections for backward, if it does."""
+        if not self._train or position < len(self.spec.layers) - self.plan.kept:
+            return []
+        return [self.memory.kept_projections(self.spec.layers[position].name, m)]
 
     def _stage_batch(self) -> None:
         memory = self.memory
@@ -198,12 +204,13 @@ class _LayerWriter:
                 if position < self._offloaded:
                     memory.reload_boundary(unit.name, m)
                 x, dx = memory.boundaries[unit.name, m], memory.boundaries["dx", m]
+                kept = self._kept(position, m)
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,
-                    reads=[*weights, x, dx, *memory.constants, *(accumulators if m else [])],
-                    writes=[dx, *accumulators],
-                    cost=Cost(flops=3 * self._flops(unit)),
+                    reads=[*weights, x, dx, *kept, *memory.constants] + (accumulators if m else []),
+                    writes=[dx, *kept, *accumulators],
+                    cost=Cost(flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept))),
                     unit=unit.name,
                     micro=m,
                 )

@@ -63,7 +63,8 @@ class HeadWriter:
                     *memory.accumulate_chunks(self._chunks(part), "acc.head"),
                 ]
                 reads += accumulators if m else []
-                writes += [memory.boundary("dx", m), *accumulators]
+                memory.boundary_gradient(m)
+                writes += [memory.boundaries["dx", m], *accumulators]
             memory.task(
                 f"loss.head.m{m}",
                 TaskKind.COMPUTE,
@@ -125,7 +126,7 @@ class HeadWriter:
         accumulators = memory.accumulate(self.spec.norm, "acc.norm")
         for m in self._micro:
             x = memory.boundaries[self.spec.norm.name, m]
-            dx = memory.boundary("dx", m)
+            memory.boundary_gradient(m)
             memory.task(
                 f"bwd.norm.m{m}",
                 TaskKind.COMPUTE,
@@ -136,7 +137,7 @@ class HeadWriter:
                     memory.norm_output_gradient(m),
                     *(accumulators if m else []),
                 ],
-                writes=[dx, *accumulators],
+                writes=[memory.boundaries["dx", m], *accumulators],
                 cost=Cost(nbytes=4 * memory.boundary_nbytes),
                 micro=m,
             )

@@ -5,6 +5,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     w.k, w.head, w.norm   GPU      weights of layers, of a whole output matrix, of the final norm
     acc.0, acc.head, …    GPU      gradient accumulators
     g.k                   GPU      finished gradient chunks on their way down
+    kept.U.m              GPU      projections kept from forward to backward
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
                           (both on the GPU for a resident unit)
@@ -218,9 +219,23 @@ class StepMemory:
         self.boundaries[unit, m] = buffer
         return buffer
 
+    def boundary_gradient(self, m: int) -> None:
+        """The gradient of a micro-batch's boundary, entered in `boundaries` as ``dx``.
+
+        Those of a resident embedding lie one after another, as its update reads them all.
+        """
+        if not self.resident("embed"):
+            self.boundary("dx", m)
+            return
+        nbytes = self.boundary_nbytes
+        self.boundaries["dx", m] = self.buffer(
+            f"x.dx.m{m}", nbytes, Tier.GPU, Role.GRADIENT, slot="dx", offset=m * nbytes
+        )
+
     def release(self, boundary: str) -> None:
         """The boundary's last access has been written down."""
-        self._pool.release(self._pool_slot[boundary])
+        if boundary in self._pool_slot:
+            self._pool.release(self._pool_slot[boundary])
 
     def host_boundary(self, unit: str, m: int) -> str:
         """Place of a layer's input in pinned memory."""
@@ -244,6 +259,11 @@ class StepMemory:
         """Bring an offloaded boundary up again for backward."""
         boundary = self.boundary(unit, m, ".bwd")
         self.copy(f"h2d.x.{unit}.m{m}.bwd", TaskKind.H2D, self.host_boundary(unit, m), boundary)
+
+    def kept_projections(self, unit: str, m: int) -> str:
+        """The MLP's gate and up projections [micro_tokens, 2·intermediate] of one micro-batch."""
+        nbytes = 2 * self.plan.micro_tokens * self.spec.intermediate * self.plan.compute.nbytes
+        return self.buffer(f"kept.{unit}.m{m}", nbytes, Tier.GPU, Role.ACTIVATION)
 
     # -- gradients -------------------------------------------------------------------------------
 

@@ -86,7 +86,9 @@ class UpdateWriter:
         gradients = [self.memory.parked_gradient(c) for c in chunks] if self.spec.tied else []
         begin, end = chunks[0].begin, chunks[-1].end
         params = end - begin
-        self._rows(label, "update_idle_rows", chunks, gradients, params=params, begin=begin, end=end)
+        self._rows(
+            label, "update_idle_rows", chunks, gradients, params=params, begin=begin, end=end
+        )
 
     def late_rows(self, first: str) -> None:
         """Add the look-up's gradient up row by row and update the used rows."""

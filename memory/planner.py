@@ -28,6 +28,11 @@ STAGING_SLOTS = 4
 SPARE_BOUNDARIES = 2
 """Boundary slots beyond what the program needs at once, so that copies run ahead and behind."""
 
+WORTHWHILE = 0.002
+"""Share of a step that more GPU memory must save to be used; ties go to less memory."""
+
+_KEPT_OPTIONS = 6
+
 MIN_GRADIENT_SLOTS = 2
 _WINDOWS = (3, 2)
 
@@ -66,7 +71,7 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
     for candidate in sorted(_candidates(request), key=lambda p: _bound(request, p)):
         placed = _place(request, candidate)
         if placed is not None:
-            return _assign_gradients(request, placed)
+            return _spend_gpu(request, _assign_gradients(request, placed))
     raise _refusal(request)
 
 
@@ -130,16 +135,14 @@ def _bound(request: PlanRequest, plan: MemoryPlan) -> float:
 
 def _place(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan | None:
     """Fewest offloaded boundaries that fit the GPU, if the host has room for them."""
-    low, high = 0, plan.offloaded
     if _gpu_bytes(request, plan) > request.budgets.gpu:
         return None
-    while low < high:
-        middle = (low + high) // 2
-        if _gpu_bytes(request, replace(plan, offloaded=middle)) <= request.budgets.gpu:
-            high = middle
-        else:
-            low = middle + 1
-    placed = _with_boundaries(request, replace(plan, offloaded=low))
+    layers = plan.offloaded
+    kept = _last(
+        layers,
+        lambda n: _gpu_bytes(request, replace(plan, offloaded=layers - n)) <= request.budgets.gpu,
+    )
+    placed = _with_boundaries(request, replace(plan, offloaded=layers - kept))
     return placed if _least_host(request, placed) <= request.budgets.host else None
 
 
@@ -155,8 +158,11 @@ def _gpu_bytes(request: PlanRequest, plan: MemoryPlan) -> int:
 
 def _least_host(request: PlanRequest, plan: MemoryPlan) -> int:
     """Host bytes with the fewest gradient slots."""
-    spread = [size for name, (_, size) in footprint(request.spec, plan).items() if _is_gradient(name)]
-    return host_bytes(peaks(request, plan)) - sum(spread) + MIN_GRADIENT_SLOTS * max(spread)
+    spread = [
+        size for name, (_, size) in footprint(request.spec, plan).items() if _is_gradient(name)
+    ]
+    least = MIN_GRADIENT_SLOTS * max(spread, default=0)
+    return host_bytes(peaks(request, plan)) - sum(spread) + least
 
 
 def _is_gradient(place: str) -> bool:
@@ -171,7 +177,7 @@ def _assign_gradients(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
     """
     graph = compile_step(request.spec, plan)
     gradients = [b for b in graph.buffers.values() if _is_gradient(b.name)]  # in program order
-    largest = max(b.nbytes for b in gradients)
+    largest = max((b.nbytes for b in gradients), default=1)
     room = request.budgets.host - _least_host(request, plan)
     count = min(len(gradients), MIN_GRADIENT_SLOTS + room // largest)
     prediction = request.predict(graph)
@@ -184,6 +190,55 @@ def _assign_gradients(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
     plan = replace(plan, gradient_slots=count, gradient_slot=tuple(slots))
     seconds = request.predict(compile_step(request.spec, plan)).seconds
     return replace(plan, peaks=peaks(request, plan), step_seconds=seconds)
+
+
+def _spend_gpu(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """Use what is left of the GPU budget where it shortens the step most.
+
+    Resident units spare the CPU their updates and PCIe their weights; kept projections spare the
+    GPU a part of its recompute. For some numbers of layers that keep theirs, the rest goes to
+    resident units; the fastest simulated step wins, with as few resident units as it needs.
+    """
+    layers = len(request.spec.layers)
+    # The embedding is due first in a step and ready last, and so on with the first layers.
+    order = ["embed", *(unit.name for unit in request.spec.layers)]
+    if plan.compute is not Compute.BF16:  # FP32 weights would have to be joined anew all the time
+        order = []
+
+    def spent(kept: int, resident: int) -> MemoryPlan:
+        units = frozenset(order[:resident])
+        wanted = replace(plan, kept=kept, resident=units, gradient_slots=0, gradient_slot=())
+        return _with_boundaries(request, wanted)
+
+    def fits(kept: int, resident: int) -> bool:
+        return peaks(request, spent(kept, resident))[Tier.GPU] <= request.budgets.gpu
+
+    def seconds(kept: int, resident: int) -> float:
+        return _assign_gradients(request, spent(kept, resident)).step_seconds
+
+    most = _last(layers, lambda kept: fits(kept, 0))
+    options = []
+    for kept in sorted({most * part // _KEPT_OPTIONS for part in range(_KEPT_OPTIONS + 1)}):
+        resident = _last(len(order), lambda n, kept=kept: fits(kept, n))  # type: ignore[misc]
+        options.append((seconds(kept, resident), kept, resident))
+    best, kept, resident = min(options)
+    if best > plan.step_seconds * (1 - WORTHWHILE):
+        return plan
+    enough = best * (1 + WORTHWHILE)
+    spared = _last(resident, lambda n: seconds(kept, resident - n) <= enough)
+    return _assign_gradients(request, spent(kept, resident - spared))
+
+
+def _last(limit: int, holds: Callable[[int], bool]) -> int:
+    """The largest number up to ``limit`` for which ``holds``, if it holds up to there and 0 counts."""
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        if holds(middle):
+            low = middle
+        else:
+            high = middle - 1
+    return low
 
 
 def _refusal(request: PlanRequest) -> BudgetError:

@@ -68,6 +68,11 @@ class ModelMemory:
         dtype = torch.float32 if size == 4 else torch.bfloat16
         return whole(views, names, f"acc.{unit}.").view(dtype)
 
+    def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
+        """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
+        nbytes = numel * self.plan.compute.nbytes
+        return view[:nbytes].view(self.dtype), view[nbytes : nbytes + 4].view(torch.float32)[0]
+
 
 def whole(views: Views, names: Sequence[str], prefix: str) -> Tensor:
     """The buffers whose names start with ``prefix``, which lie one after another, as one tensor."""
@@ -81,9 +86,7 @@ def whole(views: Views, names: Sequence[str], prefix: str) -> Tensor:
 
 def operands(flat: Tensor, unit: UnitSpec) -> dict[str, Tensor]:
     """Views of a unit's operands in its flat storage."""
-    return {
-        o.name: flat[o.offset : o.offset + o.numel].view(o.shape) for o in unit.operands
-    }
+    return {o.name: flat[o.offset : o.offset + o.numel].view(o.shape) for o in unit.operands}
 
 
 def without_grad(operation: Operation) -> Operation:
@@ -189,8 +192,9 @@ class StreamOps:
         cfg = self._memory.decoder
         x = self._memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         out = self._memory.boundary(views[task.writes[0]])
+        kept = self._kept(task, views)
         return without_grad(
-            lambda _: layer.forward(x, weights, cfg, rope, mask=mask, out=out)
+            lambda _: layer.forward(x, weights, cfg, rope, mask=mask, out=out, gate_up=kept)
         )
 
     def backward(self, task: Task, views: Views) -> Operation:
@@ -201,12 +205,27 @@ class StreamOps:
         x = memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         dx = memory.boundary(views[_only(task.reads, "x.dx.")])
         flat = memory.accumulators(views, task.writes, unit.name, memory.plan.layer_accumulator)
-        gradients = operands(flat, unit)
+        gradients, kept = operands(flat, unit), self._kept(task, views)
         return without_grad(
             lambda _: layer.backward(
-                x, dx, weights, gradients, cfg, rope, accumulate=accumulate, mask=mask
+                x,
+                dx,
+                weights,
+                gradients,
+                cfg,
+                rope,
+                accumulate=accumulate,
+                mask=mask,
+                gate_up=kept,
             )
         )
+
+    def _kept(self, task: Task, views: Views) -> Tensor | None:
+        """The MLP's projections [tokens, 2·intermediate] kept from forward to backward, if any."""
+        names = [name for name in task.writes if name.startswith("kept.")]
+        if not names:
+            return None
+        return views[names[0]].view(self._memory.dtype).view(self._memory.plan.micro_tokens, -1)
 
     def _layer(
         self, task: Task, views: Views
@@ -218,7 +237,12 @@ class StreamOps:
         window = memory.decoder.windows[memory.spec.layers.index(unit)]
         mask = views.get(f"mask.{window}")
         size = memory.plan.seq_len
-        return unit, weights, (cos, sin), None if mask is None else mask.view(torch.bool).view(size, size)
+        return (
+            unit,
+            weights,
+            (cos, sin),
+            None if mask is None else mask.view(torch.bool).view(size, size),
+        )
 
     def download_master(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a resident unit's master down, to be saved."""
@@ -247,9 +271,7 @@ def rope_views(view: Tensor, memory: ModelMemory) -> tuple[Tensor, Tensor]:
     return tables[0], tables[1]
 
 
-def fill_constants(
-    views: Views, memory: ModelMemory, rope: tuple[Tensor, Tensor]
-) -> None:
+def fill_constants(views: Views, memory: ModelMemory, rope: tuple[Tensor, Tensor]) -> None:
     """Write the tables and masks that all steps share into their buffers."""
     for target, source in zip(rope_views(views["rope"], memory), rope, strict=True):
         target.copy_(source)

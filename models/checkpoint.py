@@ -214,7 +214,8 @@ def _fill_masters(
     def work(param: ParamSpec, start: int, count: int, hi: Tensor, lo: Tensor) -> None:
         if not hasattr(local, "buffer"):
             local.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
-        split_master(produce(param, start, count, local.buffer), hi, lo)
+        values = produce(param, start, count, local.buffer)
+        split_master(values.to(hi.device), hi, lo)
 
     # One thread per operator in the workers: teams of threads that wait for each other at every
     # operator, in each of them, would be many times slower. The setting is also the default of

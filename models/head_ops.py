@@ -83,9 +83,7 @@ class HeadOps:
                 parts.loss.zero_()
             stats = HeadStats.start(len(parts.x), parts.x.device)
             normed = parts.normed()
-            head_stats(
-                normed, matrix, parts.targets, 0, stats, tile=self._memory.plan.head_tile
-            )
+            head_stats(normed, matrix, parts.targets, 0, stats, tile=self._memory.plan.head_tile)
             head_loss(stats, parts.targets, context.scale, parts.loss)
 
         return without_grad(run)

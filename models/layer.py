@@ -43,6 +43,7 @@ def forward(
     *,
     mask: Tensor | None = None,
     out: Tensor | None = None,
+    gate_up: Tensor | None = None,
 ) -> Tensor:
     """The layer's output [B, S, h] for input ``x`` [B, S, h], BF16 or FP32, contiguous.
 
@@ -51,7 +52,8 @@ def forward(
     first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
     ``k_norm.weight`` [D] and the biases ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``.
     ``mask`` is that of :func:`slideformer.models.attention.window_mask`. ``out``, contiguous and
-    distinct from ``x``, receives the result.
+    distinct from ``x``, receives the result. ``gate_up`` [B·S, 2I] receives the MLP's projections,
+    for :func:`backward` to use instead of computing them again.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -65,7 +67,7 @@ def forward(
     _residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=stream)
     del attended
     normed, _ = rms_norm(stream, w["post_norm.weight"], cfg.norm_eps)
-    gate_up = _linear(normed, w, "gate_up")
+    gate_up = _linear(normed, w, "gate_up", out=gate_up)
     del normed
     activated = swiglu(gate_up, cfg.activation)
     del gate_up
@@ -83,12 +85,14 @@ def backward(
     *,
     accumulate: bool,
     mask: Tensor | None = None,
+    gate_up: Tensor | None = None,
 ) -> None:
     """From the gradient of the output to those of the input and of every operand.
 
     ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
     overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
     dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only).
+    ``gate_up``, if forward kept it, is overwritten too.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
     eps, sink = cfg.norm_eps, _Gradients(grads, accumulate)
@@ -102,7 +106,7 @@ def backward(
     middle = torch.empty_like(tokens)
     _residual_linear(tokens, attended, w, "o", out=middle)
 
-    _mlp_backward(middle, d_stream, w, sink, cfg)
+    _mlp_backward(middle, d_stream, w, sink, cfg, gate_up)
     del middle
 
     sink.linear("o", d_stream, attended)
@@ -121,14 +125,20 @@ def backward(
 
 
 def _mlp_backward(
-    middle: Tensor, d_stream: Tensor, w: Operands, sink: _Gradients, cfg: DecoderConfig
+    middle: Tensor,
+    d_stream: Tensor,
+    w: Operands,
+    sink: _Gradients,
+    cfg: DecoderConfig,
+    gate_up: Tensor | None,
 ) -> None:
     """Recompute the second half from its input ``middle`` and turn dy into d middle in place.
 
     The down projection is not recomputed: no gradient needs its output.
     """
     normed, rstd = rms_norm(middle, w["post_norm.weight"], cfg.norm_eps)
-    gate_up = _linear(normed, w, "gate_up")
+    if gate_up is None:
+        gate_up = _linear(normed, w, "gate_up")
     d_activated = torch.mm(d_stream, w["down.weight"])
     # Both are overwritten: the activation's gradient by the activation, gate and up by their own.
     activated = swiglu_backward(d_activated, gate_up, cfg.activation, out=d_activated)
@@ -161,12 +171,12 @@ class _Gradients(NamedTuple):
         store_(self.slots[name], value, accumulate=self.accumulate)
 
 
-def _linear(inputs: Tensor, w: Operands, name: str) -> Tensor:
-    """inputs Wᵀ + bias; the bias rides in the product's epilogue."""
+def _linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:
+    """inputs Wᵀ + bias, in ``out`` if given; the bias rides in the product's epilogue."""
     bias = w.get(f"{name}.bias")
     if bias is None:
-        return torch.mm(inputs, w[f"{name}.weight"].T)
-    return torch.addmm(bias, inputs, w[f"{name}.weight"].T)
+        return torch.mm(inputs, w[f"{name}.weight"].T, out=out)
+    return torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
 
 
 def _residual_linear(

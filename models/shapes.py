@@ -56,6 +56,8 @@ _QWEN3: dict[str, Any] = {
 }
 
 _SHAPES: dict[str, dict[str, Any]] = {
+    # No model at all: runs everywhere in no time.
+    "tiny": _shape(64, 128, 2, 4, 2, **{**_LLAMA3, "vocab_size": 320, "tie_word_embeddings": True}),
     "llama3-1b": _shape(2048, 8192, 16, 32, 8, **_LLAMA32),
     "llama3-3b": _shape(3072, 8192, 28, 24, 8, **_LLAMA32),
     "llama3-8b": _shape(4096, 14336, 32, 32, 8, **_LLAMA31),

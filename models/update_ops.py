@@ -38,7 +38,7 @@ class UpdateOps:
         if target.numel() == numel * self._memory.plan.compute.nbytes:  # parked on the GPU
             parked = target.view(self._memory.dtype)
             return without_grad(lambda _: parked.copy_(accumulator))
-        gradient, norm = self._travelling(target, numel)
+        gradient, norm = self._memory.travelling(target, numel)
 
         def run(_: StepContext) -> None:
             gradient.copy_(accumulator)
@@ -51,7 +51,7 @@ class UpdateOps:
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = self._memory.states[name].part(begin, end)
         runs = decay_runs(self._memory.spec.unit(name), begin, end)
-        gradient, norm = self._travelling(views[task.reads[0]], end - begin)
+        gradient, norm = self._memory.travelling(views[task.reads[0]], end - begin)
         square = views[task.writes[-1]].view(torch.float64)
 
         def run(context: StepContext) -> None:
@@ -72,7 +72,7 @@ class UpdateOps:
         memory, hidden = self._memory, self._memory.spec.hidden
         begin, end = int(task.args["begin"]), int(task.args["end"])
         state = memory.states["embed"].part(begin, end)
-        parked = self._travelling(views[task.reads[0]], end - begin) if memory.spec.tied else None
+        parked = memory.travelling(views[task.reads[0]], end - begin) if memory.spec.tied else None
         square = views[task.writes[-1]].view(torch.float64)
         nothing = torch.empty(0, dtype=torch.int64)
         no_rows = torch.empty(0, hidden, dtype=memory.dtype)
@@ -143,16 +143,11 @@ class UpdateOps:
         begin = 0
         for name in (n for n in task.reads if n.startswith("parked.")):
             numel = (views[name].numel() - CHECK_NBYTES) // memory.plan.compute.nbytes
-            gradient, _ = self._travelling(views[name], numel)
+            gradient, _ = self._memory.travelling(views[name], numel)
             parts.append((begin, begin + numel, gradient))
             begin += numel
         assert begin == whole, "the parked chunks tile the matrix"
         return parts
-
-    def _travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
-        nbytes = numel * self._memory.plan.compute.nbytes
-        return view[:nbytes].view(self._memory.dtype), view[nbytes : nbytes + 4].view(torch.float32)[0]
 
 
 def decay_runs(unit: UnitSpec, begin: int, end: int) -> list[tuple[int, int, bool]]:

@@ -337,8 +337,6 @@ def _task_error(run: TaskRun, error: BaseException, story: list[str]) -> SlideFo
         named: SlideFormerError = type(error)(f"{run!r}: {error}")
     else:
         recent = "; ".join(story[-5:]) or "nothing"
-        named = TaskError(
-            f"{run!r} failed: {type(error).__name__}: {error} (before it: {recent})"
-        )
+        named = TaskError(f"{run!r} failed: {type(error).__name__}: {error} (before it: {recent})")
     named.__cause__ = error
     return named

@@ -70,9 +70,7 @@ class _Ranked:
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task of lowest rank; of several, the one ready first."""
         ranks = self._ranks
-        return min(
-            ready, key=lambda r: r.instance.number + ranks[id(r.instance.graph)][r.position]
-        )
+        return min(ready, key=lambda r: r.instance.number + ranks[id(r.instance.graph)][r.position])
 
 
 class CriticalPath(_Ranked):

@@ -283,7 +283,9 @@ def save_config(config: Config, path: Path | str) -> None:
     Raises ``OSError`` if the file cannot be written.
     """
     path = Path(path)
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    settings = config.model_dump(mode="json")
+    settings = {"version": settings.pop("version"), **settings}
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)

@@ -28,37 +28,33 @@ from transformers import PretrainedConfig
 from slideformer.config import EngineConfig
 from slideformer.graph.errors import (
     CheckpointError,
-    ConfigError,
     DataError,
-    DeviceError,
     SlideFormerError,
 )
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.graph.plan import MachineProfile, MemoryPlan
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import lay_out, places
-from slideformer.memory.limits import available_host_memory
-from slideformer.memory.planner import PlanRequest, Prediction, make_plan, plan_graphs
+from slideformer.memory.planner import plan_graphs
 from slideformer.models.bindings import ModelMemory, StreamOps, fill_constants
 from slideformer.models.checkpoint import init_random, load_weights
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import decoder_config, read_model_config
-from slideformer.models.head import head_workspace_bytes
 from slideformer.models.head_ops import HeadOps
-from slideformer.models.layer import workspace_bytes
+from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
 from slideformer.models.state import UnitState
 from slideformer.models.units import model_spec
 from slideformer.models.update_ops import UpdateOps
+from slideformer.planning import budgets_for, device_for, plan_for
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.cuda import CudaDevice
 from slideformer.runtime.device import Device, bind
 from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import Policy, make_policy
-from slideformer.runtime.simulated import simulate
 from slideformer.runtime.trace import Timeline, Trace
 
 logger = logging.getLogger(__name__)
@@ -116,11 +112,11 @@ class Engine:
         self._hf_config = initial or read_model_config(config.model)
         self.spec = model_spec(self._hf_config)
         self._decoder = decoder_config(self._hf_config)
-        _check_length(config, self.spec.max_positions)
-        self._device = _torch_device(config)
+        self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
         self._profile = MachineProfile()
-        self.plan = self._make_plan()
+        budgets = budgets_for(config, self._device)
+        self.plan = plan_for(self._hf_config, config, budgets, self._profile)
         if on_plan is not None:
             on_plan(self.plan)
         self._steps = 0
@@ -135,37 +131,6 @@ class Engine:
             raise
 
     # -- making ready ----------------------------------------------------------------------------
-
-    def _make_plan(self) -> MemoryPlan:
-        config = self.config
-        compute = Compute(config.compute)
-
-        def workspace(rows: int, vocab_rows: int, tile: int) -> int:
-            tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
-            layers = workspace_bytes(self._decoder, tokens, size, seq_len)
-            head = head_workspace_bytes(vocab_rows, tile, tokens, size)
-            return max(layers, head + tokens * self.spec.hidden * size)
-
-        return make_plan(
-            PlanRequest(
-                spec=self.spec,
-                rows=config.batch_size,
-                seq_len=config.seq_len,
-                compute=compute,
-                budgets=_budgets(config, self._device),
-                profile=self._profile,
-                workspace=workspace,
-                predict=self._predict,
-                micro_rows=config.micro_batch,
-                window=config.window,
-            )
-        )
-
-    def _predict(self, graph: TaskGraph) -> Prediction:
-        """The middle one of three steps, simulated under a policy of the same kind."""
-        timeline = simulate(graph, make_policy(self.config.policy), self._profile, instances=3)
-        seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
-        return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
 
     def _allocate(self) -> None:
         self._graphs = plan_graphs(self.spec, self.plan)
@@ -182,11 +147,17 @@ class Engine:
 
     def _fill(self, initial: PretrainedConfig | None) -> None:
         masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
+        for state in self._states.values():  # host memory is zero already
+            if state.m.is_cuda:
+                state.m.zero_()
+                state.v.zero_()
         if initial is None:
             self._stored = load_weights(self.config.model, self.spec, masters)
         else:
             init_random(initial, self.spec, masters, seed=0)
             self._stored = torch.bfloat16
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
 
     def _start(self) -> None:
         config, cuda = self.config, self._device.type == "cuda"
@@ -201,6 +172,7 @@ class Engine:
             **StreamOps(memory).table(),
             **HeadOps(memory).table(),
             **UpdateOps(memory, threads).table(),
+            **ResidentOps(memory, threads).table(),
         }
         step = self._graphs[0]
         constants = {
@@ -306,6 +278,10 @@ class Engine:
                 f"and are not saved; restart from {self.config.model}"
             )
         masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
+        for name in self.plan.resident:
+            staged = self._arenas.place("saved")[: 4 * self.spec.unit(name).numel]
+            hi, lo = staged.view(torch.int16).chunk(2)
+            masters[name] = (hi, lo)
         with HuggingFaceWriter(
             self.config.model, Path(output), self.spec, masters, self._stored
         ) as writer:
@@ -333,35 +309,3 @@ class Engine:
 def default_threads() -> int:
     """Threads of the CPU update: all cores but two, which launch and decide."""
     return max(1, len(os.sched_getaffinity(0)) - 2)
-
-
-def _check_length(config: EngineConfig, limit: int) -> None:
-    if config.seq_len > limit:
-        raise ConfigError(
-            f"seq_len is {config.seq_len}, but the model has positions for {limit}; "
-            f"use --seq-len {limit} or less"
-        )
-
-
-def _torch_device(config: EngineConfig) -> torch.device:
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        found = "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is usable"
-        raise DeviceError(f"device is 'cuda', but {found}; use --device cpu or --device auto")
-    if config.compute == "bf16" and not torch.cuda.is_bf16_supported():
-        name = torch.cuda.get_device_name()
-        raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
-    return torch.device("cuda", torch.cuda.current_device())
-
-
-def _budgets(config: EngineConfig, device: torch.device) -> Budgets:
-    """The budgets asked for; otherwise what the machine has left."""
-    host = config.cpu_memory or available_host_memory()
-    if config.gpu_memory is not None:
-        return Budgets(config.gpu_memory, host)
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return Budgets(free + torch.cuda.memory_reserved(device), host)
-    # Without a GPU its tier lies in host memory too: divide what there is.
-    return Budgets(host // 2, host - host // 2)

@@ -1,17 +1,30 @@
-"""What a benchmark needs beside the engine: shapes, and batches of random tokens or of bytes.
+"""What a benchmark needs beside the engine: shapes, batches, and what a process holds on the GPU.
 
 Measures nothing itself; ``floors.py`` does, and ``tools/`` runs the comparisons.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from slideformer.graph.errors import DeviceError
 from slideformer.models.data.batches import IGNORED_TARGET, Batch
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 
-__all__ = ["SHAPE_NAMES", "Batch", "batch_of", "random_batches", "shape_config"]
+__all__ = [
+    "SHAPE_NAMES",
+    "Batch",
+    "array_batches",
+    "batch_of",
+    "memory",
+    "random_batches",
+    "shape_config",
+    "torch_device",
+]
 
 
 def batch_of(input_ids: torch.Tensor) -> Batch:
@@ -37,6 +50,41 @@ def random_batches(vocab: int, rows: int, seq_len: int, count: int, seed: int = 
     ]
 
 
-def array_batches(ids: NDArray) -> list[Batch]:
+def array_batches(ids: NDArray[np.int64]) -> list[Batch]:
     """Batches of an integer array [count, B, S]."""
     return [batch_of(torch.from_numpy(each).to(torch.int64)) for each in ids]
+
+
+def torch_device(name: str) -> torch.device:
+    """The device ``"cuda"``, ``"cpu"`` or ``"auto"``, with a context where it needs one.
+
+    Resets the peaks that `memory` reports. Raises `DeviceError` where there is no GPU.
+    """
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise DeviceError("device is 'cuda', but no GPU is usable; use --device cpu")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.zeros(1, device=device)  # makes the context
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return device
+
+
+def memory(device: torch.device) -> dict[str, Any]:
+    """Bytes of GPU memory: this process's peaks, and what all processes together use now.
+
+    ``retries`` counts how often an allocation succeeded only after cached memory was given back.
+    Empty where there is no GPU.
+    """
+    if device.type != "cuda":
+        return {}
+    free, total = torch.cuda.mem_get_info(device)
+    return {
+        "allocated_peak": torch.cuda.max_memory_allocated(device),
+        "reserved_peak": torch.cuda.max_memory_reserved(device),
+        "reserved": torch.cuda.memory_reserved(device),
+        "used": total - free,
+        "total": total,
+        "retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
+    }

@@ -20,7 +20,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, cast
 
 from transformers import AutoTokenizer
 
@@ -236,7 +236,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             "of the same model there"
         )
     try:
-        tokenizer: PreTrainedTokenizerFast = AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
     # The tokenizer classes raise errors of many types, for a damaged file plain `Exception`.
@@ -245,7 +245,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read ({reason}): download it again"
         ) from error
-    return tokenizer
+    # It may be a slow one all the same, which is the data set's to refuse.
+    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _drawn_ahead(stream: BatchStream) -> Iterator[Batch]:

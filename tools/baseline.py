@@ -13,9 +13,11 @@ the whole batch is one micro-batch. Nothing of SlideFormer's own arithmetic runs
 
 from __future__ import annotations
 
+import gc
 import importlib
 import importlib.metadata
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slideformer.graph.errors import ConfigError
+from slideformer.measure import memory, random_batches, shape_config, torch_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,10 @@ RECIPES = {
 class MasterAdamW:
     """Fused AdamW on FP32 copies of BF16 parameters."""
 
-    def __init__(self, parameters: list[torch.nn.Parameter], **settings: Any) -> None:
+    def __init__(self, parameters: Sequence[Tensor], lr: float) -> None:
         self._parameters = parameters
         self._masters = [p.detach().float() for p in parameters]
-        self._optimizer = torch.optim.AdamW(self._masters, fused=True, **settings)
+        self._optimizer = torch.optim.AdamW(self._masters, lr=lr, weight_decay=0.0, fused=True)
 
     def step(self) -> None:
         """Update the masters with the parameters' gradients, which are given up, and round."""
@@ -62,7 +64,7 @@ class MasterAdamW:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
-            torch._foreach_copy_(self._parameters, self._masters)
+            torch._foreach_copy_(list(self._parameters), self._masters)
 
 
 class Baseline:
@@ -71,51 +73,41 @@ class Baseline:
     def __init__(self) -> None:
         self._model: Any = None
         self._optimizer: Any = None
+        self._parameters: list[Tensor] = []
         self._batches: list[Tensor] = []
+        self._folder: str | None = None
+        self._lr = 1e-5
 
     def hello(self, device: str) -> dict[str, Any]:
-        """Versions, and which device it runs on; makes the context on the device."""
-        self._device = torch.device(device)
-        _memory_reset(self._device)
-        return {"liger": _version("liger-kernel"), **memory(self._device)}
+        """Make the context on the device; returns the version of Liger, None if it is not used."""
+        self._device = torch_device(device)
+        self._liger = _version("liger-kernel") if self._device.type == "cuda" else None
+        return {"liger": self._liger, **memory(self._device)}
 
     def prepare(
         self,
         recipe: str,
-        model: dict[str, Any] | str,
-        batch_size: int = 0,
-        seq_len: int = 0,
-        lr: float = 1e-5,
-        tokens: str | None = None,
+        shape: str,
+        batch_size: int,
+        seq_len: int,
     ) -> None:
-        """Say what to run: a config as a dictionary (random weights) or a checkpoint folder.
+        """Say what to run: a recipe on a shape with random weights and random batches."""
+        self._recipe = RECIPES[recipe]
+        self._folder = None
+        self._config = shape_config(shape)
+        batches = random_batches(self._config.vocab_size, batch_size, seq_len, 4)
+        self._host_ids = [batch.input_ids for batch in batches]
 
-        ``tokens`` is a .npy file int64 [steps, B, S]; otherwise batches are random.
-        """
-        if recipe not in RECIPES:
-            raise ConfigError(f"unknown baseline {recipe!r}: known are {', '.join(RECIPES)}")
+    def prepare_folder(self, recipe: str, folder: str, tokens: str, lr: float) -> None:
+        """Say what to run: a recipe on a checkpoint; batches are those of a .npy file [n, B, S]."""
         self._recipe = RECIPES[recipe]
         self._lr = lr
-        if isinstance(model, str):
-            self._folder: str | None = model
-            self._config = AutoConfig.from_pretrained(model)
-        else:
-            self._folder = None
-            settings = dict(model)
-            self._config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        if tokens is None:
-            generator = torch.Generator().manual_seed(0)
-            shape = (batch_size, seq_len)
-            ids = [
-                torch.randint(0, self._config.vocab_size, shape, generator=generator)
-                for _ in range(4)
-            ]
-        else:
-            ids = list(torch.from_numpy(np.load(tokens)))
-        self._host_ids = ids
+        self._folder = folder
+        self._config = AutoConfig.from_pretrained(folder)
+        self._host_ids = list(torch.from_numpy(np.load(tokens)))
 
     def run(self, steps: int, warmup: int) -> dict[str, Any]:
-        """Seconds per step over ``steps`` steps after ``warmup`` steps, and the memory they took."""
+        """Seconds per step over ``steps`` steps after ``warmup`` others, and the memory taken."""
         if self._model is None:
             self._build()
         for step in range(warmup):
@@ -137,7 +129,8 @@ class Baseline:
     def release(self) -> None:
         """Give all GPU memory but the context back; `run` then starts with new weights."""
         self._model = self._optimizer = None
-        self._batches = []
+        self._parameters, self._batches = [], []
+        gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -145,31 +138,33 @@ class Baseline:
         """Write a checkpoint in BF16 with random weights, for both sides to start from."""
         settings = dict(config)
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(
+        model = _auto_model().from_config(
             AutoConfig.for_model(settings.pop("model_type"), **settings), dtype=torch.float32
         )
         model.to(torch.bfloat16).save_pretrained(Path(folder))
 
     def _build(self) -> None:
-        _apply_liger(self._config.model_type)
+        if self._liger is not None:
+            _apply_liger(self._config.model_type)
         torch.manual_seed(0)
         settings = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
         with self._device:
             if self._folder is None:
-                model = AutoModelForCausalLM.from_config(self._config, **settings)
+                model = _auto_model().from_config(self._config, **settings)
             else:
-                model = AutoModelForCausalLM.from_pretrained(self._folder, **settings)
+                model = _auto_model().from_pretrained(self._folder, **settings)
         model.to(self._device).train()
         model.config.use_cache = False
         if self._recipe.recompute:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._model = model
         self._parameters = list(model.parameters())
-        settings = {"lr": self._lr, "weight_decay": 0.0}
         if self._recipe.masters:
-            self._optimizer = MasterAdamW(self._parameters, **settings)
+            self._optimizer = MasterAdamW(self._parameters, self._lr)
         elif self._recipe.optimizer:
-            self._optimizer = torch.optim.AdamW(self._parameters, fused=True, **settings)
+            self._optimizer = torch.optim.AdamW(
+                self._parameters, lr=self._lr, weight_decay=0.0, fused=True
+            )
         self._batches = [ids.to(self._device) for ids in self._host_ids]
 
     def _step(self, step: int) -> Tensor:
@@ -187,38 +182,15 @@ class Baseline:
             torch.cuda.synchronize()
 
 
-def memory(device: torch.device) -> dict[str, int]:
-    """Bytes of GPU memory: peaks of this process, and what all processes together use now.
-
-    Empty where there is no GPU.
-    """
-    if device.type != "cuda":
-        return {}
-    free, total = torch.cuda.mem_get_info(device)
-    return {
-        "allocated_peak": torch.cuda.max_memory_allocated(device),
-        "reserved_peak": torch.cuda.max_memory_reserved(device),
-        "reserved": torch.cuda.memory_reserved(device),
-        "used": total - free,
-        "total": total,
-        "retries": torch.cuda.memory_stats(device).get("num_alloc_retries", 0),
-    }
-
-
-def _memory_reset(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.init()
-        torch.zeros(1, device=device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 def _apply_liger(model_type: str) -> None:
-    """Let Liger patch the family's modules; without Liger the model stays as it is."""
-    if _version("liger-kernel") is None or not torch.cuda.is_available():
-        return
+    """Let Liger patch all it can of the family's modules."""
     module = importlib.import_module("liger_kernel.transformers")
     getattr(module, f"apply_liger_kernel_to_{model_type}")()
+
+
+def _auto_model() -> Any:
+    """The factory of causal models, which transformers does not type."""
+    return AutoModelForCausalLM
 
 
 def _version(package: str) -> str | None:

@@ -1,133 +1,54 @@
 """Compares the engine with a baseline, in turn on one machine, and measures the memory of both.
 
-A *row* is one shape, batch and budget against one baseline. Both sides run in processes of their
-own and take turns: a *turn* is some warm-up steps and some measured ones, a *pair* one turn of
-each. Where both fit the GPU together they stay there; otherwise each gives its memory back before
-the other's turn and starts anew in its next. Ours is measured first and alone until its context's
-size is known.
+A *turn* is some warm-up steps and some measured ones, a *pair* one turn of each side. Both sides
+run in processes of their own. Where both fit the GPU together they stay there; otherwise each gives
+its memory back before the other's turn and starts anew in its next. Ours is measured first and
+alone until its context's size is known.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
 import logging
-import os
-import platform
-import statistics
-import subprocess
-import sys
-import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-
 from slideformer.config import parse_size
-from slideformer.graph.errors import ConfigError
+from slideformer.tools import bench_trace
+from slideformer.tools.bench_report import summary
+from slideformer.tools.bench_rows import Row, Turns
 from slideformer.tools.bench_worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("R1", "R2", "R3", "R4", "none")
-_ROW_FIELDS = ("shape", "batch_size", "gpu_memory", "cpu_memory", "baseline")
-_PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "deepspeed", "numpy")
+_FLOOR_SIZES = {
+    "cuda": {"update_numel": 1 << 28, "copy_nbytes": 128 << 20},
+    "cpu": {"update_numel": 1 << 20, "copy_nbytes": 1 << 20},
+}
+"""Parameters of the measured update and bytes of the measured copies, per device."""
 
 
-class Row(BaseModel):
-    """What is compared in one row; ``settings`` are further ones of `EngineConfig`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    shape: str
-    batch_size: int = Field(ge=1)
-    seq_len: int = Field(default=1024, ge=2)
-    gpu_memory: str | None = None
-    cpu_memory: str | None = None
-    gpu_cap: str | None = None
-    baseline: str = "R1"
-    settings: dict[str, Any] = {}
-
-    @property
-    def label(self) -> str:
-        """How the row is called in tables."""
-        more = "".join(f" {name}={value}" for name, value in self.settings.items())
-        return f"{self.shape} b{self.batch_size} gpu {self.gpu_memory or 'free'}{more}"
-
-    def engine_settings(self) -> dict[str, Any]:
-        """Keyword arguments of `EngineConfig`, the model and the device left out."""
-        sizes = {
-            name: parse_size(value)
-            for name in ("gpu_memory", "cpu_memory")
-            if (value := getattr(self, name)) is not None
-        }
-        return {
-            "batch_size": self.batch_size,
-            "seq_len": self.seq_len,
-            **sizes,
-            **self.settings,
-        }
-
-
-class Turns(BaseModel):
-    """How often and how long."""
-
-    model_config = ConfigDict(frozen=True)
-
-    pairs: int = Field(default=5, ge=1)
-    steps: int = Field(default=3, ge=1)
-    warmup: int = Field(default=2, ge=1)
-
-
-def parse_row(text: str, common: Mapping[str, Any]) -> Row:
-    """A row written ``shape:batch:gpu:cpu:baseline[:name=value…]``; empty parts take ``common``.
-
-    Names are those of the engine's settings, or ``seq_len`` and ``gpu_cap``. Raises `ConfigError`.
-    """
-    values = dict(common)
-    settings = dict(values.pop("settings", {}))
-    for position, part in enumerate(text.split(":")):
-        name, equals, value = part.partition("=")
-        if equals:
-            target = values if name in ("seq_len", "gpu_cap") else settings
-            target[name] = yaml.safe_load(value)
-        elif position >= len(_ROW_FIELDS):
-            raise ConfigError(f"row {text!r}: {part!r} is not name=value")
-        elif part:
-            values[_ROW_FIELDS[position]] = part
-    return make_row({**values, "settings": settings}, f"row {text!r}")
-
-
-def make_row(values: Mapping[str, Any], source: str) -> Row:
-    """A row of plain values; raises `ConfigError` naming ``source``."""
+def measure(
+    row: Row, turns: Turns, device: str, *, floors: bool = False, trace: bool = False
+) -> dict[str, Any]:
+    """Measure one row; one that fails says why, and the next goes on."""
+    comparison = Comparison(row, turns, device)
+    result = comparison.result
     try:
-        row = Row.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        name = ".".join(map(str, first["loc"]))
-        raise ConfigError(f"{source}: {name}: {first['msg']}") from None
-    if row.baseline not in BASELINES:
-        raise ConfigError(
-            f"{source}: baseline is {row.baseline!r}; known are {', '.join(BASELINES)}"
-        )
-    row.engine_settings()
-    return row
-
-
-def read_rows(path: Path, common: Mapping[str, Any]) -> list[Row]:
-    """The rows of a YAML file: a list of mappings of `Row`'s fields. Raises `ConfigError`."""
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
-    if not isinstance(content, list) or not all(isinstance(each, dict) for each in content):
-        raise ConfigError(f"{path}: write a list of rows, each 'name: value' pairs")
-    return [
-        make_row({**common, **each}, f"{path}, row {number}")
-        for number, each in enumerate(content, start=1)
-    ]
+        try:
+            comparison.run()
+            if trace:
+                result["trace"] = comparison.trace()
+                result["trace_report"] = bench_trace.report(result["trace"], turns.steps)
+        finally:
+            comparison.close()
+        if floors:
+            result["floors"] = measure_floors(result)
+    except WorkerError as error:
+        logger.error("%s: %s", row.label, error)
+        result["error"] = str(error)
+    result["summary"] = summary(result)
+    return result
 
 
 class Comparison:
@@ -142,13 +63,14 @@ class Comparison:
         self._baseline: Worker | None = None
         if row.baseline != "none":
             self._baseline = Worker("slideformer.tools.baseline:Baseline")
-        self.result: dict[str, Any] = {"row": row.model_dump(), "device": device}
+        self.result: dict[str, Any] = {"row": row.model_dump()}
 
     def run(self) -> dict[str, Any]:
         """Measure everything; raises `WorkerError`. What was found so far stays in ``result``."""
         cap = self.row.gpu_cap
         ours, result = self._ours, self.result
-        ours.ask("hello", device=self._device, gpu_cap=parse_size(cap) if cap else None)
+        hello = ours.ask("hello", device=self._device, gpu_cap=parse_size(cap) if cap else None)
+        self._device = result["device"] = hello["device"]
         host = HostPeak(ours.pid)
         try:
             result["engine"] = self._build_ours()
@@ -188,7 +110,7 @@ class Comparison:
         baseline.ask(
             "prepare",
             recipe=row.baseline,
-            model=row.shape,
+            shape=row.shape,
             batch_size=row.batch_size,
             seq_len=row.seq_len,
         )
@@ -215,84 +137,41 @@ class Comparison:
             if not self._together and pair > 0:
                 self._build_ours()
             ours.append(self._ours.ask("run", **turns))
+            self._note(pair, "ours", ours[-1])
             if self._baseline is None:
                 continue
             if not self._together:
                 self._ours.ask("release")
             theirs.append(self._baseline.ask("run", **turns))
+            self._note(pair, self.row.baseline, theirs[-1])
             if not self._together:
                 self._baseline.ask("release")
 
+    def _note(self, pair: int, side: str, turn: Mapping[str, Any]) -> None:
+        rate = self.row.batch_size * self.row.seq_len / turn["step_seconds"]
+        logger.info("%s, pair %d: %s %.0f tokens/s", self.row.label, pair + 1, side, rate)
 
-def summary(result: Mapping[str, Any]) -> dict[str, Any]:
-    """What a table shows of a row; figures that were not measured are missing."""
-    row = Row.model_validate(result["row"])
-    tokens = row.batch_size * row.seq_len
-    found: dict[str, Any] = {"label": row.label, "baseline": row.baseline}
-    ours = [turn["step_seconds"] for turn in result.get("ours", ())]
-    theirs = [turn["step_seconds"] for turn in result.get("theirs", ())]
-    if ours:
-        found["ours"] = tokens / statistics.median(ours)
-        found["ours_spread"] = [tokens / max(ours), tokens / min(ours)]
-        found["step_seconds"] = statistics.median(ours)
-    if theirs:
-        found["theirs"] = tokens / statistics.median(theirs)
-        found["theirs_spread"] = [tokens / max(theirs), tokens / min(theirs)]
-        pairs = zip(ours, theirs, strict=False)
-        found["ratio"] = statistics.median(their / our for our, their in pairs)
-    for side in ("ours", "theirs"):
-        for name in ("allocated_peak", "reserved_peak"):
-            peaks = [turn[name] for turn in result.get(side, ()) if name in turn]
-            if peaks:
-                found[f"{side}_{name}"] = max(peaks)
-    found["host_peak"] = result.get("host_peak")
-    found["gpu_context"] = result.get("gpu_context")
-    plan = result.get("engine", {}).get("plan", {})
-    found["plan_gpu_peak"] = plan.get("gpu_peak")
-    found["plan_host_peak"] = plan.get("host_peak")
-    found["plan_step_seconds"] = plan.get("step_seconds")
+
+def measure_floors(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What the machine could do at best for a row that was measured. Raises `WorkerError`."""
+    row, engine = Row.model_validate(result["row"]), result["engine"]
+    plan = engine["plan"]
+    worker = Worker("slideformer.tools.bench_floors:Floors")
+    try:
+        found: dict[str, Any] = worker.ask(
+            "measure",
+            device=result["device"],
+            shape=row.shape,
+            sizes={
+                "rows": row.batch_size,
+                "seq_len": row.seq_len,
+                **{name: plan[name] for name in ("micro_rows", "head_tile", "compute")},
+            },
+            traffic=engine["traffic"],
+            threads=row.settings.get("threads"),
+            steps=3,
+            **_FLOOR_SIZES[result["device"]],
+        )
+    finally:
+        worker.close()
     return found
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What was measured on: machine, versions, commit, command."""
-    gpu = _output("nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader")
-    versions = {}
-    for package in _PACKAGES:
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    root = Path(__file__).resolve().parent.parent
-    return {
-        "host": platform.node(),
-        "device": device,
-        "gpu": gpu or None,
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "memory": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "versions": versions,
-        "commit": _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
-        "command": " ".join(["slideformer", *sys.argv[1:]]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-    }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _output(*command: str) -> str:
-    """What a command prints; nothing where it is missing or fails."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return done.stdout.strip()

@@ -17,8 +17,13 @@ from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
-from slideformer.measure import array_batches, random_batches, shape_config
-from slideformer.tools.baseline import memory
+from slideformer.measure import (
+    array_batches,
+    memory,
+    random_batches,
+    shape_config,
+    torch_device,
+)
 
 
 class Ours:
@@ -29,16 +34,15 @@ class Ours:
         self._step_ends: list[float] = []
 
     def hello(self, device: str, gpu_cap: int | None = None) -> dict[str, Any]:
-        """What the machine is; ``gpu_cap`` bounds this process's reserved GPU memory, in bytes."""
-        self._device = torch.device(device)
-        if self._device.type == "cuda":
-            torch.cuda.init()
-            properties = torch.cuda.get_device_properties(0)
-            if gpu_cap is not None:
-                fraction = min(1.0, gpu_cap / properties.total_memory)
-                torch.cuda.set_per_process_memory_fraction(fraction)
-            torch.cuda.reset_peak_memory_stats()
-        return memory(self._device)
+        """Make the context on the device, and say which it is.
+
+        ``gpu_cap`` bounds the GPU memory that this process reserves, in bytes.
+        """
+        self._device = torch_device(device)
+        if self._device.type == "cuda" and gpu_cap is not None:
+            total = torch.cuda.get_device_properties(self._device).total_memory
+            torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_cap / total))
+        return {"device": self._device.type, **memory(self._device)}
 
     def build(self, shape: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         """Make the engine, with random weights unless ``shape`` is None; returns its plan."""

@@ -7,12 +7,12 @@ JSON values. What a worker's libraries print goes to stderr.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from typing import Any
 
 from slideformer.graph.errors import SlideFormerError
@@ -42,6 +42,9 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._requests, self._replies = self._process.stdin, self._process.stdout
 
     @property
     def pid(self) -> int:
@@ -53,16 +56,17 @@ class Worker:
 
         Raises `WorkerError` if the method raised, or if the process is gone.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
         try:
-            self._process.stdin.write(json.dumps([method, arguments]) + "\n")
-            self._process.stdin.flush()
-            line = self._process.stdout.readline()
+            self._requests.write(json.dumps([method, arguments]) + "\n")
+            self._requests.flush()
+            line = self._replies.readline()
         except BrokenPipeError:
             line = ""
         if not line:
             code = self._process.wait()
-            raise WorkerError(f"{self.name} ended with code {code} in {method}; see its output above")
+            raise WorkerError(
+                f"{self.name} ended with code {code} in {method}; see its output above"
+            )
         reply = json.loads(line)
         if "error" in reply:
             message = f"{self.name}.{method}: {reply['error']}"
@@ -71,17 +75,14 @@ class Worker:
 
     def close(self) -> None:
         """End the process."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            pass
+        with contextlib.suppress(BrokenPipeError):
+            self._requests.close()
         try:
             self._process.wait(timeout=60)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
-        self._process.stdout.close()
+        self._replies.close()
 
 
 def serve(contestant: str) -> None:
@@ -103,7 +104,7 @@ def serve(contestant: str) -> None:
 
 
 def _failure(error: Exception) -> dict[str, Any]:
-    """The reply that tells of an error; one that is not the user's leaves its traceback on stderr."""
+    """The reply that tells of an error; the traceback of one of ours goes to stderr."""
     import torch
 
     full = isinstance(error, torch.OutOfMemoryError)
@@ -114,6 +115,3 @@ def _failure(error: Exception) -> dict[str, Any]:
     # Frames of the traceback hold tensors, which the next request may need the memory of.
     error.__traceback__ = None
     return {"error": message, "out_of_memory": full}
-
-
-Ask = Callable[..., Any]

@@ -40,7 +40,6 @@ def set_up_logging(console: Console, *, debug: bool = False) -> None:
         package.addHandler(logging.StreamHandler(console.file))
     package.handlers[0].setFormatter(_Formatter())
     package.setLevel(logging.DEBUG if debug else logging.INFO)
-    package.propagate = False
 
 
 class _Formatter(logging.Formatter):
@@ -79,8 +78,8 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
     except BrokenPipeError:  # whoever read our output has left
         raise
     except Exception as error:
-        if isinstance(error, typer.Exit | typer.Abort) or hasattr(error, "exit_code"):
-            raise  # click's own: they carry their exit code
+        if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
+            raise  # the parser's own, which carry their exit code
         if debug:
             traceback.print_exc()
         reason = " ".join(str(error).split())

@@ -287,7 +287,9 @@ PUBLISHED = {
 
 
 def test_named_shapes_have_their_published_sizes() -> None:
-    assert {name: model_spec(shape_config(name)).param_count for name in SHAPE_NAMES} == PUBLISHED
+    sizes = {name: model_spec(shape_config(name)).param_count for name in SHAPE_NAMES}
+    assert sizes.pop("tiny") < 1_000_000
+    assert sizes == PUBLISHED
 
 
 def test_named_shapes_do_not_share_state() -> None:

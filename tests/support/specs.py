@@ -91,10 +91,10 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """Small decoders of all forms."""
     return small_spec(
         layers=draw(st.integers(1, 4)),
-        hidden=draw(st.integers(1, 40)),
-        intermediate=draw(st.integers(1, 60)),
+        hidden=draw(st.integers(1, 24)),
+        intermediate=draw(st.integers(1, 30)),
         kv_heads=draw(st.integers(1, 2)),
-        head_dim=draw(st.integers(1, 16)),
+        head_dim=draw(st.integers(1, 8)),
         vocab=draw(st.integers(1, 60)),
         tied=draw(st.booleans()),
         windows=draw(st.sampled_from([(), (3,), (3, 5)])),
@@ -106,15 +106,19 @@ def draft_plans(draw: st.DrawFn, spec: ModelSpec) -> MemoryPlan:
     """Plans without gradient slots for a spec."""
     micro_rows = draw(st.integers(1, 3))
     seq_len = draw(st.integers(1, 9))
+    compute = draw(st.sampled_from(Compute))
+    units = st.sampled_from([unit.name for unit in spec.units])
     return MemoryPlan(
-        compute=draw(st.sampled_from(Compute)),
+        compute=compute,
         rows=micro_rows * draw(st.integers(1, 3)),
         seq_len=seq_len,
         micro_rows=micro_rows,
         vocab_chunks=draw(st.integers(1, 4)),
         head_tile=draw(st.integers(1, micro_rows * seq_len)),
         window=draw(st.integers(2, 4)),
-        chunk_numel=draw(st.integers(1, 4000)),
+        chunk_numel=draw(st.integers(100, 2000)),
         offloaded=draw(st.integers(0, len(spec.layers))),
         staging_slots=draw(st.integers(1, 3)),
+        resident=draw(st.frozensets(units)) if compute is Compute.BF16 else frozenset(),
+        kept=draw(st.integers(0, len(spec.layers))),
     )

@@ -240,6 +240,7 @@ def test_pieces_give_the_tokens_of_the_whole(
 @given(text=st.text(), block=st.integers(1, 30))
 @example(text="quick" * 9, block=9)
 @example(text=" " * 30, block=9)
+@example(text="the" + " \n" * 20, block=9)
 @settings(max_examples=60)
 def test_no_text_is_lost_wherever_it_is_cut(
     any_tokenizer: PreTrainedTokenizerFast, text: str, block: int

@@ -1,0 +1,62 @@
+"""Graphs for other programs and for reading: DOT, GraphML and plain text. Written, never read.
+
+The form that reads back is JSON, in ``serialise.py``.
+"""
+
+from __future__ import annotations
+
+import networkx as nx
+
+from slideformer.graph.analysis import to_networkx
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.tasks import Lane
+
+_COLOURS = {
+    Lane.COMPUTE: "#4c78a8",
+    Lane.H2D: "#f58518",
+    Lane.D2H: "#e45756",
+    Lane.CPU: "#54a24b",
+    Lane.NVME_READ: "#b279a2",
+    Lane.NVME_WRITE: "#9d755d",
+}
+
+
+def to_dot(graph: TaskGraph) -> str:
+    """Graphviz source: a node per task, coloured by lane, an edge per dependency."""
+    lines = [
+        f"digraph {_quoted(graph.name)} {{",
+        '  node [shape=box, style=filled, fontcolor=white, fontname="sans-serif"];',
+    ]
+    for task in graph.tasks:
+        tip = _quoted(f"{task.kind} {task.op}")
+        lines.append(f'  {_quoted(task.name)} [fillcolor="{_COLOURS[task.lane]}", tooltip={tip}];')
+    for position, successors in enumerate(graph.edges.successors):
+        name = _quoted(graph.tasks[position].name)
+        lines += [f"  {name} -> {_quoted(graph.tasks[s].name)};" for s in successors]
+    return "\n".join([*lines, "}", ""])
+
+
+def to_graphml(graph: TaskGraph) -> str:
+    """GraphML with the attributes of `to_networkx`; ``networkx.read_graphml`` opens it."""
+    lines: list[str] = list(nx.generate_graphml(to_networkx(graph)))
+    return "\n".join([*lines, ""])
+
+
+def to_text(graph: TaskGraph) -> str:
+    """One paragraph a task in program order: what it waits for, reads and writes."""
+    lines = [
+        f"graph {graph.name}: {len(graph.tasks)} tasks, {len(graph.buffers)} buffers, "
+        f"{len(graph.slots)} slots"
+    ]
+    for position, task in enumerate(graph.tasks):
+        lines.append(f"{position:6} {task.name}  {task.kind} on {task.lane}, op {task.op}")
+        waits = [graph.tasks[p].name for p in graph.edges.predecessors[position]]
+        for label, names in (("waits", waits), ("reads", task.reads), ("writes", task.writes)):
+            if names:
+                lines.append(f"         {label:6} {' '.join(names)}")
+    return "\n".join([*lines, ""])
+
+
+def _quoted(text: str) -> str:
+    escaped = text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+    return f'"{escaped}"'

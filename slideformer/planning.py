@@ -1,0 +1,109 @@
+"""Plans of runs, without the runs: nothing large is allocated and no weights are read.
+
+The engine plans by the same functions, so a plan made here for a machine that is not at hand is the
+plan that an engine there would run by.
+"""
+
+from __future__ import annotations
+
+import torch
+from transformers import PretrainedConfig
+
+from slideformer.config import EngineConfig
+from slideformer.graph.errors import ConfigError, DeviceError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.memory.limits import available_host_memory
+from slideformer.memory.planner import PlanRequest, Prediction, make_plan
+from slideformer.models.families import decoder_config, read_model_config
+from slideformer.models.head import head_workspace_bytes
+from slideformer.models.layer import workspace_bytes
+from slideformer.models.units import model_spec
+from slideformer.runtime.policies import make_policy
+from slideformer.runtime.simulated import simulate
+
+
+def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
+    """The model's units and the plan that an engine of ``config`` would run by on this machine.
+
+    The model folder needs no more than its ``config.json``. Raises what `Engine` raises before it
+    allocates: `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`,
+    `UnsupportedModelError`.
+    """
+    hf_config = read_model_config(config.model)
+    budgets = budgets_for(config, device_for(config))
+    plan = plan_for(hf_config, config, budgets, MachineProfile())
+    return model_spec(hf_config), plan
+
+
+def plan_for(
+    hf_config: PretrainedConfig, config: EngineConfig, budgets: Budgets, profile: MachineProfile
+) -> MemoryPlan:
+    """The plan for a model under ``budgets`` on a machine of that ``profile``.
+
+    ``config.model`` is not opened, and the budgets and device of ``config`` are not looked at.
+    Raises `BudgetError`, `ConfigError` or `UnsupportedModelError`.
+    """
+    spec, decoder = model_spec(hf_config), decoder_config(hf_config)
+    if config.seq_len > spec.max_positions:
+        raise ConfigError(
+            f"seq_len is {config.seq_len}, but the model has positions for {spec.max_positions}; "
+            f"use --seq-len {spec.max_positions} or less"
+        )
+    make_policy(config.policy)  # refuses an unknown name
+    compute = Compute(config.compute)
+
+    def workspace(rows: int, vocab_rows: int, tile: int) -> int:
+        tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
+        layers = workspace_bytes(decoder, tokens, size, seq_len)
+        head = head_workspace_bytes(vocab_rows, tile, tokens, size)
+        return max(layers, head + tokens * spec.hidden * size)
+
+    def predict(graph: TaskGraph) -> Prediction:
+        """The middle one of three steps, simulated under a policy of the same kind."""
+        timeline = simulate(graph, make_policy(config.policy), profile, instances=3)
+        seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
+        return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
+
+    return make_plan(
+        PlanRequest(
+            spec=spec,
+            rows=config.batch_size,
+            seq_len=config.seq_len,
+            compute=compute,
+            budgets=budgets,
+            profile=profile,
+            workspace=workspace,
+            predict=predict,
+            micro_rows=config.micro_batch,
+            window=config.window,
+        )
+    )
+
+
+def device_for(config: EngineConfig) -> torch.device:
+    """The device that ``config`` asks for; raises `DeviceError` if it is not usable."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        found = (
+            "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is usable"
+        )
+        raise DeviceError(f"device is 'cuda', but {found}; use --device cpu or --device auto")
+    if config.compute == "bf16" and not torch.cuda.is_bf16_supported():
+        name = torch.cuda.get_device_name()
+        raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
+    """The budgets asked for; otherwise what the machine has left."""
+    host = config.cpu_memory or available_host_memory()
+    if config.gpu_memory is not None:
+        return Budgets(config.gpu_memory, host)
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return Budgets(free + torch.cuda.memory_reserved(device), host)
+    # Without a GPU its tier lies in host memory too: divide what there is.
+    return Budgets(host // 2, host - host // 2)

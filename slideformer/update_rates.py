@@ -1,0 +1,236 @@
+"""How fast the CPU updates parameters: our kernel against others, alone and beside copies.
+
+All contenders share one allocation and one number of threads and run in interleaved rounds, since a
+host's memory is not equally fast at all times.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from slideformer.kernels.adamw import AdamW, Segment, adamw_update, kernel_build, stream_rmw
+from slideformer.memory.arena import HostArena
+
+UPDATE_BYTES = 26
+"""What an update moves per parameter: hi, lo, m and v in and out, and a BF16 gradient in."""
+
+STREAM_BYTES = 24
+"""What `stream_rmw` moves per element: three FP32 values in and out."""
+
+_FASTEST_COPY = 150e9
+"""Bytes/s that no bus exceeds, to start enough copies."""
+
+_HYPER = AdamW(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step=10)
+
+
+class Copies:
+    """Copies between pinned host memory and the GPU, one way or both at once.
+
+    On the CPU both ends are host memory and nothing overlaps.
+    """
+
+    def __init__(self, device: torch.device, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._cuda = device.type == "cuda"
+        self._host = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._cuda) for _ in "ab"]
+        self._far = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in "ab"]
+        self._streams = [torch.cuda.Stream(device) for _ in "ab"] if self._cuda else [None, None]
+
+    def queue(self, ways: tuple[str, ...], times: int) -> None:
+        """Start ``times`` copies of all bytes each way, ``"h2d"`` or ``"d2h"``."""
+        for _ in range(times):
+            for way, host, far, stream in zip(
+                ("h2d", "d2h"), self._host, self._far, self._streams, strict=True
+            ):
+                if way not in ways:
+                    continue
+                source, target = (host, far) if way == "h2d" else (far, host)
+                with torch.cuda.stream(stream):
+                    target.copy_(source, non_blocking=True)
+
+    def busy(self) -> bool:
+        """Whether a copy is still to be done."""
+        return any(stream is not None and not stream.query() for stream in self._streams)
+
+    def wait(self) -> None:
+        """Until all copies are done."""
+        for stream in self._streams:
+            if stream is not None:
+                stream.synchronize()
+
+    def rate(self, *ways: str, times: int = 8) -> float:
+        """Bytes per second of copies these ways, all together."""
+        self.queue(ways, 1)
+        self.wait()
+        started = time.perf_counter()
+        self.queue(ways, times)
+        self.wait()
+        return len(ways) * times * self.nbytes / (time.perf_counter() - started)
+
+
+def update_rates(
+    device: torch.device, numel: int, threads: int, rounds: int, copy_nbytes: int
+) -> dict[str, Any]:
+    """CPU AdamW against what else could update ``numel`` parameters, in interleaved rounds.
+
+    The contenders share one allocation of huge pages and ``threads`` threads:
+
+    - ``adamw``: ours, BF16 gradient in, BF16 weight out (the high half), 26 bytes a parameter;
+    - ``stream``: a read-modify-write loop over three FP32 arrays, 24 bytes an element;
+    - ``torch``: ``torch._fused_adamw_`` on FP32 weights and gradients;
+    - ``torch_casts``: the same with the casts from the BF16 gradient and to the BF16 weight;
+    - ``deepspeed``: DeepSpeed's CPU Adam on FP32 weights and gradients, where it is installed;
+    - ``adamw_busy``: ours with copies running both ways, where there is a GPU.
+
+    Returns the median seconds of each (``seconds``) and what follows from them.
+    """
+    previous = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        state = _UpdateState(numel)
+        contenders: dict[str, Callable[[], None]] = {
+            "adamw": lambda: state.adamw(threads),
+            "stream": lambda: stream_rmw(*state.thirds, threads),
+            "torch": state.torch,
+            "torch_casts": state.torch_casts,
+        }
+        problem = None
+        try:
+            contenders["deepspeed"] = state.deepspeed()
+        except ImportError:
+            problem = "not installed"
+        except Exception as error:  # its build at run time fails in many ways
+            problem = f"{type(error).__name__}: {error}"
+        copies = Copies(device, copy_nbytes) if device.type == "cuda" else None
+        times: dict[str, list[float]] = {name: [] for name in contenders}
+        for _ in range(rounds):
+            for name, update in contenders.items():
+                state.refill()
+                times[name].append(seconds_of(update))
+            if copies is not None:
+                state.refill()
+                beside = _beside(copies, min(times["adamw"]), contenders["adamw"])
+                if beside is not None:
+                    times.setdefault("adamw_busy", []).append(beside)
+    finally:
+        torch.set_num_threads(previous)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    ratios = [
+        s / STREAM_BYTES * UPDATE_BYTES / a
+        for s, a in zip(times["stream"], times["adamw"], strict=True)
+    ]
+    return {
+        "numel": numel,
+        "threads": threads,
+        "rounds": rounds,
+        "build": kernel_build(),
+        "seconds": seconds,
+        "all_seconds": times,
+        "params_per_second": {n: numel / s for n, s in seconds.items() if n != "stream"},
+        "adamw_bytes_per_second": UPDATE_BYTES * numel / seconds["adamw"],
+        "stream_bytes_per_second": STREAM_BYTES * numel / seconds["stream"],
+        "share_of_stream": statistics.median(shares),
+        "deepspeed": problem,
+    }
+
+
+class _UpdateState:
+    """Weights, moments and gradients in one allocation, as each contender wants them."""
+
+    def __init__(self, numel: int) -> None:
+        self._arena = HostArena(24 * numel)
+        arrays = self._arena.tensor.split([4 * numel] * 6)
+        self._master, self.m, self.v, self.p32, self.g32, halves = arrays
+        self.thirds = tuple(x.view(torch.float32) for x in arrays[:3])
+        self.hi, self.lo = self._master.view(torch.int16).split(numel)
+        self.m, self.v = self.m.view(torch.float32), self.v.view(torch.float32)
+        self.p32, self.g32 = self.p32.view(torch.float32), self.g32.view(torch.float32)
+        self.out16, self.g16 = halves.view(torch.bfloat16).split(numel)
+        block = torch.randn(min(numel, 1 << 20), generator=torch.Generator().manual_seed(0))
+        self._block = block.repeat(-(-numel // block.numel()))[:numel].bfloat16()
+        self.g16.copy_(self._block).mul_(1e-3)
+        self.g32.copy_(self.g16)
+        self._count = torch.tensor(9.0)
+
+    def refill(self) -> None:
+        """Values as training has them: denormal or infinite ones would cost time of their own."""
+        self.hi.copy_(self._block.view(torch.int16))
+        self.lo.zero_()
+        self.p32.copy_(self._block)
+        self.m.fill_(1e-4)
+        self.v.fill_(1e-6)
+
+    def adamw(self, threads: int) -> None:
+        """Ours."""
+        segments = [Segment(0, self.hi.numel(), _HYPER.lr, _HYPER.weight_decay)]
+        adamw_update(self.hi, self.lo, self.m, self.v, self.g16, segments, _HYPER, threads)
+
+    def torch(self) -> None:
+        """PyTorch's fused AdamW on FP32."""
+        torch._fused_adamw_(
+            [self.p32],
+            [self.g32],
+            [self.m],
+            [self.v],
+            [],
+            [self._count],
+            lr=_HYPER.lr,
+            beta1=_HYPER.beta1,
+            beta2=_HYPER.beta2,
+            weight_decay=_HYPER.weight_decay,
+            eps=_HYPER.eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    def torch_casts(self) -> None:
+        """The same between BF16 gradients and BF16 weights."""
+        self.g32.copy_(self.g16)
+        self.torch()
+        self.out16.copy_(self.p32)
+
+    def deepspeed(self) -> Callable[[], None]:
+        """DeepSpeed's CPU Adam on the FP32 arrays; raises whatever its import or build raises."""
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        parameter = torch.nn.Parameter(self.p32)
+        parameter.grad = self.g32
+        optimizer = DeepSpeedCPUAdam([parameter], lr=_HYPER.lr, adamw_mode=True)
+        optimizer.step()  # makes its moments
+        state = optimizer.state[parameter]
+        state["exp_avg"], state["exp_avg_sq"] = self.m, self.v
+
+        def update() -> None:
+            optimizer.step()
+
+        return update
+
+
+def _beside(copies: Copies, seconds: float, update: Callable[[], None]) -> float | None:
+    """Seconds of an update while copies run both ways; None if it outlasted them.
+
+    ``seconds`` is what it takes alone, and decides how many copies are started.
+    """
+    copies.queue(("h2d", "d2h"), math.ceil(4 * seconds * _FASTEST_COPY / copies.nbytes))
+    taken = seconds_of(update)
+    lasted = copies.busy()
+    copies.wait()
+    return taken if lasted else None
+
+
+def seconds_of(run: Callable[[], None], device: torch.device | None = None) -> float:
+    """Wall-clock seconds of a call, what it starts on a GPU included."""
+    cuda = device is not None and device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    run()
+    if cuda:
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started

@@ -1,0 +1,288 @@
+"""The compiled graphs: whatever the plan, they keep all rules and do a step's work exactly once."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slideformer.graph.buffers import Buffer, Role, Tier
+from slideformer.graph.chunks import vocab_chunks
+from slideformer.graph.errors import BudgetError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
+from slideformer.graph.tasks import Task, TaskKind
+from slideformer.graph.verify import verify
+from slideformer.memory.layout import places
+from tests.support.specs import draft_plans, small_plan, small_spec, specs
+
+Case = tuple[ModelSpec, MemoryPlan]
+
+some = settings(max_examples=40)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A spec and a plan for it, with bounded pools or without."""
+    spec = draw(specs())
+    plan = draw(draft_plans(spec))
+    if draw(st.booleans()):
+        plan = replace(plan, boundary_slots=pool_size(spec, plan) + draw(st.integers(0, 2)))
+    if draw(st.booleans()):
+        slots = draw(st.integers(1, 4))
+        graph = compile_step(spec, plan)
+        parked = sum(name.startswith("gh.") for name in graph.buffers)
+        seed = draw(st.integers(0, 10**6))
+        assigned = tuple((seed >> (i % 20)) % slots for i in range(parked))
+        plan = replace(plan, gradient_slots=slots, gradient_slot=assigned)
+    return spec, plan
+
+
+def pool_size(spec: ModelSpec, plan: MemoryPlan) -> int:
+    """Boundary slots that the graphs of a plan need at once."""
+    return sum(name.startswith("x.") for name in footprint(spec, replace(plan, boundary_slots=None)))
+
+
+def graphs_of(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
+    """Step, evaluation and save."""
+    return [compile_(spec, plan) for compile_ in (compile_step, compile_evaluation, compile_save)]
+
+
+def owned(graph: TaskGraph, names: Iterable[str]) -> list[Buffer]:
+    """Those buffers that hold masters and optimizer state."""
+    return [graph.buffers[n] for n in names if n.startswith(("hi.", "state."))]
+
+
+def tiled(buffers: Iterable[Buffer]) -> dict[str, int]:
+    """Bytes of each place, which the buffers must cover from its start without gap or overlap."""
+    reached: dict[str, int] = {}
+    for buffer in sorted(buffers, key=lambda b: (b.place, b.offset)):
+        assert buffer.offset == reached.get(buffer.place, 0), buffer
+        reached[buffer.place] = buffer.stop
+    return reached
+
+
+def whole_state(spec: ModelSpec) -> dict[str, int]:
+    """Bytes of all masters and optimizer state."""
+    return {
+        f"{kind}.{unit.name}": size * unit.numel
+        for unit in spec.units
+        for kind, size in (("hi", 2), ("state", 10))
+    }
+
+
+def is_update(task: Task) -> bool:
+    """Whether a task changes weights."""
+    return task.op.startswith("update")
+
+
+@some
+@given(cases())
+def test_every_plan_gives_graphs_that_keep_the_rules(case: Case) -> None:
+    for graph in graphs_of(*case):
+        verify(graph)
+
+
+@some
+@given(cases())
+def test_every_element_is_updated_exactly_once(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, plan)
+    used = [task for task in graph.tasks if task.op.startswith("update_used_rows")]
+    # Idle rows and used rows are complements: the former tile the embedding like any unit's update,
+    # one task has all of the latter.
+    others = [task for task in graph.tasks if is_update(task) and task not in used]
+    assert tiled(b for t in others for b in owned(graph, t.writes)) == whole_state(spec)
+    (rows,) = used
+    embed = {place: n for place, n in whole_state(spec).items() if place.endswith(".embed")}
+    assert tiled(owned(graph, rows.writes)) == embed
+    for task in graph.tasks:
+        assert is_update(task) or not owned(graph, task.writes)
+
+
+@some
+@given(cases())
+def test_an_update_is_told_the_elements_that_it_owns(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, plan)
+    for task in graph.tasks:
+        if not is_update(task):
+            continue
+        unit = str(task.args.get("unit", "embed"))
+        begin = int(task.args.get("begin", 0))
+        end = int(task.args.get("end", spec.unit(unit).numel))
+        his = [b for b in owned(graph, task.writes) if b.place == f"hi.{unit}"]
+        states = [b for b in owned(graph, task.writes) if b.place == f"state.{unit}"]
+        assert (his[0].offset, his[-1].stop) == (2 * begin, 2 * end)
+        assert (states[0].offset, states[-1].stop) == (10 * begin, 10 * end)
+        result = graph.buffers[task.writes[-1]]
+        assert result.offset % result.nbytes == 0
+        assert len(task.writes) == len(his) + len(states) + 1
+        gpu = task.kind is TaskKind.COMPUTE
+        assert gpu == (unit in plan.resident)
+        assert result.nbytes == (4 if gpu else 8)
+
+
+@some
+@given(cases())
+def test_the_norm_adds_up_every_update_once(case: Case) -> None:
+    graph = compile_step(*case)
+    parts = [task.writes[-1] for task in graph.tasks if is_update(task)]
+    assert len(set(parts)) == len(parts)
+    down = [task for task in graph.tasks if task.name == "d2h.norms"]
+    (report,) = (task for task in graph.tasks if task.name == "report.norm")
+    direct = [name for name in report.reads if name != "norms_host"]
+    assert Counter(parts) == Counter([*direct, *(n for task in down for n in task.reads)])
+    tiled(graph.buffers[name] for name in parts)
+
+
+@some
+@given(cases())
+def test_micro_batches_are_layer_major(case: Case) -> None:
+    spec, plan = case
+    layers = [unit.name for unit in spec.layers]
+    micro = range(plan.micro_batches)
+    for graph in graphs_of(spec, plan)[:2]:
+        forward = [t.name for t in graph.tasks if t.op == "fwd"]
+        assert forward == [f"fwd.{unit}.m{m}" for unit in layers for m in micro]
+    backward = [t.name for t in compile_step(spec, plan).tasks if t.op == "bwd"]
+    assert backward == [f"bwd.{unit}.m{m}" for unit in reversed(layers) for m in micro]
+
+
+@some
+@given(cases())
+def test_weights_come_up_at_most_once_a_pass_and_resident_ones_never(case: Case) -> None:
+    spec, plan = case
+    computed = [*spec.layers, spec.norm, spec.head]
+    for graph in graphs_of(spec, plan)[:2]:
+        loads = Counter(
+            name
+            for task in graph.tasks
+            if task.kind is TaskKind.H2D
+            for name in task.reads
+            if name.startswith("hi.")
+        )
+        for name, count in loads.items():
+            once = graph.name == "evaluate" or name.startswith("hi.norm.")
+            assert count <= (1 if once else 2)
+        needed = {f"hi.{u.name}": 2 * u.numel for u in computed if u.name not in plan.resident}
+        assert tiled(graph.buffers[name] for name in loads) == needed
+
+
+@some
+@given(cases())
+def test_what_forward_leaves_in_the_window_need_not_come_up_again(case: Case) -> None:
+    spec, plan = case
+    plan = replace(plan, vocab_chunks=1)
+    graph = compile_step(spec, plan)
+    streamed = [unit.name for unit in spec.layers if unit.name not in plan.resident]
+    again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
+    assert again == set(streamed[: -plan.window])
+
+
+@some
+@given(cases())
+def test_a_layer_computes_with_its_own_weights_only(case: Case) -> None:
+    spec, plan = case
+    for graph in graphs_of(spec, plan)[:2]:
+        for task in graph.tasks:
+            if task.op not in ("fwd", "bwd"):
+                continue
+            unit = spec.unit(str(task.args["unit"]))
+            weights = [graph.buffers[n] for n in task.reads if graph.buffers[n].role is Role.WEIGHT]
+            kind = "hi" if unit.name in plan.resident else "w"
+            assert all(b.name.startswith(f"{kind}.{unit.name}.") for b in weights)
+            assert list(tiled(weights).values()) == [plan.compute.nbytes * unit.numel]
+
+
+@some
+@given(cases())
+def test_offloaded_boundaries_go_down_once_and_come_up_once(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, plan)
+    units = [unit.name for unit in spec.layers[: plan.offloaded]]
+    micro = range(plan.micro_batches)
+    down = [t.name for t in graph.tasks if t.name.startswith("d2h.x.")]
+    up = [t.name for t in graph.tasks if t.name.startswith("h2d.x.") and t.name.endswith(".bwd")]
+    # Unless the embedding is on the GPU, the first layer's input was gathered on the host.
+    first = 0 if "embed" in plan.resident else 1
+    assert sorted(down) == sorted(f"d2h.x.{unit}.m{m}" for unit in units[first:] for m in micro)
+    assert sorted(up) == sorted(f"h2d.x.{unit}.m{m}.bwd" for unit in units for m in micro)
+    assert not any(t.name.startswith("d2h.x.") for t in compile_evaluation(spec, plan).tasks)
+
+
+@some
+@given(cases())
+def test_an_evaluation_and_a_save_change_nothing_that_is_kept(case: Case) -> None:
+    for graph in graphs_of(*case)[1:]:
+        kept = {b.name for b in graph.buffers.values() if b.carried}
+        assert kept.isdisjoint(name for task in graph.tasks for name in task.writes)
+
+
+@some
+@given(cases())
+def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
+    spec, plan = case
+    graph = compile_save(spec, plan)
+    saves = [task for task in graph.tasks if task.kind is TaskKind.SAVE]
+    assert [task.args["unit"] for task in saves] == [unit.name for unit in spec.units]
+    read = [b for task in graph.tasks for b in owned(graph, task.reads)]
+    assert tiled(read) == whole_state(spec)
+    for task in saves:
+        unit = spec.unit(str(task.args["unit"]))
+        if unit.name in plan.resident:  # brought down first
+            (staged,) = (graph.buffers[name] for name in task.reads)
+            assert (staged.place, staged.tier, staged.nbytes) == ("saved", Tier.PINNED, 4 * unit.numel)
+
+
+@some
+@given(cases())
+def test_the_footprint_is_that_of_the_graphs(case: Case) -> None:
+    assert footprint(*case) == places(graphs_of(*case))
+
+
+@some
+@given(cases())
+def test_a_pool_smaller_than_the_need_is_refused(case: Case) -> None:
+    spec, plan = case
+    need = pool_size(spec, plan)
+    for graph in graphs_of(spec, replace(plan, boundary_slots=need)):
+        assert sum(name.startswith("x.") for name in graph.slots) in (0, need)
+    with pytest.raises(BudgetError, match="x slots are occupied"):
+        graphs_of(spec, replace(plan, boundary_slots=need - 1))
+
+
+@some
+@given(cases())
+def test_the_vocabulary_does_not_size_the_slots_of_layers(case: Case) -> None:
+    spec, plan = case
+    largest_layer = max(unit.numel for unit in spec.layers)
+    parts = vocab_chunks(spec, plan.vocab_chunks)
+    largest_part = max(part.stop - part.start for part in parts) * spec.hidden
+    swept = largest_part if len(parts) > 1 else 0
+    for name, (_, nbytes) in footprint(spec, plan).items():
+        if name.startswith("w.") and name.partition(".")[2].isdigit():
+            assert nbytes <= plan.compute.nbytes * max(largest_layer, swept)
+
+
+def test_an_update_of_a_layer_waits_for_its_own_gradient_and_loads_only() -> None:
+    graph = compile_step(small_spec(), small_plan(chunk_numel=10_000))
+    position = graph.index["update.L01.c0"]
+    waits = {graph.tasks[p].name for p in graph.edges.predecessors[position]}
+    assert {name for name in waits if not name.startswith("h2d.L01.")} == {"d2h.L01.c0"}
+
+
+def test_fp32_brings_both_halves_up_and_joins_them() -> None:
+    graph = compile_step(small_spec(), small_plan(compute=Compute.FP32))
+    up = graph.tasks[graph.index["h2d.L00.fwd.c0"]]
+    assert up.op == "upload_halves"
+    assert up.reads == ("hi.L00.c0", "state.L00.c0")
+    join = graph.tasks[graph.index["join.L00.fwd.c0"]]
+    assert join.reads == up.writes
+    assert graph.buffers[join.writes[0]].nbytes == graph.buffers[up.writes[0]].nbytes

@@ -1,0 +1,41 @@
+"""Measures the machine's floors for one row, in a process of its own: nothing else runs meanwhile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from slideformer.engine import default_threads
+from slideformer.floors import Arithmetic, compute_seconds, copy_rates, floors_of_step
+from slideformer.measure import torch_device
+from slideformer.update_rates import update_rates
+
+_ROUNDS = 9
+
+
+class Floors:
+    """Answers the requests of a benchmark."""
+
+    def measure(
+        self,
+        device: str,
+        shape: str,
+        sizes: dict[str, Any],
+        traffic: dict[str, Any],
+        threads: int | None,
+        update_numel: int,
+        copy_nbytes: int,
+        steps: int,
+    ) -> dict[str, Any]:
+        """Copies, updates, arithmetic, and the floors of a step that moves ``traffic``."""
+        where = torch_device(device)
+        copies = copy_rates(where, copy_nbytes)
+        updates = update_rates(
+            where, update_numel, threads or default_threads(), _ROUNDS, copy_nbytes
+        )
+        compute = compute_seconds(shape, Arithmetic(**sizes), where, steps)
+        return {
+            "copies": copies,
+            "updates": updates,
+            "compute": compute,
+            "floors": floors_of_step(traffic, copies, updates, compute["step_seconds"]),
+        }

@@ -1,0 +1,92 @@
+"""Prints a memory plan for people: what lives where, predicted peaks against budgets, speed."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.table import Table
+
+from slideformer.config import EngineConfig, format_size
+from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import MemoryPlan
+
+_STATE_NBYTES = 12
+"""Bytes of a parameter at rest: FP32 master (BF16 value and remainder) and two FP32 moments."""
+
+
+def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> None:
+    """Print the plan of ``spec`` under the budgets of ``config``."""
+    console.print(
+        f"Plan: {spec.family}, {spec.param_count:,} parameters in {len(spec.layers)} layers; "
+        f"steps of {plan.rows} × {plan.seq_len} tokens in {plan.compute.upper()}",
+        soft_wrap=True,
+    )
+    console.print(_places(spec, plan))
+    console.print(_peaks(config, plan))
+    console.print(
+        f"Estimate for a generic machine with a data-centre GPU, not for this one: "
+        f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s",
+        soft_wrap=True,
+    )
+
+
+def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
+    table = Table.grid(padding=(0, 2))
+    layer = max(unit.numel for unit in spec.layers) * plan.compute.nbytes
+    streamed = [unit for unit in spec.units if unit.name not in plan.resident]
+    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed)
+    table.add_row(
+        "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
+    )
+    if plan.resident:
+        units = ", ".join(unit.name for unit in spec.units if unit.name in plan.resident)
+        table.add_row("", f"{units} stay on the GPU with their optimizer state")
+    table.add_row(
+        "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
+    )
+    table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")
+    table.add_row("  boundaries", _boundaries(spec, plan))
+    table.add_row(
+        "  output matrix",
+        f"{_count(plan.vocab_chunks, 'chunk')} of its vocabulary, "
+        f"{min(plan.head_tile, plan.micro_tokens)} tokens at a time",
+    )
+    table.add_row(
+        "  gradients",
+        f"{_count(len(plan.gradient_slot), 'chunk')} in {_count(plan.gradient_slots, 'slot')} "
+        "of pinned memory until their update",
+    )
+    return table
+
+
+def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
+    layers = len(spec.layers)
+    if not plan.offloaded:
+        return "all on the GPU"
+    nbytes = plan.tokens * spec.hidden * plan.compute.nbytes
+    return (
+        f"those of {plan.offloaded} of {layers} layers wait in pinned memory, "
+        f"{format_size(nbytes)} each"
+    )
+
+
+def _peaks(config: EngineConfig, plan: MemoryPlan) -> Table:
+    table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
+    host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
+    pinned = plan.peaks.get(Tier.PINNED, 0)
+    table.add_row("gpu", format_size(plan.peaks[Tier.GPU]), _budget(config.gpu_memory))
+    table.add_row("host", format_size(host), _budget(config.cpu_memory))
+    table.add_row("  of it pinned", format_size(pinned), "")
+    return table
+
+
+def _budget(nbytes: int | None) -> str:
+    return "what is free" if nbytes is None else format_size(nbytes)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.1f} ms"
