@@ -82,7 +82,7 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph
 
 def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
     """Predicted peak bytes per tier; ``cpu`` includes the interpreter, ``gpu`` context and workspace."""
-    sizes = dict(lay_out(footprint(request.spec, plan)).sizes)
+    sizes = {Tier.GPU: 0, Tier.PINNED: 0, Tier.CPU: 0, **lay_out(footprint(request.spec, plan)).sizes}
     sizes[Tier.GPU] += plan.workspace + request.profile.gpu_overhead
     sizes[Tier.CPU] += request.profile.host_overhead
     return sizes
