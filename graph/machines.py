@@ -58,7 +58,7 @@ class _File(_Schema):
 class Machine:
     """A named machine: its profile, bytes of GPU memory, and where each rate comes from.
 
-    ``sources`` maps a rate's name to its basis and source: ``measured`` on such a machine, read in a
+    ``sources`` maps a rate to its basis and source: ``measured`` on such a machine, read in a
     ``datasheet``, or a datasheet's figure ``derated`` by the share stated.
     """
 
@@ -78,7 +78,7 @@ def machine_names() -> tuple[str, ...]:
 def load_machine(name: str) -> Machine:
     """The machine of that name, or of the file at that path if it ends in ``.json``.
 
-    Raises `ConfigError` for an unknown name, with the nearest known ones, and for a file that cannot
+    Raises `ConfigError` for an unknown name, with the nearest ones, and for a file that cannot
     be read, has another version or a rate that is missing, unknown or not positive.
     """
     if name.endswith(".json"):

@@ -263,7 +263,7 @@ def load_kernels(compiler: str | None) -> Kernels:
             _declare(built.library)
             return Kernels(built.library, built.identifier)
     _logger.warning(
-        "AdamW on the CPU runs in plain PyTorch, about 10 times slower than the compiled kernel, "
+        "AdamW on the CPU runs in plain PyTorch, 10 to 30 times slower than the compiled kernel, "
         "because %s\nInstall g++ (Debian and Ubuntu: apt install g++) or set CXX.",
         reason,
     )

@@ -151,7 +151,7 @@ def _check_state(
 def _check(
     name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], hi: Tensor
 ) -> None:
-    """Refuse what a kernel would misread: another shape, gaps, or another device than that of hi."""
+    """Refuse what a kernel would misread: another shape, gaps, or another device than hi's."""
     if tensor.dtype not in dtypes:
         raise TypeError(f"{name} is {tensor.dtype}; it must be one of {dtypes}")
     if tensor.device != hi.device or not tensor.is_contiguous() or tensor.shape != shape:

@@ -14,12 +14,15 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from slideformer.kernels import reference
+from slideformer.kernels.adamw import AdamW, Segment
+from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
 from slideformer.kernels.cross_entropy import lse_accumulate, lse_init, softmax_grad_
 from slideformer.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
@@ -240,6 +243,25 @@ def cross_entropy_cases(tokens: int) -> Iterator[Case]:
     yield Case("both sweeps", shape, 3 * one, both, plain_both, (), liger_both)
 
 
+def adamw_cases(n: int, hidden: int) -> Iterator[Case]:
+    """Dense, and idle rows of an embedding. Eager is the fused AdamW on FP32, 28 bytes each."""
+    rates = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    hyper = AdamW(**rates, step=100)
+    w, m, grad = torch.randn(3, n, device="cuda")
+    step, norm = torch.ones(2, device="cuda")
+    fused = partial(torch._fused_adamw_, **rates, amsgrad=False, maximize=False)
+    lists: tuple[object, ...] = ([w], [grad], [m], [m.square()], [], [step])
+    state = (normal(n).view(torch.int16), torch.zeros_like(w, dtype=torch.int16), m, m.square())
+    whole = [Segment(0, n, hyper.lr, hyper.weight_decay)]
+    dense = partial(adamw_update_gpu, *state, normal(n), norm, whole, hyper)
+    yield Case("adamw_update_gpu", f"{n}", 26 * n, dense, fused, lists)
+    index = torch.arange(n // hidden + 1, device="cuda")
+    table = (index[-1:], index[:-1], index * 0, index[:0], normal(0, hidden))
+    squares = m.new_empty(n // hidden)
+    idle = partial(adamw_rows_gpu, *state, *table, None, squares, hyper)
+    yield Case("adamw_rows_gpu idle", f"{n // hidden} x {hidden}", 24 * n, idle, fused, lists)
+
+
 def cases(tokens: int) -> Iterator[Case]:
     """All of them, one group's tensors at a time."""
     for n in (3072, 4096, 8192, 16384):
@@ -248,6 +270,8 @@ def cases(tokens: int) -> Iterator[Case]:
     for width in (8192, 14336, 53248):
         yield from swiglu_cases(tokens // 4 if width > 20_000 else tokens, width)
     yield from cross_entropy_cases(max(1, tokens // 4))
+    yield from adamw_cases(2**25, 2048)
+    yield from adamw_cases(2**28, 16384)
 
 
 def milliseconds(run: Run) -> float:

@@ -201,7 +201,7 @@ class Core:
                     earlier.update(segment.readers)
         for position, earlier in waits.items():
             run = instance.runs[position]
-            for pred in earlier:
+            for pred in sorted(earlier, key=_program_order):  # a set's order differs between runs
                 self._wait_for(run, pred)
         for leave in instance.graph.edges.exits:
             readers = [instance.runs[r] for r in leave.readers]
@@ -329,6 +329,10 @@ class Core:
         for instance in self._open:
             done = sum(r.state is State.DONE for r in instance.runs)
             assert instance.unfinished == len(instance.runs) - done
+
+
+def _program_order(run: TaskRun) -> tuple[int, int]:
+    return run.instance.number, run.position
 
 
 def _task_error(run: TaskRun, error: BaseException, story: list[str]) -> SlideFormerError:

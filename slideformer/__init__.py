@@ -21,27 +21,49 @@ if TYPE_CHECKING:
     from slideformer.config import parse_size as parse_size
     from slideformer.config import save_config as save_config
     from slideformer.engine import Engine as Engine
+    from slideformer.graph.buffers import Role as Role
+    from slideformer.graph.buffers import Tier as Tier
     from slideformer.graph.builder import GraphBuilder as GraphBuilder
     from slideformer.graph.errors import SlideFormerError as SlideFormerError
     from slideformer.graph.graph import TaskGraph as TaskGraph
+    from slideformer.graph.machines import load_machine as load_machine
+    from slideformer.graph.plan import Budgets as Budgets
+    from slideformer.graph.plan import MachineProfile as MachineProfile
+    from slideformer.graph.tasks import Cost as Cost
+    from slideformer.graph.tasks import Lane as Lane
+    from slideformer.graph.tasks import TaskKind as TaskKind
     from slideformer.models.data.byte_tokenizer import save_byte_tokenizer as save_byte_tokenizer
+    from slideformer.running import run as run
+    from slideformer.simulation import GraphTimeline as GraphTimeline
+    from slideformer.simulation import simulate as simulate
     from slideformer.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "Budgets": "slideformer.graph.plan",
     "Config": "slideformer.config",
+    "Cost": "slideformer.graph.tasks",
     "Engine": "slideformer.engine",
     "EngineConfig": "slideformer.config",
     "GraphBuilder": "slideformer.graph.builder",
+    "GraphTimeline": "slideformer.simulation",
+    "Lane": "slideformer.graph.tasks",
+    "MachineProfile": "slideformer.graph.plan",
+    "Role": "slideformer.graph.buffers",
     "SlideFormerError": "slideformer.graph.errors",
     "TaskGraph": "slideformer.graph.graph",
+    "TaskKind": "slideformer.graph.tasks",
+    "Tier": "slideformer.graph.buffers",
     "Trainer": "slideformer.trainer",
     "format_size": "slideformer.config",
     "load_config": "slideformer.config",
+    "load_machine": "slideformer.graph.machines",
     "parse_size": "slideformer.config",
+    "run": "slideformer.running",
     "save_byte_tokenizer": "slideformer.models.data.byte_tokenizer",
     "save_config": "slideformer.config",
+    "simulate": "slideformer.simulation",
 }
 """Public name to the module that defines it; type checkers read the same names above."""
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slideformer.graph.errors import DeviceError
+from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.models.data.batches import IGNORED_TARGET, Batch
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 
@@ -58,8 +58,11 @@ def array_batches(ids: NDArray[np.int64]) -> list[Batch]:
 def torch_device(name: str) -> torch.device:
     """The device ``"cuda"``, ``"cpu"`` or ``"auto"``, with a context where it needs one.
 
-    Resets the peaks that `memory` reports. Raises `DeviceError` where there is no GPU.
+    Resets the peaks that `memory` reports. Raises `DeviceError` where there is no GPU, and
+    `ConfigError` for another name.
     """
+    if name not in ("auto", "cuda", "cpu"):
+        raise ConfigError(f"device is {name!r}; use auto, cuda or cpu")
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -15,8 +15,9 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -177,20 +178,22 @@ class _Run:
         self._done_at = time.perf_counter()
         unread: StepHandle | None = None
         steps = 0
-        for batch in _drawn_ahead(self._stream):
-            if steps == self._config.steps:
-                break
-            if interrupt.asked:
-                self._interrupted = True
-                break
-            if batch.target_tokens == 0:
-                logger.warning("skipped a batch of %d rows without a target token", batch.rows)
-                continue
-            handle = engine.step(batch)
-            steps += 1
-            if unread is not None:
-                self._read(unread)
-            unread = handle
+        # Closed here and not by its destructor, which would swallow a second Ctrl-C.
+        with closing(_drawn_ahead(self._stream)) as batches:
+            for batch in batches:
+                if steps == self._config.steps:
+                    break
+                if interrupt.asked:
+                    self._interrupted = True
+                    break
+                if batch.target_tokens == 0:
+                    logger.warning("skipped a batch of %d rows without a target token", batch.rows)
+                    continue
+                handle = engine.step(batch)
+                steps += 1
+                if unread is not None:
+                    self._read(unread)
+                unread = handle
         if unread is None:  # there is a target in the data, so only Ctrl-C can be the reason
             raise KeyboardInterrupt
         self._read(unread)
@@ -249,7 +252,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
-def _drawn_ahead(stream: BatchStream) -> Iterator[Batch]:
+def _drawn_ahead(stream: BatchStream) -> Generator[Batch]:
     """The batches of a stream, the next one drawn in a thread while the caller works on one."""
     with ThreadPoolExecutor(1, thread_name_prefix="slideformer-batches") as pool:
         following: Future[Batch | None] = pool.submit(next, stream, None)

@@ -6,6 +6,7 @@ host's memory is not equally fast at all times.
 
 from __future__ import annotations
 
+import importlib
 import math
 import statistics
 import time
@@ -121,10 +122,8 @@ def update_rates(
     finally:
         torch.set_num_threads(previous)
     seconds = {name: statistics.median(each) for name, each in times.items()}
-    ratios = [
-        s / STREAM_BYTES * UPDATE_BYTES / a
-        for s, a in zip(times["stream"], times["adamw"], strict=True)
-    ]
+    both = zip(times["stream"], times["adamw"], strict=True)
+    shares = [UPDATE_BYTES / adamw / (STREAM_BYTES / stream) for stream, adamw in both]
     return {
         "numel": numel,
         "threads": threads,
@@ -147,7 +146,8 @@ class _UpdateState:
         self._arena = HostArena(24 * numel)
         arrays = self._arena.tensor.split([4 * numel] * 6)
         self._master, self.m, self.v, self.p32, self.g32, halves = arrays
-        self.thirds = tuple(x.view(torch.float32) for x in arrays[:3])
+        views = (x.view(torch.float32) for x in arrays[:3])
+        self.thirds = next(views), next(views), next(views)
         self.hi, self.lo = self._master.view(torch.int16).split(numel)
         self.m, self.v = self.m.view(torch.float32), self.v.view(torch.float32)
         self.p32, self.g32 = self.p32.view(torch.float32), self.g32.view(torch.float32)
@@ -197,11 +197,10 @@ class _UpdateState:
 
     def deepspeed(self) -> Callable[[], None]:
         """DeepSpeed's CPU Adam on the FP32 arrays; raises whatever its import or build raises."""
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
+        adam = importlib.import_module("deepspeed.ops.adam")
         parameter = torch.nn.Parameter(self.p32)
         parameter.grad = self.g32
-        optimizer = DeepSpeedCPUAdam([parameter], lr=_HYPER.lr, adamw_mode=True)
+        optimizer = adam.DeepSpeedCPUAdam([parameter], lr=_HYPER.lr, adamw_mode=True)
         optimizer.step()  # makes its moments
         state = optimizer.state[parameter]
         state["exp_avg"], state["exp_avg_sq"] = self.m, self.v

@@ -156,7 +156,9 @@ class Baseline:
         model.to(self._device).train()
         model.config.use_cache = False
         if self._recipe.recompute:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            # The second name is that of transformers before it was renamed.
+            enable = getattr(model, "activation_checkpointing_enable", None)
+            (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._model = model
         self._parameters = list(model.parameters())
         if self._recipe.masters:

@@ -27,6 +27,9 @@ _FLOOR_SIZES = {
 }
 """Parameters of the measured update and bytes of the measured copies, per device."""
 
+_ROOM = 1 << 30
+"""Bytes of the GPU that must stay free for two contestants to share it."""
+
 
 def measure(
     row: Row, turns: Turns, device: str, *, floors: bool = False, trace: bool = False
@@ -70,7 +73,8 @@ class Comparison:
         cap = self.row.gpu_cap
         ours, result = self._ours, self.result
         hello = ours.ask("hello", device=self._device, gpu_cap=parse_size(cap) if cap else None)
-        self._device = result["device"] = hello["device"]
+        self._device, result["gpu"] = hello["device"], hello["gpu"]
+        result["device"] = self._device
         host = HostPeak(ours.pid)
         try:
             result["engine"] = self._build_ours()
@@ -84,6 +88,7 @@ class Comparison:
         finally:
             host.close()
             result["host_peak"], result["host_samples"] = host.peak, host.samples
+            result["host_kind"] = host.kind
         return result
 
     def trace(self) -> dict[str, Any]:
@@ -118,7 +123,7 @@ class Comparison:
         self.result["baseline_kernels"] = "Liger" if hello["liger"] else "plain transformers"
         try:
             found = baseline.ask("run", steps=1, warmup=self._turns.warmup)
-            self._together = not found.get("retries")
+            self._together = not found.get("retries") and _room(found) >= _ROOM
         except WorkerError as error:
             if not error.out_of_memory:
                 raise
@@ -150,6 +155,11 @@ class Comparison:
     def _note(self, pair: int, side: str, turn: Mapping[str, Any]) -> None:
         rate = self.row.batch_size * self.row.seq_len / turn["step_seconds"]
         logger.info("%s, pair %d: %s %.0f tokens/s", self.row.label, pair + 1, side, rate)
+
+
+def _room(found: Mapping[str, Any]) -> float:
+    """Bytes of the GPU that nobody uses; no end of them where there is none."""
+    return float(found["total"] - found["used"]) if "total" in found else float("inf")
 
 
 def measure_floors(result: Mapping[str, Any]) -> dict[str, Any]:

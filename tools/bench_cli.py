@@ -83,10 +83,10 @@ def bench(
     wanted = wanted or [make_row(common, "bench")]
     turns = Turns(pairs=pairs, steps=steps, warmup=warmup)
     report["turns"] = turns.model_dump()
-    traces: dict[str, Any] = {}
+    traces: list[dict[str, Any]] = []
     for each in wanted:
         result = measure(each, turns, device, floors=floors, trace=trace is not None)
-        traces[each.label] = result.pop("trace", None)
+        traces.append({"row": each.model_dump(), **result.pop("trace", {})})
         report["rows"].append(result)
         if json_file is not None:
             _write(json_file, report)

@@ -1,4 +1,4 @@
-"""Measures the machine's floors for one row, in a process of its own: nothing else runs meanwhile."""
+"""Measures the floors of one row in a process of its own, while nothing else runs."""
 
 from __future__ import annotations
 

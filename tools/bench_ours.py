@@ -6,6 +6,7 @@ Measures speed in the steady state: the next step is always submitted before the
 from __future__ import annotations
 
 import dataclasses
+import gc
 import time
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.graph import TaskGraph
+from slideformer.graph.graph import Exit, TaskGraph
 from slideformer.graph.plan import MemoryPlan
 from slideformer.measure import (
     array_batches,
@@ -42,7 +43,8 @@ class Ours:
         if self._device.type == "cuda" and gpu_cap is not None:
             total = torch.cuda.get_device_properties(self._device).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, gpu_cap / total))
-        return {"device": self._device.type, **memory(self._device)}
+        name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
+        return {"device": self._device.type, "gpu": name, **memory(self._device)}
 
     def build(self, shape: str | None, settings: dict[str, Any]) -> dict[str, Any]:
         """Make the engine, with random weights unless ``shape`` is None; returns its plan."""
@@ -95,6 +97,7 @@ class Ours:
         """Spans of the last steps, and what is known of the tasks of a step."""
         assert self._engine is not None
         graph = self._engine.graph
+        earlier = waits_for_previous(graph)
         return {
             "spans": [
                 [s.task, s.instance, str(s.lane), s.started, s.stopped]
@@ -106,6 +109,7 @@ class Ours:
                     "nbytes": task.cost.nbytes,
                     "flops": task.cost.flops,
                     "after": [graph.tasks[i].name for i in before],
+                    "after_previous": earlier.get(task.name, []),
                 }
                 for task, before in zip(graph.tasks, graph.edges.predecessors, strict=True)
             },
@@ -116,6 +120,7 @@ class Ours:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+            gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -144,3 +149,19 @@ def traffic(graph: TaskGraph) -> dict[str, dict[str, float]]:
         lane["flops"] += task.cost.flops
         lane["params"] += task.cost.params
     return found
+
+
+def waits_for_previous(graph: TaskGraph) -> dict[str, list[str]]:
+    """Task → tasks of the step before that must be done first, by the bytes they share."""
+    found: dict[str, list[str]] = {}
+    exits: dict[str, list[Exit]] = {}
+    for left in graph.edges.exits:
+        exits.setdefault(left.place, []).append(left)
+    for entry in graph.edges.entries:
+        before = found.setdefault(graph.tasks[entry.task].name, [])
+        for left in exits.get(entry.place, ()):
+            if left.start < entry.stop and entry.start < left.stop:
+                readers = left.readers if entry.write else ()
+                writers = () if left.writer is None else (left.writer,)
+                before += [graph.tasks[i].name for i in (*writers, *readers)]
+    return {name: list(dict.fromkeys(before)) for name, before in found.items()}

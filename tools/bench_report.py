@@ -1,10 +1,11 @@
-"""What a benchmark measured, for reading: figures of a row, the machine, and the table of it all."""
+"""What a benchmark measured, for reading: the figures of a row, the machine, and the table."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "commit": _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
-        "command": " ".join(["slideformer", *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }
 
@@ -99,7 +100,9 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     """A report as text: the machine, a line for each row, and what went wrong."""
     at = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
-    yield f"{at['gpu'] or 'no GPU'}; {at['cpu']}, {at['cores']} cores, {_gib(at['memory'])} GiB"
+    gpus = [row["gpu"] for row in report["rows"] if row.get("gpu")]
+    gpu = at["gpu"] or ", ".join(dict.fromkeys(gpus)) or "no GPU"
+    yield f"{gpu}; {at['cpu']}, {at['cores']} cores, {_gib(at['memory'])} GiB"
     yield f"Python {at['python']}, {versions}; commit {at['commit'] or 'unknown'}"
     yield f"$ {at['command']}"
     if "loss_check" in report:
@@ -126,10 +129,15 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             f"{' '.join(figures)} {_number(s['plan_step_seconds'], 3, 6)}  {'; '.join(memory)}"
         )
         if "sharing" in each and s["baseline"] != "none":
-            yield f"  GPU shared {each['sharing']}; baseline with {each['baseline_kernels']}"
+            yield (
+                f"  GPU shared {each['sharing']}; baseline with {each['baseline_kernels']}; "
+                f"host memory is {each['host_kind']}"
+            )
         if "floors" in each:
             yield from ("  " + line for line in floors_report(each["floors"], s["step_seconds"]))
-        yield from ("  " + line for line in each.get("trace_report", ()))
+        # The longest waits only where one row leaves room for them.
+        shown = each.get("trace_report", ())[: None if len(report["rows"]) == 1 else 4]
+        yield from ("  " + line for line in shown)
         if "error" in each:
             yield f"  failed: {each['error']}"
 

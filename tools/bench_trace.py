@@ -2,7 +2,7 @@
 
 Works on plain data, so a trace written to a file can be read again later. A trace holds ``spans``
 (task, instance, lane, start, stop; seconds) and ``tasks`` (name → lane, bytes, FLOPs, the tasks it
-comes after). The window looked at runs from one step's first computation to a later step's.
+comes after in its step and in the step before).
 """
 
 from __future__ import annotations
@@ -52,19 +52,18 @@ def spans_of(trace: Mapping[str, Any]) -> list[Span]:
     return sorted((Span(*each) for each in trace["spans"]), key=lambda span: span.start)
 
 
-def window(spans: Sequence[Span], steps: int) -> tuple[float, float]:
-    """From the first computation of a step to that of the trace's last, ``steps`` steps later.
+def window(spans: Sequence[Span], steps: int) -> tuple[float, float, int]:
+    """Start and end of the last ``steps`` whole steps, or of as many as there are, and how many.
 
-    The last step is left out because nothing follows it. Fewer steps if the trace holds fewer.
+    A step reaches from its first computation to the next one's, so the trace's last is left out.
     """
     starts: dict[int, float] = {}
     for span in spans:
         if span.lane == Lane.COMPUTE:
-            starts.setdefault(span.instance, span.start)
+            starts[span.instance] = min(span.start, starts.get(span.instance, span.start))
     ordered = [starts[instance] for instance in sorted(starts)]
-    if len(ordered) < 2:
-        return (spans[0].start, max(s.stop for s in spans)) if spans else (0.0, 0.0)
-    return ordered[max(0, len(ordered) - 1 - steps)], ordered[-1]
+    whole = min(steps, len(ordered) - 1)
+    return (ordered[-1 - whole], ordered[-1], whole) if whole > 0 else (0.0, 0.0, 0)
 
 
 def covered(spans: Sequence[Span], start: float, stop: float) -> list[tuple[float, float]]:
@@ -99,14 +98,20 @@ def gaps(trace: Mapping[str, Any], lane: str, start: float, stop: float) -> list
 def _chain(
     span: Span, at: Mapping[tuple[str, int], Span], tasks: Mapping[str, Any], length: int = 3
 ) -> Iterator[str]:
-    """The task that finished last of those a task comes after in its step, the one behind it, …"""
+    """The task that finished last of those a task waits for, then the one behind it, and so on.
+
+    Names of tasks of an earlier step than the first end in an apostrophe.
+    """
+    instance = span.instance
     for _ in range(length):
-        before = tasks.get(span.task, {}).get("after", ())
-        known = [at[name, span.instance] for name in before if (name, span.instance) in at]
+        task = tasks.get(span.task, {})
+        wanted = [(name, span.instance) for name in task.get("after", ())]
+        wanted += [(name, span.instance - 1) for name in task.get("after_previous", ())]
+        known = [at[key] for key in wanted if key in at]
         if not known:
             return
         span = max(known, key=lambda each: each.stop)
-        yield span.task
+        yield span.task + "'" * (instance - span.instance)
 
 
 def copy_speeds(trace: Mapping[str, Any], start: float, stop: float) -> dict[str, float]:
@@ -169,9 +174,9 @@ def _length(times: Sequence[tuple[float, float]]) -> float:
 def report(trace: Mapping[str, Any], steps: int, top: int = 10) -> list[str]:
     """Lines for reading: lanes, copies, kinds of tasks, and the longest waits of computation."""
     spans = spans_of(trace)
-    start, stop = window(spans, steps)
+    start, stop, steps = window(spans, steps)
     length = stop - start
-    if length <= 0:
+    if steps == 0:
         return ["trace: no whole step in it"]
     inside = [span for span in spans if span.start < stop and span.stop > start]
     busy = {
@@ -196,7 +201,7 @@ def report(trace: Mapping[str, Any], steps: int, top: int = 10) -> list[str]:
     waits = gaps(trace, Lane.COMPUTE, start, stop)
     idle: dict[tuple[str, str], float] = defaultdict(float)
     for gap in waits:
-        behind = gap.behind[0].partition(".")[0] if gap.behind else "an earlier step"
+        behind = gap.behind[0].partition(".")[0] if gap.behind else "nothing known"
         idle[gap.task.partition(".")[0], behind] += gap.seconds
     text = "; ".join(
         f"{task} behind {behind} {seconds / steps * 1e3:.1f}"

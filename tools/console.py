@@ -67,7 +67,7 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         for line in _lines(error):
             print(f"error: {line}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise SystemExit(1) from None
     except KeyboardInterrupt:
         if debug:
             traceback.print_exc()
@@ -88,7 +88,7 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
             "`slideformer --debug …` shows where it happened)",
             file=sys.stderr,
         )
-        raise typer.Exit(1) from None
+        raise SystemExit(1) from None
 
 
 def _lines(error: SlideFormerError) -> list[str]:

@@ -13,12 +13,11 @@ from slideformer.graph.analysis import (
     to_networkx,
     topological_order,
 )
-from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Cost, TaskKind
-from tests.support.graphs import task_graphs
+from tests.support.graphs import step_like, task_graphs
 
 PROFILE = MachineProfile()
 
@@ -59,35 +58,6 @@ def test_networkx_holds_the_whole_graph(graph: TaskGraph) -> None:
     assert network.number_of_edges() == sum(map(len, graph.edges.predecessors))
 
 
-def step_like(layers: int = 3) -> TaskGraph:
-    """Forward and backward in turn on one lane, an update of each layer behind its backward."""
-    builder = GraphBuilder()
-    weights = [builder.buffer(f"w{i}", 4, Tier.PINNED, carried=True) for i in range(layers)]
-    x = builder.buffer("x", 4, Tier.GPU)
-    for i in range(layers):
-        slot = builder.buffer(f"g{i}", 4, Tier.GPU)
-        builder.task(f"h2d.L{i}", TaskKind.H2D, reads=[weights[i]], writes=[slot], cost=_one())
-        reads = [slot, x] if i else [slot]
-        builder.task(f"fwd.L{i}", TaskKind.COMPUTE, reads=reads, writes=[x], cost=_one())
-    for i in reversed(range(layers)):
-        grad = builder.buffer(f"dg{i}", 4, Tier.GPU)
-        host = builder.buffer(f"dh{i}", 4, Tier.PINNED)
-        builder.task(f"bwd.L{i}", TaskKind.COMPUTE, reads=[x], writes=[x, grad], cost=_one())
-        builder.task(f"d2h.L{i}", TaskKind.D2H, reads=[grad], writes=[host], cost=_one())
-        builder.task(
-            f"update.L{i}",
-            TaskKind.CPU_UPDATE,
-            reads=[host, weights[i]],
-            writes=[weights[i]],
-            cost=_one(),
-        )
-    return builder.build()
-
-
-def _one() -> Cost:
-    return Cost(seconds=1.0)
-
-
 def test_due_times_of_a_step() -> None:
     graph = step_like(3)
     due = {task.name: 6 * t for task, t in zip(graph.tasks, due_times(graph, PROFILE), strict=True)}
@@ -103,6 +73,6 @@ def test_due_times_of_a_step() -> None:
 
 def test_what_nothing_waits_for_is_due_at_the_end_of_the_next_step() -> None:
     builder = GraphBuilder()
-    builder.task("fwd.x", TaskKind.COMPUTE, cost=_one())
-    builder.task("log.x", TaskKind.CPU, cost=_one())
+    builder.task("fwd.x", TaskKind.COMPUTE, cost=Cost(seconds=1.0))
+    builder.task("log.x", TaskKind.CPU, cost=Cost(seconds=1.0))
     assert due_times(builder.build(), PROFILE) == pytest.approx([0.0, 1.0])

@@ -120,7 +120,7 @@ def test_an_engine_needs_the_model_only_and_refuses_what_concerns_a_run() -> Non
 
 def test_every_setting_is_described() -> None:
     for name, field in Config.model_fields.items():
-        assert field.description and field.description.endswith("."), name
+        assert str(field.description).endswith("."), name
 
 
 def test_the_config_is_frozen() -> None:
@@ -171,7 +171,11 @@ def test_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     ],
 )
 def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | None) -> None:
-    hint = f"did you mean {nearest!r}?" if nearest else "the settings are model, gpu_memory, cpu_memory"
+    hint = (
+        f"did you mean {nearest!r}?"
+        if nearest
+        else "the settings are model, gpu_memory, cpu_memory"
+    )
     for refuse in (
         lambda: load_config(None, {**REQUIRED, name: 1}),
         lambda: Config(**{**REQUIRED, name: 1}),  # type: ignore[arg-type]

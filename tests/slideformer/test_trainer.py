@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from pathlib import Path
@@ -37,8 +36,6 @@ from slideformer.trainer import (
     load_tokenizer,
 )
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
-
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +87,7 @@ def read_metrics(output: Path) -> list[StepMetrics]:
 
 def interrupt(times: int = 1) -> None:
     for _ in range(times):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
 
 
 # -- what a run leaves ---------------------------------------------------------------------------
@@ -235,10 +232,8 @@ class TestRefusedFirst:
     def test_vocabulary(self, config: Config, tmp_path: Path) -> None:
         model = write_checkpoint(tmp_path / "small")
         path = model / "config.json"
-        path.write_text(json.dumps({**json.loads(path.read_text()), "vocab_size": 100}))
-        values = json.loads(path.read_text())
-        values.update(pad_token_id=None)
-        path.write_text(json.dumps(values))
+        settings = {**json.loads(path.read_text()), "vocab_size": 100, "pad_token_id": None}
+        path.write_text(json.dumps(settings))
         refuse(changed(config, model=model), DataError, "vocabulary has 100 entries")
 
     def test_arenas_would_be_noticed(self, config: Config) -> None:

@@ -196,3 +196,33 @@ def run_sequentially(programs: Sequence[TaskGraph]) -> Machine:
         for operation in machine.operations(graph):
             operation(str(number))
     return machine
+
+
+def step_like(layers: int, *, update: float = 1.0) -> TaskGraph:
+    """A training step in small: every task takes a second, updates take ``update`` seconds.
+
+    Each layer's weights come up for its forward; its backward's gradient goes down and updates them.
+    Backward goes through the layers in reverse, and the next step's forward begins with the first.
+    """
+    builder = GraphBuilder("step")
+    weights = [builder.buffer(f"w{i}", 4, Tier.PINNED, carried=True) for i in range(layers)]
+    x = builder.buffer("x", 4, Tier.GPU)
+    one = Cost(seconds=1.0)
+    for i in range(layers):
+        slot = builder.buffer(f"g{i}", 4, Tier.GPU)
+        builder.task(f"h2d.L{i}", TaskKind.H2D, reads=[weights[i]], writes=[slot], cost=one)
+        reads = [slot, x] if i else [slot]
+        builder.task(f"fwd.L{i}", TaskKind.COMPUTE, reads=reads, writes=[x], cost=one)
+    for i in reversed(range(layers)):
+        gradient = builder.buffer(f"dg{i}", 4, Tier.GPU)
+        host = builder.buffer(f"dh{i}", 4, Tier.PINNED)
+        builder.task(f"bwd.L{i}", TaskKind.COMPUTE, reads=[x], writes=[x, gradient], cost=one)
+        builder.task(f"d2h.L{i}", TaskKind.D2H, reads=[gradient], writes=[host], cost=one)
+        builder.task(
+            f"update.L{i}",
+            TaskKind.CPU_UPDATE,
+            reads=[host, weights[i]],
+            writes=[weights[i]],
+            cost=Cost(seconds=update),
+        )
+    return builder.build()

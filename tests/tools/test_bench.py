@@ -1,0 +1,425 @@
+"""The benchmark: every path on tiny shapes and the CPU, its judgement on made-up figures."""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+import subprocess
+import sys
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer import Typer
+from typer.testing import CliRunner
+
+from slideformer.graph.errors import ConfigError
+from slideformer.tools import bench as bench_module
+from slideformer.tools import bench_trace, loss_check
+from slideformer.tools.baseline import RECIPES, Baseline
+from slideformer.tools.bench import Comparison, measure
+from slideformer.tools.bench_cli import bench
+from slideformer.tools.bench_floors import Floors
+from slideformer.tools.bench_ours import Ours
+from slideformer.tools.bench_report import floors_report, machine, summary, table
+from slideformer.tools.bench_rows import Row, Turns, parse_row, read_rows
+from slideformer.tools.bench_worker import Worker, WorkerError
+from slideformer.tools.host_memory import HostPeak, process_bytes, tree_bytes
+
+BUDGETS = {"gpu_memory": "2GiB", "cpu_memory": "4GiB"}
+TINY = {"shape": "tiny", "batch_size": 2, "seq_len": 16, **BUDGETS}
+TURNS = Turns(pairs=1, steps=2, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """More threads than idle cores make tiny operations a hundred times slower."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+class InProcess(Worker):
+    """A worker without the process, so that a test need not wait for imports."""
+
+    def __init__(self, contestant: str) -> None:
+        self.name = contestant.rpartition(":")[2]
+        self._subject: Any = {"Ours": Ours, "Baseline": Baseline, "Floors": Floors}[self.name]()
+
+    @property
+    def pid(self) -> int:
+        return os.getpid()
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        return json.loads(json.dumps(getattr(self._subject, method)(**arguments)))
+
+    def close(self) -> None:
+        if isinstance(self._subject, Ours):
+            self._subject.release()
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_module, "Worker", InProcess)
+    monkeypatch.setattr(loss_check, "Worker", InProcess)
+
+
+# -- rows ------------------------------------------------------------------------------------------
+
+
+def test_a_row_takes_what_it_leaves_out_from_the_flags() -> None:
+    common = {**TINY, "baseline": "R1", "settings": {"threads": 2}}
+    row = parse_row("llama3-8b:32::104GiB:R4:window=3:seq_len=2048:deterministic=true", common)
+    assert row.shape == "llama3-8b"
+    assert (row.batch_size, row.seq_len, row.baseline) == (32, 2048, "R4")
+    assert row.engine_settings() == {
+        "batch_size": 32,
+        "seq_len": 2048,
+        "gpu_memory": 2 << 30,
+        "cpu_memory": 104 << 30,
+        "threads": 2,
+        "window": 3,
+        "deterministic": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "complaint"),
+    [
+        ("tiny:0", "batch_size"),
+        ("tiny:two", "batch_size"),
+        ("tiny:2:12G", "'12G' is not a size"),
+        ("tiny:2:::R5", "baseline is 'R5'; known are R1"),
+        ("tiny:2:::R1:fast", "'fast' is not name=value"),
+    ],
+)
+def test_a_bad_row_is_refused(text: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        parse_row(text, TINY)
+
+
+def test_rows_from_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "rows.yaml"
+    path.write_text("- {batch_size: 4}\n- {baseline: R3, settings: {window: 2}}\n")
+    first, second = read_rows(path, TINY)
+    assert (first.batch_size, first.baseline) == (4, "R1")
+    assert (second.baseline, second.settings) == ("R3", {"window": 2})
+    path.write_text("- {batch: 4}\n")
+    with pytest.raises(ConfigError, match="row 1: batch"):
+        read_rows(path, TINY)
+    path.write_text("shape: tiny\n")
+    with pytest.raises(ConfigError, match="list of rows"):
+        read_rows(path, TINY)
+
+
+# -- host memory -----------------------------------------------------------------------------------
+
+
+def test_the_peak_is_seen_after_the_memory_is_gone() -> None:
+    size = 64 << 20
+    before = process_bytes(os.getpid())
+    peak = HostPeak(os.getpid(), interval=60)
+    held = bytearray(os.urandom(4096)) * (size // 4096)
+    assert peak.sample() > before + 0.9 * size
+    del held
+    assert peak.sample() < before + 0.5 * size
+    peak.close()
+    assert peak.peak > before + 0.9 * size
+
+
+def test_pages_shared_with_a_child_count_once(tmp_path: Path) -> None:
+    size = 64 << 20
+    path = tmp_path / "shared"
+    path.write_bytes(os.urandom(4096) * (size // 4096))
+    program = (
+        "import mmap, sys\n"
+        "with open(sys.argv[1], 'r+b') as file, mmap.mmap(file.fileno(), 0) as shared:\n"
+        "    print(sum(shared[::4096]), flush=True)\n"
+        "    sys.stdin.read()\n"
+    )
+    alone = process_bytes(os.getpid())
+    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
+        touched = sum(shared[::4096])
+        before = process_bytes(os.getpid())
+        with subprocess.Popen(
+            [sys.executable, "-c", program, str(path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as child:
+            assert child.stdout is not None
+            assert int(child.stdout.readline()) == touched
+            both, one = tree_bytes(os.getpid()), process_bytes(os.getpid())
+            child.communicate()
+    assert before > alone + 0.9 * size
+    assert one < before - 0.4 * size  # half of them are the child's
+    assert abs(both - before) < 0.4 * size
+
+
+# -- the two sides ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_baseline_trains_as_its_recipe_says(recipe: str) -> None:
+    baseline = Baseline()
+    baseline.hello("cpu")
+    baseline.prepare(recipe, "tiny", 2, 16)
+    baseline._lr = 1e-2
+    first = baseline.losses()
+    again = baseline.losses()
+    assert len(first) == len(again) == 4
+    if RECIPES[recipe].optimizer:
+        assert sum(again) < 0.95 * sum(first)
+    else:
+        assert again == first
+    calls: list[int] = []
+    baseline._model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    baseline._step(0)
+    assert len(calls) == (2 if RECIPES[recipe].recompute else 1)
+    assert baseline.run(steps=1, warmup=1)["step_seconds"] > 0
+    baseline.release()
+    assert baseline.losses() == first  # built anew, with the same weights
+
+
+def test_masters_keep_what_bf16_rounds_away() -> None:
+    losses = {}
+    for recipe in ("R1", "R2"):
+        baseline = Baseline()
+        baseline.hello("cpu")
+        baseline.prepare(recipe, "tiny", 2, 16)
+        baseline._lr = 1e-6  # far below half a unit in the last place of most weights
+        baseline.losses()
+        before = [p.clone() for p in baseline._model.parameters()]
+        for _ in range(5):
+            baseline.losses()
+        after = baseline._model.parameters()
+        losses[recipe] = sum(int((a != b).sum()) for a, b in zip(before, after, strict=True))
+    assert losses["R2"] > 2 * losses["R1"]
+
+
+def test_ours_reports_its_plan_and_traffic() -> None:
+    ours = Ours()
+    assert ours.hello("cpu")["device"] == "cpu"
+    built = ours.build("tiny", parse_row("tiny", TINY).engine_settings())
+    assert built["parameters"] == 320 * 64 + 2 * (64 * (64 + 2 * 32 + 64 + 3 * 128) + 128) + 64
+    assert built["traffic"]["cpu"]["params"] >= built["parameters"]
+    assert built["plan"]["micro_rows"] in (1, 2)
+    assert 0 < built["plan"]["gpu_peak"] <= 2 << 30
+    turn = ours.run(steps=2, warmup=1)
+    assert len(turn["each"]) == 2
+    assert turn["step_seconds"] == pytest.approx(sum(turn["each"]) / 2)
+    engine = weakref.ref(ours._engine)
+    ours.release()
+    assert engine() is None  # nothing keeps its memory
+
+
+def test_a_whole_row_with_floors_and_trace(in_process: None) -> None:
+    result = measure(Row(**TINY), TURNS, "cpu", floors=True, trace=True)
+    assert "error" not in result
+    found = summary(result)
+    assert found["ours"] == pytest.approx(32 / result["ours"][0]["step_seconds"])
+    assert found["ratio"] == pytest.approx(found["ours"] / found["theirs"])
+    assert result["host_kind"] == "PSS"
+    assert result["host_peak"] > 50 << 20
+    floors = result["floors"]["floors"]
+    assert all(value > 0 for value in floors.values())
+    assert set(result["floors"]["updates"]["seconds"]) >= {"adamw", "stream", "torch_casts"}
+    assert any("highest floor" in line for line in floors_report(result["floors"], 1.0))
+    names = {span[0] for span in result["trace"]["spans"]}
+    assert {"fwd.L00.m0", "bwd.L01.m0"} <= names
+    assert "busy: compute" in result["trace_report"][0]
+    assert len(list(table({"machine": machine(), "rows": [result]}))) <= 25
+    # The next step's weights wait for this step's update.
+    upload = result["trace"]["tasks"]["h2d.L00.fwd.c0"]
+    assert any(name.startswith("update.L00") for name in upload["after_previous"])
+
+
+class Scripted:
+    """A worker that answers from a script and notes what it was asked."""
+
+    log: list[str]
+
+    def __init__(self, contestant: str) -> None:
+        self.name = contestant.rpartition(":")[2]
+        self.pid = os.getpid()
+        self._runs = 0
+
+    def ask(self, method: str, **arguments: Any) -> Any:
+        self.log.append(f"{self.name}.{method}")
+        if self.name == "Baseline" and method == "run":
+            self._runs += 1
+            if self._runs == 1:
+                raise WorkerError("no memory", out_of_memory=True)
+        seconds = 2.0 if self.name == "Baseline" else 1.0
+        return {"device": "cpu", "gpu": None, "liger": None, "step_seconds": seconds}
+
+    def close(self) -> None:
+        self.log.append(f"{self.name}.close")
+
+
+def test_what_does_not_fit_together_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[str] = []
+    Scripted.log = log
+    monkeypatch.setattr(bench_module, "Worker", Scripted)
+    result = measure(Row(**TINY), Turns(pairs=2), "cpu")
+    assert result["sharing"].startswith("in turn")
+    assert result["summary"]["ratio"] == 2.0
+    start = log.index("Baseline.release") + 1
+    turn = ["Ours.run", "Ours.release", "Baseline.run", "Baseline.release"]
+    assert log[start:] == [*turn, "Ours.build", *turn, "Ours.close", "Baseline.close"]
+
+
+def test_a_failing_row_is_told_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing(Scripted):
+        def ask(self, method: str, **arguments: Any) -> Any:
+            if method == "build":
+                raise WorkerError("Ours.build: too small")
+            return super().ask(method, **arguments)
+
+    Scripted.log = []
+    monkeypatch.setattr(bench_module, "Worker", Failing)
+    result = measure(Row(**TINY), TURNS, "cpu", floors=True)
+    assert result["error"] == "Ours.build: too small"
+    assert Scripted.log[-2:] == ["Ours.close", "Baseline.close"]
+
+
+# -- losses ----------------------------------------------------------------------------------------
+
+
+def test_losses_follow_r2_and_a_frozen_model_is_noticed(in_process: None) -> None:
+    size = loss_check.Size(64, 128, 2, 4, batch_size=4, seq_len=64, steps=20, lr=4e-3)
+    settings = {"gpu_memory": "2GiB", "cpu_memory": "4GiB"}
+    trained = loss_check.check_losses("cpu", settings, size=size)
+    assert trained["passed"], trained
+    frozen = loss_check.check_losses("cpu", settings, size=size, frozen=True)
+    assert not frozen["passed"]
+    assert abs(frozen["fall"]) < 0.05
+    assert frozen["theirs"] == trained["theirs"]
+
+
+@pytest.mark.parametrize(
+    ("ours", "passed"),
+    [([5.0, 3.9], True), ([5.0, 4.1], False), ([5.0, 3.95], False), ([5.06, 3.9], False)],
+)
+def test_judgement(ours: list[float], passed: bool) -> None:
+    theirs = [5.0, 4.1] if ours == [5.0, 4.1] else [5.0, 3.9]
+    assert loss_check.judge(ours, theirs)["passed"] is passed
+
+
+# -- traces ----------------------------------------------------------------------------------------
+
+MIB = 1 << 20
+TRACE: dict[str, Any] = {
+    "spans": [
+        ["update.A", 0, "cpu", 0.0, 1.5],
+        ["fwd.A", 0, "compute", 0.0, 1.0],
+        ["h2d.A", 1, "h2d", 1.5, 3.5],
+        ["d2h.A", 0, "d2h", 2.5, 4.5],
+        ["fwd.A", 1, "compute", 3.5, 4.0],
+        ["fwd.B", 1, "compute", 4.25, 5.0],
+        ["fwd.A", 2, "compute", 5.0, 6.0],
+    ],
+    "tasks": {
+        "h2d.A": {"nbytes": 20 * MIB, "after": [], "after_previous": ["update.A"]},
+        "d2h.A": {"nbytes": 8 * MIB, "after": ["fwd.A"]},
+        "fwd.A": {"nbytes": 0, "after": ["h2d.A"]},
+        "fwd.B": {"nbytes": 0, "after": ["fwd.A"]},
+        "update.A": {"nbytes": 0, "after": []},
+    },
+}
+
+
+def test_gaps_name_what_was_waited_for() -> None:
+    start, stop, steps = bench_trace.window(bench_trace.spans_of(TRACE), 2)
+    assert (start, stop, steps) == (0.0, 5.0, 2)
+    first, second = bench_trace.gaps(TRACE, "compute", start, stop)
+    assert (first.start, first.stop, first.task) == (1.0, 3.5, "fwd.A")
+    assert first.behind == ("h2d.A", "update.A'")
+    assert (second.seconds, second.behind[0]) == (0.25, "fwd.A")
+
+
+def test_a_window_is_no_longer_than_the_trace() -> None:
+    spans = bench_trace.spans_of(TRACE)
+    assert bench_trace.window(spans, 1) == (3.5, 5.0, 1)
+    assert bench_trace.window(spans, 9) == (0.0, 5.0, 2)
+    assert bench_trace.report({"spans": [], "tasks": {}}, 3) == ["trace: no whole step in it"]
+
+
+def test_copies_alone_and_together() -> None:
+    speeds = bench_trace.copy_speeds(TRACE, 0.0, 5.0)
+    assert speeds == pytest.approx({"h2d": 10 * MIB, "d2h": 4 * MIB, "both": 14 * MIB})
+
+
+def test_overlapping_spans_are_covered_once() -> None:
+    spans = [bench_trace.Span("a", 0, "cpu", *at) for at in ((0, 2), (1, 3), (5, 6))]
+    assert bench_trace.covered(spans, 0.5, 5.5) == [(0.5, 3), (5, 5.5)]
+
+
+# -- the command -----------------------------------------------------------------------------------
+
+
+def test_the_command_measures_in_processes_of_their_own(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "slideformer.tools.bench_cli", "--device", "cpu"]
+    rows = ["--row", "tiny:2:2GiB:4GiB:R1:seq_len=16", "--row", "giant:2:2GiB:4GiB:none"]
+    where = ["--json", str(tmp_path / "all.json"), "--trace", str(tmp_path / "trace.json")]
+    done = subprocess.run(
+        [*command, *rows, *where, "--pairs", "1", "--steps", "1", "--warmup", "1"],
+        cwd=Path(bench_module.__file__).resolve().parent.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1, done.stderr  # the second row cannot work, the first must
+    good, bad = json.loads((tmp_path / "all.json").read_text())["rows"]
+    assert "error" not in good
+    assert good["summary"]["ours"] > 0
+    assert good["summary"]["theirs"] > 0
+    assert "unknown shape 'giant'" in bad["error"]
+    assert "unknown shape 'giant'" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert len(json.loads((tmp_path / "trace.json").read_text())["traces"]) == 2
+
+
+def test_flags_that_make_no_sense_are_refused() -> None:
+    app = Typer()
+    app.command()(bench)
+    done = CliRunner().invoke(app, ["--frozen"])
+    assert isinstance(done.exception, ConfigError)
+    done = CliRunner().invoke(app, ["--set", "window"])
+    assert "not name=value" in str(done.exception)
+
+
+def test_a_worker_that_dies_is_an_error_of_its_row() -> None:
+    worker = Worker("os:_exit")  # made without its argument it only fails; called, it ends
+    with pytest.raises(WorkerError, match="TypeError"):
+        worker.ask("hello")
+    worker._process.kill()
+    worker._process.wait()
+    with pytest.raises(WorkerError, match="ended with code -9"):
+        worker.ask("hello")
+    worker.close()
+
+
+def test_the_command_line_needs_no_torch() -> None:
+    program = "import sys; sys.modules['torch'] = None; import slideformer.tools.bench_cli"
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=Path(bench_module.__file__).resolve().parent.parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_comparison_needs_no_baseline(in_process: None) -> None:
+    comparison = Comparison(Row(**TINY, baseline="none"), TURNS, "cpu")
+    result = comparison.run()
+    comparison.close()
+    assert result["theirs"] == []
+    assert "ratio" not in summary(result)
