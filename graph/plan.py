@@ -43,7 +43,7 @@ class MachineProfile:
     name: str = "generic"
     h2d: float = 50e9
     d2h: float = 50e9
-    flops: float = 600e12
+    flops: float = 640e12
     update: float = 3.5e9
     host_copy: float = 40e9
     nvme_read: float = 1.2e9
@@ -68,7 +68,8 @@ class MachineProfile:
             TaskKind.NVME_WRITE: self.nvme_write,
             TaskKind.SAVE: self.nvme_write,
         }
-        work = cost.nbytes / rates[task.kind] + cost.flops / self.flops + cost.params / self.update
+        flops = self.flops * cost.efficiency
+        work = cost.nbytes / rates[task.kind] + cost.flops / flops + cost.params / self.update
         return self.launch + work
 
 
@@ -89,7 +90,8 @@ class MemoryPlan:
     slots, the i-th gradient chunk of the step in slot ``gradient_slot[i]`` (empty: each in a place of
     its own, as in a draft). The weights and optimizer state of the ``resident`` units stay on the
     GPU, which also updates them. The last ``kept`` layers keep their MLP's projections on the GPU
-    from forward to backward; the others compute them again.
+    from forward to backward, ``spilled`` ones of the others keep them in pinned memory, and the rest
+    compute them again.
 
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
@@ -107,6 +109,7 @@ class MemoryPlan:
     staging_slots: int
     resident: frozenset[str] = frozenset()
     kept: int = 0
+    spilled: int = 0
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()
@@ -139,9 +142,27 @@ class MemoryPlan:
         """Bytes per element of the output matrix's accumulator (FP32 over several tiles)."""
         return 4 if self.head_tile < self.micro_tokens else self.layer_accumulator
 
+    def keeps(self, layers: int) -> frozenset[int]:
+        """Positions of the layers, of ``layers``, that keep their projections, here or there."""
+        first = layers - self.kept
+        return self.spills(layers) | frozenset(range(first, layers))
+
+    def spills(self, layers: int) -> frozenset[int]:
+        """Positions of the spilled layers: spread evenly, so that each copy has time to finish."""
+        first = layers - self.kept
+        return frozenset(i * first // self.spilled for i in range(self.spilled))
+
     def draft(self) -> MemoryPlan:
         """The same plan with unbounded gradient parking and boundaries."""
         return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())
+
+
+def efficiency(micro_tokens: int) -> float:
+    """Share of the GPU's sustained rate that a micro-batch of that many tokens reaches.
+
+    T/(T + 512) fits decoder layers of 3 to 123 billion-parameter models within a few percent.
+    """
+    return micro_tokens / (micro_tokens + 512)
 
 
 def forward_flops(spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int) -> int:

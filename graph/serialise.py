@@ -48,6 +48,7 @@ class _Cost(_Item):
     nbytes: _Size = 0
     flops: _Size = 0
     params: _Size = 0
+    efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
@@ -178,7 +179,7 @@ def _buffer(item: _Buffer) -> Buffer:
 
 
 def _task(item: _Task) -> Task:
-    cost = Cost(item.cost.nbytes, item.cost.flops, item.cost.params, item.cost.seconds)
+    cost = Cost(**{name: getattr(item.cost, name) for name in _Cost.model_fields})
     return Task(item.name, item.kind, item.op, item.reads, item.writes, item.after, cost, item.args)
 
 

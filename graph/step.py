@@ -14,7 +14,7 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import place_weights
-from slideformer.graph.plan import MemoryPlan, backward_flops, forward_flops
+from slideformer.graph.plan import MemoryPlan, backward_flops, efficiency, forward_flops
 from slideformer.graph.step_head import HeadWriter
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.step_update import UpdateWriter
@@ -104,6 +104,10 @@ class _LayerWriter:
         self._train = train
         self._offloaded = self.plan.offloaded if train else 0
         self._micro = range(self.plan.micro_batches)
+        self._efficiency = efficiency(self.plan.micro_tokens)
+        layers = len(self.spec.layers)
+        self._keeping = self.plan.keeps(layers) if train else frozenset()
+        self._spilling = self.plan.spills(layers) if train else frozenset()
         streamed = [u.name for u in self.spec.layers if not memory.resident(u.name)]
         visits = [*streamed, *head.visits, *(reversed(streamed) if train else ())]
         memory.visits = place_weights(visits, self.plan.window)
@@ -123,12 +127,13 @@ class _LayerWriter:
         x = memory.boundaries[unit.name, m]
         follower = (*self.spec.layers, self.spec.norm)[position + 1].name
         out = memory.boundary(follower, m)
+        kept = [memory.keep_projections(unit.name, m)] if position in self._keeping else []
         memory.task(
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
             reads=[*weights, x, *memory.constants],
-            writes=[out, *self._kept(position, m)],
-            cost=Cost(flops=self._flops(unit)),
+            writes=[out, *kept],
+            cost=Cost(flops=self._flops(unit), efficiency=self._efficiency),
             unit=unit.name,
             micro=m,
         )
@@ -136,18 +141,14 @@ class _LayerWriter:
             memory.release(x)
         if position + 1 < self._offloaded:
             memory.offload_boundary(follower, m, out)
+        if position in self._spilling:
+            memory.spill_projections(unit.name, m)
 
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
 
     def _flops(self, unit: UnitSpec) -> int:
         return forward_flops(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
-
-    def _kept(self, position: int, m: int) -> list[str]:
-        """Where a layer keeps its MLP's projections for backward, if it does."""
-        if not self._train or position < len(self.spec.layers) - self.plan.kept:
-            return []
-        return [self.memory.kept_projections(self.spec.layers[position].name, m)]
 
     def _stage_batch(self) -> None:
         memory = self.memory
@@ -204,17 +205,23 @@ class _LayerWriter:
                 if position < self._offloaded:
                     memory.reload_boundary(unit.name, m)
                 x, dx = memory.boundaries[unit.name, m], memory.boundaries["dx", m]
-                kept = self._kept(position, m)
+                if position in self._spilling:
+                    memory.reload_projections(unit.name, m)
+                kept = [memory.projections[unit.name, m]] if position in self._keeping else []
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,
                     reads=[*weights, x, dx, *kept, *memory.constants] + (accumulators if m else []),
                     writes=[dx, *kept, *accumulators],
-                    cost=Cost(flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept))),
+                    cost=Cost(
+                        flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept)),
+                        efficiency=self._efficiency,
+                    ),
                     unit=unit.name,
                     micro=m,
                 )
-                memory.release(x)
+                for buffer in (x, *kept):
+                    memory.release(buffer)
             if position == 0:
                 updates.late_rows(unit.name)
             updates.finish_unit(unit, accumulators)

@@ -5,17 +5,17 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     w.k, w.head, w.norm   GPU      weights of layers, of a whole output matrix, of the final norm
     acc.0, acc.head, …    GPU      gradient accumulators
     g.k                   GPU      finished gradient chunks on their way down
-    kept.U.m              GPU      projections kept from forward to backward
+    kept.k                GPU      an MLP's projections kept from forward to backward
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
                           (both on the GPU for a resident unit)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
-    xh.U                  pinned   offloaded boundaries
+    xh.U, kh.U            pinned   offloaded boundaries, spilled projections
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 
 from slideformer.graph.buffers import Role, Tier
@@ -34,6 +34,10 @@ CHECK_NBYTES = 256
 """Bytes behind each travelling gradient chunk for its norm (4 used; keeps chunks aligned)."""
 
 
+SPILL_SLOTS = 3
+"""GPU slots through which spilled projections pass: one computed, one copied, one free."""
+
+
 class StepMemory:
     """Declares buffers on first use and appends copy tasks; `build` adds the slots."""
 
@@ -42,12 +46,15 @@ class StepMemory:
         self.plan = plan
         self.visits: list[Visit] = []
         self.boundaries: dict[tuple[str, int], str] = {}
+        self.projections: dict[tuple[str, int], str] = {}
         self._builder = GraphBuilder(name)
         self._nbytes: dict[str, int] = {}
         self._slots: set[str] = set()
         self._places: dict[str, tuple[Tier, int]] = {}
         self._pool = SlotPool("x", plan.boundary_slots)
-        self._pool_slot: dict[str, str] = {}
+        ring = SPILL_SLOTS if plan.spilled else 0
+        self._kept_pool = SlotPool("kept", plan.kept * plan.micro_batches + ring)
+        self._pool_slot: dict[str, tuple[SlotPool, str]] = {}
         self._loaded: dict[str, list[str]] = {}
         self._staged = 0
         self._downloaded = 0
@@ -77,9 +84,13 @@ class StepMemory:
 
     def places(self) -> dict[str, tuple[Tier, int]]:
         """Tier and bytes of every slot, and of every buffer without one, used so far."""
-        for name in self._pool.names():
-            self._slots.add(name)
-            self._places[name] = (Tier.GPU, self.boundary_nbytes)
+        for pool, nbytes in (
+            (self._pool, self.boundary_nbytes),
+            (self._kept_pool, self.projections_nbytes),
+        ):
+            for name in pool.names():
+                self._slots.add(name)
+                self._places[name] = (Tier.GPU, nbytes)
         return dict(self._places)
 
     # -- declaring -------------------------------------------------------------------------------
@@ -215,7 +226,7 @@ class StepMemory:
         slot = self._pool.acquire()
         name = f"x.{unit}.m{m}{suffix}"
         buffer = self.buffer(name, self.boundary_nbytes, Tier.GPU, Role.ACTIVATION, slot=slot)
-        self._pool_slot[buffer] = slot
+        self._pool_slot[buffer] = (self._pool, slot)
         self.boundaries[unit, m] = buffer
         return buffer
 
@@ -232,10 +243,11 @@ class StepMemory:
             f"x.dx.m{m}", nbytes, Tier.GPU, Role.GRADIENT, slot="dx", offset=m * nbytes
         )
 
-    def release(self, boundary: str) -> None:
-        """The boundary's last access has been written down."""
-        if boundary in self._pool_slot:
-            self._pool.release(self._pool_slot[boundary])
+    def release(self, buffer: str) -> None:
+        """The last access to a boundary or to kept projections has been written down."""
+        if buffer in self._pool_slot:
+            pool, slot = self._pool_slot[buffer]
+            pool.release(slot)
 
     def host_boundary(self, unit: str, m: int) -> str:
         """Place of a layer's input in pinned memory."""
@@ -260,10 +272,49 @@ class StepMemory:
         boundary = self.boundary(unit, m, ".bwd")
         self.copy(f"h2d.x.{unit}.m{m}.bwd", TaskKind.H2D, self.host_boundary(unit, m), boundary)
 
-    def kept_projections(self, unit: str, m: int) -> str:
-        """The MLP's gate and up projections [micro_tokens, 2·intermediate] of one micro-batch."""
-        nbytes = 2 * self.plan.micro_tokens * self.spec.intermediate * self.plan.compute.nbytes
-        return self.buffer(f"kept.{unit}.m{m}", nbytes, Tier.GPU, Role.ACTIVATION)
+    # -- projections kept from forward to backward -----------------------------------------------
+
+    @property
+    def projections_nbytes(self) -> int:
+        """Bytes of one micro-batch's gate and up projections [micro_tokens, 2·intermediate]."""
+        return 2 * self.plan.micro_tokens * self.spec.intermediate * self.plan.compute.nbytes
+
+    def keep_projections(self, unit: str, m: int, suffix: str = "") -> str:
+        """A place on the GPU for a layer's projections, entered in `projections`."""
+        slot = self._kept_pool.acquire()
+        buffer = self.buffer(
+            f"kept.{unit}.m{m}{suffix}",
+            self.projections_nbytes,
+            Tier.GPU,
+            Role.ACTIVATION,
+            slot=slot,
+        )
+        self._pool_slot[buffer] = (self._kept_pool, slot)
+        self.projections[unit, m] = buffer
+        return buffer
+
+    def spill_projections(self, unit: str, m: int) -> None:
+        """Bring projections down, to wait for backward in pinned memory."""
+        kept = self.projections[unit, m]
+        self.copy(f"d2h.kept.{unit}.m{m}", TaskKind.D2H, kept, self._host_projections(unit, m))
+        self.release(kept)
+
+    def reload_projections(self, unit: str, m: int) -> None:
+        """Bring spilled projections up again for backward."""
+        kept = self.keep_projections(unit, m, ".bwd")
+        host = self._host_projections(unit, m)
+        self.copy(f"h2d.kept.{unit}.m{m}.bwd", TaskKind.H2D, host, kept)
+
+    def _host_projections(self, unit: str, m: int) -> str:
+        nbytes = self.projections_nbytes
+        return self.buffer(
+            f"kh.{unit}.m{m}",
+            nbytes,
+            Tier.PINNED,
+            Role.ACTIVATION,
+            slot=f"kh.{unit}",
+            offset=m * nbytes,
+        )
 
     # -- gradients -------------------------------------------------------------------------------
 
@@ -288,30 +339,41 @@ class StepMemory:
             for chunk in chunks
         ]
 
-    def finish_gradient(self, chunk: Chunk, accumulator: str, target: str = "") -> str:
-        """Round a chunk's finished gradient and append its norm, into a staging slot or ``target``."""
-        name = f"{chunk.unit}.{chunk.label}"
-        if not target:
-            slot = f"g.{self._staged % self.plan.staging_slots}"
-            self._staged += 1
-            nbytes = self._travelling_nbytes(chunk)
-            target = self.buffer(f"g.{name}", nbytes, Tier.GPU, Role.GRADIENT, slot=slot)
+    def finish_gradients(
+        self, chunks: Sequence[Chunk], accumulators: Sequence[str], targets: Sequence[str]
+    ) -> None:
+        """Round finished gradients and append their norms, in one task of the compute lane."""
+        numel = sum(chunk.numel for chunk in chunks)
         self.task(
-            f"finish.{name}",
+            f"finish.{chunks[0].unit}.{chunks[0].label}",
             TaskKind.COMPUTE,
-            reads=[accumulator],
-            writes=[target],
-            cost=Cost(nbytes=6 * chunk.numel),
-            numel=chunk.numel,
+            reads=accumulators,
+            writes=targets,
+            cost=Cost(nbytes=6 * numel),
         )
-        return target
 
-    def download_gradient(self, chunk: Chunk, accumulator: str, host: str = "") -> str:
-        """Finish a chunk's gradient and bring it down, into a parking slot or ``host``."""
-        staged = self.finish_gradient(chunk, accumulator)
+    def stage_gradients(
+        self, chunks: Sequence[Chunk], accumulators: Sequence[str]
+    ) -> Iterator[tuple[Chunk, str]]:
+        """Finish gradients into staging slots, as many at once as there are: chunk, staged buffer."""
+        group = self.plan.staging_slots
+        for first in range(0, len(chunks), group):
+            part = slice(first, first + group)
+            staged = [self._staged_gradient(chunk) for chunk in chunks[part]]
+            self.finish_gradients(chunks[part], accumulators[part], staged)
+            yield from zip(chunks[part], staged, strict=True)
+
+    def download_gradient(self, chunk: Chunk, staged: str, host: str = "") -> str:
+        """Bring a staged gradient down, into a parking slot or ``host``; returns that."""
         host = host or self._host_gradient(chunk)
         self.copy(f"d2h.{chunk.unit}.{chunk.label}", TaskKind.D2H, staged, host)
         return host
+
+    def _staged_gradient(self, chunk: Chunk) -> str:
+        slot = f"g.{self._staged % self.plan.staging_slots}"
+        self._staged += 1
+        name, nbytes = f"g.{chunk.unit}.{chunk.label}", self._travelling_nbytes(chunk)
+        return self.buffer(name, nbytes, Tier.GPU, Role.GRADIENT, slot=slot)
 
     def _host_gradient(self, chunk: Chunk) -> str:
         position = self._downloaded

@@ -1,7 +1,7 @@
 """The part of a step's graph that turns finished gradients into weights.
 
-A chunk's gradient is rounded and its norm taken on the GPU (``finish``). For a streamed unit it then
-goes down and the CPU updates the chunk; for a resident unit the GPU does.
+The gradients of a streamed unit's chunks are rounded and their norms taken on the GPU (``finish``);
+then they go down and the CPU updates them chunk by chunk. A resident unit is updated on the GPU.
 
 The embedding's gradient has two sides. From the look-up, only the rows of this step's tokens have
 one, known when the first layer's backward is done; from a tied output matrix, all rows have one,
@@ -10,6 +10,8 @@ early and only the used ones wait for the end.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
@@ -28,47 +30,58 @@ class UpdateWriter:
         self._norms: list[str] = []
 
     def finish_unit(self, unit: UnitSpec, accumulators: list[str]) -> None:
-        """Update all chunks of a unit from their accumulators."""
-        for chunk, accumulator in zip(self.memory.chunks[unit.name], accumulators, strict=True):
-            self._finish_chunk(chunk, accumulator)
+        """Update a unit from its accumulators."""
+        self._finish(self.memory.chunks[unit.name], accumulators)
 
     def finish_head(self, chunks: tuple[Chunk, ...], slot: str) -> None:
         """Update chunks of the output matrix; those of a tied one wait for the look-up's side."""
-        for chunk, accumulator in zip(
-            chunks, self.memory.accumulate_chunks(chunks, slot), strict=True
-        ):
-            if not self.spec.tied:
-                self._finish_chunk(chunk, accumulator)
-                continue
-            parked = self.memory.parked_gradient(chunk)
-            if self.memory.resident(chunk.unit):
-                self.memory.finish_gradient(chunk, accumulator, parked)
-            else:
-                self.memory.download_gradient(chunk, accumulator, parked)
-                self._idle_rows([chunk], chunk.label)
+        memory, accumulators = self.memory, self.memory.accumulate_chunks(chunks, slot)
+        if not self.spec.tied:
+            self._finish(chunks, accumulators)
+            return
+        if memory.resident("embed"):
+            parked = [memory.parked_gradient(chunk) for chunk in chunks]
+            memory.finish_gradients(chunks, accumulators, parked)
+            return
+        for chunk, staged in memory.stage_gradients(chunks, accumulators):
+            memory.download_gradient(chunk, staged, memory.parked_gradient(chunk))
+            self._idle_rows([chunk], chunk.label)
 
-    def _finish_chunk(self, chunk: Chunk, accumulator: str) -> None:
+    def _finish(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
         memory = self.memory
-        name = f"{chunk.unit}.{chunk.label}"
-        owned = [memory.hi(chunk), memory.state(chunk)]
-        if memory.resident(chunk.unit):
-            gradient = memory.finish_gradient(chunk, accumulator)
-            kind, op, square = TaskKind.COMPUTE, "update_on_gpu", self._norm(name)
-            cost = Cost(nbytes=26 * chunk.numel)
-        else:
-            gradient = memory.download_gradient(chunk, accumulator)
-            kind, op, square = TaskKind.CPU_UPDATE, "update", self._square(name)
-            cost = Cost(params=chunk.numel)
+        if memory.resident(chunks[0].unit):
+            self._update_on_gpu(chunks, accumulators)
+            return
+        for chunk, staged in memory.stage_gradients(chunks, accumulators):
+            gradient = memory.download_gradient(chunk, staged)
+            name = f"{chunk.unit}.{chunk.label}"
+            owned = [memory.hi(chunk), memory.state(chunk)]
+            memory.task(
+                f"update.{name}",
+                TaskKind.CPU_UPDATE,
+                reads=[gradient, *owned],
+                writes=[*owned, self._square(name)],
+                cost=Cost(params=chunk.numel),
+                unit=chunk.unit,
+                begin=chunk.begin,
+                end=chunk.end,
+            )
+
+    def _update_on_gpu(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
+        memory, unit = self.memory, chunks[0].unit
+        begin, end = chunks[0].begin, chunks[-1].end
+        owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
+        name = f"{unit}.{chunks[0].label}"
         memory.task(
             f"update.{name}",
-            kind,
-            op=op,
-            reads=[gradient, *owned],
-            writes=[*owned, square],
-            cost=cost,
-            unit=chunk.unit,
-            begin=chunk.begin,
-            end=chunk.end,
+            TaskKind.COMPUTE,
+            op="update_on_gpu",
+            reads=[*accumulators, *owned],
+            writes=[*owned, self._norm(name)],
+            cost=Cost(nbytes=26 * (end - begin)),
+            unit=unit,
+            begin=begin,
+            end=end,
         )
 
     # -- the embedding ---------------------------------------------------------------------------

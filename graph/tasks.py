@@ -82,12 +82,14 @@ class Cost:
     """What a task costs, from which a machine profile computes its duration.
 
     ``nbytes`` are moved or touched bytes, ``flops`` floating-point operations, ``params`` elements
-    updated by the optimizer. ``seconds``, if given, is a measured duration and overrides them.
+    updated by the optimizer. ``efficiency`` is the share of the machine's FLOP rate that work of this
+    size reaches. ``seconds``, if given, is a measured duration and overrides all.
     """
 
     nbytes: int = 0
     flops: int = 0
     params: int = 0
+    efficiency: float = 1.0
     seconds: float | None = None
 
 

@@ -258,7 +258,9 @@ def adamw_cases(n: int, hidden: int) -> Iterator[Case]:
     index = torch.arange(n // hidden + 1, device="cuda")
     table = (index[-1:], index[:-1], index * 0, index[:0], normal(0, hidden))
     squares = m.new_empty(n // hidden)
-    idle = partial(adamw_rows_gpu, *state, *table, None, squares, hyper)
+    # Moments of 0: rows of tokens that no batch has held yet.
+    fresh = (*state[:2], torch.zeros_like(m), torch.zeros_like(m))
+    idle = partial(adamw_rows_gpu, *fresh, *table, None, squares, hyper)
     yield Case("adamw_rows_gpu idle", f"{n // hidden} x {hidden}", 24 * n, idle, fused, lists)
 
 

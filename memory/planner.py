@@ -1,8 +1,10 @@
 """Choose a memory plan: the fastest placement that fits the budgets, or say what would fit.
 
-Candidates are micro-batch × vocabulary chunks × window, ranked by a bound on the compute lane; the
-first that fits is taken, with as few boundaries offloaded as the GPU budget allows and as many
-parked gradients as the host budget allows. Everything is computed before anything is allocated.
+Micro-batch, vocabulary chunks and window make a base; what a base leaves of the GPU and host budgets
+buys resident units (which spare the CPU their updates and PCIe their weights) and kept or spilled
+projections (which spare the GPU a part of its recompute). Candidates are ranked by the bound of
+``bound.py``; the best one is measured exactly, given gradient slots from a simulated step, and
+simulated. Everything is computed before anything is allocated.
 """
 
 from __future__ import annotations
@@ -14,8 +16,10 @@ from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, forward_flops
+from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
+from slideformer.graph.step_memory import SPILL_SLOTS, STATE_NBYTES
+from slideformer.memory.bound import step_bound
 from slideformer.memory.layout import lay_out
 
 CHUNK_NUMEL = 32 << 20
@@ -24,16 +28,15 @@ CHUNK_NUMEL = 32 << 20
 HEAD_TILE = 4096
 """Tokens per tile of logits; smaller tiles spend more time adding up the matrix's gradient."""
 
-STAGING_SLOTS = 4
+MIN_STAGING_SLOTS = 4
 SPARE_BOUNDARIES = 2
 """Boundary slots beyond what the program needs at once, so that copies run ahead and behind."""
 
-WORTHWHILE = 0.002
-"""Share of a step that more GPU memory must save to be used; ties go to less memory."""
-
-_KEPT_OPTIONS = 6
-
 MIN_GRADIENT_SLOTS = 2
+
+WORTHWHILE = 0.002
+"""Share of a step that more memory must save to be used; ties go to less memory."""
+
 _WINDOWS = (3, 2)
 
 
@@ -66,13 +69,31 @@ class PlanRequest:
     window: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """What a plan needs: GPU and host bytes, overheads included, and boundary slots.
+
+    ``host`` counts the fewest gradient slots, ``gradient`` bytes each, out of ``gradients`` that
+    could be parked at once.
+    """
+
+    gpu: int
+    host: int
+    boundaries: int
+    gradient: int
+    gradients: int
+
+
 def make_plan(request: PlanRequest) -> MemoryPlan:
     """The plan for ``request``; raises `BudgetError` with the least budgets that would work."""
-    for candidate in sorted(_candidates(request), key=lambda p: _bound(request, p)):
-        placed = _place(request, candidate)
-        if placed is not None:
-            return _spend_gpu(request, _assign_gradients(request, placed))
-    raise _refusal(request)
+    options = [option for base in _bases(request) for option in _spend(request, base)]
+    if not options:
+        raise _refusal(request)
+    fastest = min(seconds for seconds, _, _ in options)
+    # Among the practically fastest the one that needs least.
+    near = (o for o in options if o[0] <= fastest * (1 + WORTHWHILE))
+    _, _, chosen = min(near, key=lambda option: option[1])
+    return _finish(request, chosen)
 
 
 def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph, TaskGraph]:
@@ -82,7 +103,12 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph
 
 def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
     """Predicted peak bytes per tier; ``cpu`` includes the interpreter, ``gpu`` context and workspace."""
-    sizes = {Tier.GPU: 0, Tier.PINNED: 0, Tier.CPU: 0, **lay_out(footprint(request.spec, plan)).sizes}
+    sizes = {
+        Tier.GPU: 0,
+        Tier.PINNED: 0,
+        Tier.CPU: 0,
+        **lay_out(footprint(request.spec, plan)).sizes,
+    }
     sizes[Tier.GPU] += plan.workspace + request.profile.gpu_overhead
     sizes[Tier.CPU] += request.profile.host_overhead
     return sizes
@@ -93,18 +119,39 @@ def host_bytes(sizes: Mapping[Tier, int]) -> int:
     return sum(size for tier, size in sizes.items() if tier in HOST_TIERS)
 
 
-def _candidates(request: PlanRequest) -> Iterator[MemoryPlan]:
-    rows = request.rows
+def measure(request: PlanRequest, plan: MemoryPlan) -> Sizes:
+    """The needs of a plan whose boundary and gradient slots are still to be counted."""
+    draft = plan.draft()
+    places = footprint(request.spec, draft)
+    boundaries = [nbytes for name, (_, nbytes) in places.items() if name.startswith("x.")]
+    gradients = [nbytes for name, (_, nbytes) in places.items() if _is_gradient(name)]
+    largest = max(gradients, default=0)
+    sizes = peaks(request, draft)
+    return Sizes(
+        gpu=sizes[Tier.GPU] + SPARE_BOUNDARIES * max(boundaries),
+        host=host_bytes(sizes) - sum(gradients) + min(MIN_GRADIENT_SLOTS, len(gradients)) * largest,
+        boundaries=len(boundaries) + SPARE_BOUNDARIES,
+        gradient=largest,
+        gradients=len(gradients),
+    )
+
+
+def _is_gradient(place: str) -> bool:
+    """Whether a place holds a gradient that may share it with others."""
+    return place.startswith("gh.")
+
+
+def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
+    """Micro-batch, vocabulary chunks and window; all boundaries offloaded, nothing resident."""
+    spec, rows = request.spec, request.rows
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
-    micro = [request.micro_rows] if request.micro_rows else divisors
-    windows = [request.window] if request.window else _WINDOWS
-    largest_layer = max(unit.numel for unit in request.spec.layers)
-    ratio = -(-request.spec.head.numel // largest_layer)
-    for micro_rows in micro:
+    largest_layer = max(unit.numel for unit in spec.layers)
+    ratio = -(-spec.head.numel // largest_layer)
+    for micro_rows in [request.micro_rows] if request.micro_rows else divisors:
+        tile = min(HEAD_TILE, micro_rows * request.seq_len)
         for vocab_chunks in sorted({1, ratio, 2 * ratio}):
-            for window in windows:
-                tile = min(HEAD_TILE, micro_rows * request.seq_len)
-                vocab_rows = -(-request.spec.vocab // vocab_chunks)
+            vocab_rows = -(-spec.vocab // vocab_chunks)
+            for window in [request.window] if request.window else _WINDOWS:
                 yield MemoryPlan(
                     compute=request.compute,
                     rows=rows,
@@ -114,123 +161,95 @@ def _candidates(request: PlanRequest) -> Iterator[MemoryPlan]:
                     head_tile=tile,
                     window=window,
                     chunk_numel=CHUNK_NUMEL,
-                    offloaded=len(request.spec.layers),
-                    staging_slots=STAGING_SLOTS,
+                    offloaded=len(spec.layers),
+                    # All chunks of a layer leave at once, while the next one is differentiated.
+                    staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // CHUNK_NUMEL)),
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )
 
 
-def _bound(request: PlanRequest, plan: MemoryPlan) -> float:
-    """Seconds of the compute lane: work over rate, small micro-batches being less efficient."""
-    spec = request.spec
-    layer = forward_flops(spec, spec.layers[0], plan.rows, plan.seq_len)
-    head = 2 * spec.head.matrix_numel * plan.tokens
-    products = 3 if plan.vocab_chunks == 1 else 4
-    flops = 4 * layer * len(spec.layers) + products * head
-    # A micro-batch of T tokens reaches about T/(T + 512) of the rate; measured on decoder layers.
-    efficiency = plan.micro_tokens / (plan.micro_tokens + 512)
-    narrow = 1.005 if plan.window < max(_WINDOWS) else 1.0
-    return flops / request.profile.flops / efficiency * narrow
+def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int, MemoryPlan]]:
+    """Ways to spend what ``base`` leaves: seconds, extra bytes, plan. Sizes are close estimates."""
+    spec, budgets = request.spec, request.budgets
+    layers = len(spec.layers)
+    sizes = measure(request, base)
+    boundary = base.tokens * spec.hidden * base.compute.nbytes
+    gpu, host = budgets.gpu - sizes.gpu, budgets.host - sizes.host
+    if gpu < 0:
+        return
+    if host < 0:  # take boundaries back onto the GPU, which must have room for them
+        back = -(-(-host) // boundary)
+        if back > layers - 1 or gpu < back * boundary:
+            return
+        base = replace(base, offloaded=layers - back)
+        gpu, host = gpu - back * boundary, host + back * boundary
+    projections = 2 * base.tokens * spec.intermediate * base.compute.nbytes
+    for resident, nbytes in _residents(request, base, sizes):
+        if nbytes > gpu:
+            break
+        most = min(layers, (gpu - nbytes) // projections)
+        for kept in sorted({most * part // 4 for part in range(5)}):
+            used = nbytes + kept * projections
+            plan = replace(base, resident=resident, kept=kept)
+            yield step_bound(spec, plan, request.profile), used, plan
+            ring = SPILL_SLOTS * projections // base.micro_batches
+            if kept < most or used + ring > gpu:
+                continue
+            affordable = min(layers - kept, host // projections)
+            for spilled in sorted({affordable * part // 4 for part in range(1, 5)} - {0}):
+                plan = replace(base, resident=resident, kept=kept, spilled=spilled)
+                seconds = step_bound(spec, plan, request.profile)
+                yield seconds, used + ring + spilled * projections, plan
 
 
-def _place(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan | None:
-    """Fewest offloaded boundaries that fit the GPU, if the host has room for them."""
-    if _gpu_bytes(request, plan) > request.budgets.gpu:
-        return None
-    layers = plan.offloaded
-    kept = _last(
-        layers,
-        lambda n: _gpu_bytes(request, replace(plan, offloaded=layers - n)) <= request.budgets.gpu,
-    )
-    placed = _with_boundaries(request, replace(plan, offloaded=layers - kept))
-    return placed if _least_host(request, placed) <= request.budgets.host else None
+def _residents(
+    request: PlanRequest, base: MemoryPlan, sizes: Sizes
+) -> Iterator[tuple[frozenset[str], int]]:
+    """Sets of resident units, growing, with the GPU bytes that each adds to ``base``.
 
-
-def _with_boundaries(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
-    """Size the boundary pool to what the program needs at once, and a few to spare."""
-    pool = [name for name in footprint(request.spec, plan.draft()) if name.startswith("x.")]
-    return replace(plan, boundary_slots=len(pool) + SPARE_BOUNDARIES)
-
-
-def _gpu_bytes(request: PlanRequest, plan: MemoryPlan) -> int:
-    return peaks(request, _with_boundaries(request, plan))[Tier.GPU]
-
-
-def _least_host(request: PlanRequest, plan: MemoryPlan) -> int:
-    """Host bytes with the fewest gradient slots."""
-    spread = [
-        size for name, (_, size) in footprint(request.spec, plan).items() if _is_gradient(name)
-    ]
-    least = MIN_GRADIENT_SLOTS * max(spread, default=0)
-    return host_bytes(peaks(request, plan)) - sum(spread) + least
-
-
-def _is_gradient(place: str) -> bool:
-    """Whether a place holds a gradient that may share it with others."""
-    return place.startswith("gh.")
-
-
-def _assign_gradients(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
-    """Park as many gradients at once as the host budget allows.
-
-    Each chunk takes, in program order, the slot that the simulated step frees first.
+    The embedding is due first in a step and ready last, so it comes first, then layer after layer.
     """
-    graph = compile_step(request.spec, plan)
-    gradients = [b for b in graph.buffers.values() if _is_gradient(b.name)]  # in program order
-    largest = max((b.nbytes for b in gradients), default=1)
-    room = request.budgets.host - _least_host(request, plan)
-    count = min(len(gradients), MIN_GRADIENT_SLOTS + room // largest)
-    prediction = request.predict(graph)
-    free = [0.0] * count
-    slots: list[int] = []
-    for gradient in gradients:
-        slot = min(range(count), key=lambda s: free[s])
-        slots.append(slot)
-        free[slot] = prediction.stops[gradient.name.replace("gh.", "update.", 1)]
-    plan = replace(plan, gradient_slots=count, gradient_slot=tuple(slots))
-    seconds = request.predict(compile_step(request.spec, plan)).seconds
+    yield frozenset(), 0
+    if base.compute is not Compute.BF16:  # FP32 weights would have to be joined anew all the time
+        return
+    names = ["embed"]
+    nbytes = measure(request, replace(base, resident=frozenset(names))).gpu - sizes.gpu
+    yield frozenset(names), nbytes
+    for unit in request.spec.layers:
+        names.append(unit.name)
+        nbytes += (2 + STATE_NBYTES) * unit.numel
+        yield frozenset(names), nbytes
+
+
+def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """Make an estimated choice exact: shrink it if need be, then use what is left for boundaries."""
+    spec, budgets = request.spec, request.budgets
+    order = ["embed", *(unit.name for unit in spec.layers)]
+    sizes = measure(request, plan)
+    while sizes.gpu > budgets.gpu or sizes.host > budgets.host:
+        if plan.spilled:
+            plan = replace(plan, spilled=plan.spilled - 1)
+        elif plan.kept:
+            plan = replace(plan, kept=plan.kept - 1)
+        elif plan.resident:
+            plan = replace(plan, resident=frozenset(order[: len(plan.resident) - 1]))
+        else:
+            raise _refusal(request)
+        sizes = measure(request, plan)
+    offloaded = plan.offloaded
+    spared = _last(
+        offloaded,
+        lambda n: measure(request, replace(plan, offloaded=offloaded - n)).gpu <= budgets.gpu,
+    )
+    plan = replace(plan, offloaded=offloaded - spared)
+    sizes = measure(request, plan)
+    plan = _assign_gradients(request, replace(plan, boundary_slots=sizes.boundaries), sizes)
+    seconds = request.predict(compile_step(spec, plan)).seconds
     return replace(plan, peaks=peaks(request, plan), step_seconds=seconds)
 
 
-def _spend_gpu(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
-    """Use what is left of the GPU budget where it shortens the step most.
-
-    Resident units spare the CPU their updates and PCIe their weights; kept projections spare the
-    GPU a part of its recompute. For some numbers of layers that keep theirs, the rest goes to
-    resident units; the fastest simulated step wins, with as few resident units as it needs.
-    """
-    layers = len(request.spec.layers)
-    # The embedding is due first in a step and ready last, and so on with the first layers.
-    order = ["embed", *(unit.name for unit in request.spec.layers)]
-    if plan.compute is not Compute.BF16:  # FP32 weights would have to be joined anew all the time
-        order = []
-
-    def spent(kept: int, resident: int) -> MemoryPlan:
-        units = frozenset(order[:resident])
-        wanted = replace(plan, kept=kept, resident=units, gradient_slots=0, gradient_slot=())
-        return _with_boundaries(request, wanted)
-
-    def fits(kept: int, resident: int) -> bool:
-        return peaks(request, spent(kept, resident))[Tier.GPU] <= request.budgets.gpu
-
-    def seconds(kept: int, resident: int) -> float:
-        return _assign_gradients(request, spent(kept, resident)).step_seconds
-
-    most = _last(layers, lambda kept: fits(kept, 0))
-    options = []
-    for kept in sorted({most * part // _KEPT_OPTIONS for part in range(_KEPT_OPTIONS + 1)}):
-        resident = _last(len(order), lambda n, kept=kept: fits(kept, n))  # type: ignore[misc]
-        options.append((seconds(kept, resident), kept, resident))
-    best, kept, resident = min(options)
-    if best > plan.step_seconds * (1 - WORTHWHILE):
-        return plan
-    enough = best * (1 + WORTHWHILE)
-    spared = _last(resident, lambda n: seconds(kept, resident - n) <= enough)
-    return _assign_gradients(request, spent(kept, resident - spared))
-
-
 def _last(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to ``limit`` for which ``holds``, if it holds up to there and 0 counts."""
+    """The largest number up to ``limit`` for which ``holds``, given that it holds for all below."""
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2
@@ -241,35 +260,55 @@ def _last(limit: int, holds: Callable[[int], bool]) -> int:
     return low
 
 
+def _assign_gradients(request: PlanRequest, plan: MemoryPlan, sizes: Sizes) -> MemoryPlan:
+    """Park as many gradients at once as the host budget allows.
+
+    Each chunk takes, in program order, the slot that a simulated step frees first.
+    """
+    if sizes.gradients == 0:
+        return plan
+    room = request.budgets.host - sizes.host
+    count = min(sizes.gradients, MIN_GRADIENT_SLOTS + room // sizes.gradient)
+    graph = compile_step(request.spec, plan)
+    stops = request.predict(graph).stops
+    free = [0.0] * count
+    slots: list[int] = []
+    for name in graph.buffers:  # in program order
+        if _is_gradient(name):
+            slot = min(range(count), key=lambda s: free[s])
+            slots.append(slot)
+            free[slot] = stops[name.replace("gh.", "update.", 1)]
+    return replace(plan, gradient_slots=count, gradient_slot=tuple(slots))
+
+
 def _refusal(request: PlanRequest) -> BudgetError:
     """The error that names the least GPU and the least host budget, the other one as it is."""
+    budgets = request.budgets
     gpu: list[int] = []
     host: list[int] = []
-    budgets = request.budgets
-    for candidate in _candidates(request):
-        placed = _with_boundaries(request, candidate)
-        needs_gpu, needs_host = peaks(request, placed)[Tier.GPU], _least_host(request, placed)
-        if needs_host <= budgets.host:
-            gpu.append(needs_gpu)
-        if needs_gpu <= budgets.gpu:
-            host.append(needs_host)
-    ways = []
-    if gpu:
-        ways.append(f"--gpu-memory {_mib(min(gpu))}MiB")
-    if host:
-        ways.append(f"--cpu-memory {_mib(min(host))}MiB")
+    both: list[tuple[int, int]] = []
+    for base in _bases(request):
+        for offloaded in {0, len(request.spec.layers)}:
+            sizes = measure(request, replace(base, offloaded=offloaded))
+            both.append((sizes.gpu, sizes.host))
+            if sizes.host <= budgets.host:
+                gpu.append(sizes.gpu)
+            if sizes.gpu <= budgets.gpu:
+                host.append(sizes.host)
+    ways = [
+        f"--{name}-memory {_mib(min(found))}MiB"
+        for name, found in (("gpu", gpu), ("cpu", host))
+        if found
+    ]
     if not ways:
-        every = [_with_boundaries(request, c) for c in _candidates(request)]
-        least = min(every, key=lambda p: peaks(request, p)[Tier.GPU])
-        both = _mib(peaks(request, least)[Tier.GPU]), _mib(_least_host(request, least))
-        ways.append(f"--gpu-memory {both[0]}MiB with --cpu-memory {both[1]}MiB")
+        least = min(both)
+        ways = [f"--gpu-memory {_mib(least[0])}MiB with --cpu-memory {_mib(least[1])}MiB"]
     return BudgetError(
-        f"no plan fits {_mib(budgets.gpu, up=False)} MiB of GPU memory and "
-        f"{_mib(budgets.host, up=False)} MiB of host memory for {request.rows} rows of "
-        f"{request.seq_len} tokens; the least that works is {' or '.join(ways)}. "
-        "A smaller --batch-size or --seq-len needs less"
+        f"no plan fits {budgets.gpu >> 20} MiB of GPU memory and {budgets.host >> 20} MiB of host "
+        f"memory for {request.rows} rows of {request.seq_len} tokens; the least that works is "
+        f"{' or '.join(ways)}. A smaller --batch-size or --seq-len needs less"
     )
 
 
-def _mib(nbytes: int, *, up: bool = True) -> int:
-    return -(-nbytes // (1 << 20)) if up else nbytes >> 20
+def _mib(nbytes: int) -> int:
+    return -(-nbytes // (1 << 20))

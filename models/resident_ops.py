@@ -46,17 +46,21 @@ class ResidentOps:
         }
 
     def update(self, task: Task, views: Views) -> Operation:
-        """AdamW on one chunk; a gradient that is not finite leaves it as it is."""
+        """AdamW on a unit; a gradient that is not finite leaves it as it is."""
         memory = self._memory
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = memory.states[name].part(begin, end)
         runs = decay_runs(memory.spec.unit(name), begin, end)
-        gradient, norm = memory.travelling(views[task.reads[0]], end - begin)
-        reported = views[task.writes[-1]].view(torch.float32)[0]
+        flat = whole(views, task.reads, f"acc.{name}.")
+        accumulator = flat.view(
+            memory.dtype if flat.numel() == 2 * (end - begin) else torch.float32
+        )
+        norm = views[task.writes[-1]].view(torch.float32)[0]
 
         def run(context: StepContext) -> None:
             _, optimizer = context.training()
-            reported.copy_(norm)
+            gradient = accumulator.to(memory.dtype)  # rounded as a gradient that travels
+            torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
             segments = [
                 Segment(start, stop, optimizer.lr, optimizer.weight_decay if decay else 0.0)
                 for start, stop, decay in runs

@@ -30,19 +30,25 @@ class UpdateOps:
         }
 
     def finish(self, task: Task, views: Views) -> Operation:
-        """Round a chunk's gradient to the dtype it travels in and append its norm."""
-        numel = int(task.args["numel"])
-        size = views[task.reads[0]].numel() // numel
-        accumulator = views[task.reads[0]].view(torch.float32 if size == 4 else torch.bfloat16)
-        target = views[task.writes[0]]
-        if target.numel() == numel * self._memory.plan.compute.nbytes:  # parked on the GPU
-            parked = target.view(self._memory.dtype)
-            return without_grad(lambda _: parked.copy_(accumulator))
-        gradient, norm = self._memory.travelling(target, numel)
+        """Round chunks' gradients to the dtype they travel in and append their norms."""
+        memory = self._memory
+        parts: list[tuple[Tensor, Tensor, Tensor | None]] = []
+        for read, written in zip(task.reads, task.writes, strict=True):
+            target = views[written]
+            if written.startswith("parked."):  # stays on the GPU, without a norm
+                gradient, norm = target.view(memory.dtype), None
+            else:
+                numel = (target.numel() - CHECK_NBYTES) // memory.plan.compute.nbytes
+                gradient, norm = memory.travelling(target, numel)
+            size = views[read].numel() // gradient.numel()
+            accumulator = views[read].view(torch.float32 if size == 4 else torch.bfloat16)
+            parts.append((accumulator, gradient, norm))
 
         def run(_: StepContext) -> None:
-            gradient.copy_(accumulator)
-            torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
+            for accumulator, gradient, norm in parts:
+                gradient.copy_(accumulator)
+                if norm is not None:
+                    torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
 
         return without_grad(run)
 

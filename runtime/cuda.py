@@ -7,6 +7,7 @@ thread per stream lane waits for its tasks' events and reports them; nothing els
 from __future__ import annotations
 
 import queue
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,9 @@ _STREAMS = {
 """The stream lanes, each with what it overlaps."""
 
 
+_SWITCH_SECONDS = 1e-4
+
+
 class CudaDevice:
     """Stream lanes on one GPU; the host lanes run on threads as on the CPU device."""
 
@@ -39,7 +43,12 @@ class CudaDevice:
         self._events: dict[TaskRun, torch.cuda.Event] = {}
 
     def start(self, post: Callable[[Event], None]) -> None:
-        """Start all threads."""
+        """Start all threads.
+
+        Python hands its lock from a busy thread to a waiting one every 5 ms by default; here that
+        would keep finished events, decisions and launches waiting for each other.
+        """
+        sys.setswitchinterval(_SWITCH_SECONDS)
         self._post = post
         self._origin = _timed_event()
         self._origin.record(self._streams[Lane.COMPUTE])

@@ -16,6 +16,7 @@ from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane
+from slideformer.runtime.memory_aware import MemoryAware
 
 if TYPE_CHECKING:
     from slideformer.runtime.core import TaskRun
@@ -99,6 +100,7 @@ _POLICIES: dict[str, Callable[[], Policy]] = {
     "fifo": Fifo,
     "critical-path": CriticalPath,
     "earliest-deadline": EarliestDeadline,
+    "memory-aware": MemoryAware,
 }
 
 

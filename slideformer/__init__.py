@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from slideformer.graph.tasks import TaskKind as TaskKind
     from slideformer.models.data.byte_tokenizer import save_byte_tokenizer as save_byte_tokenizer
     from slideformer.running import run as run
+    from slideformer.runtime.policies import Policy as Policy
     from slideformer.simulation import GraphTimeline as GraphTimeline
     from slideformer.simulation import simulate as simulate
     from slideformer.trainer import Trainer as Trainer
@@ -50,6 +51,7 @@ _EXPORTS = {
     "GraphTimeline": "slideformer.simulation",
     "Lane": "slideformer.graph.tasks",
     "MachineProfile": "slideformer.graph.plan",
+    "Policy": "slideformer.runtime.policies",
     "Role": "slideformer.graph.buffers",
     "SlideFormerError": "slideformer.graph.errors",
     "TaskGraph": "slideformer.graph.graph",

@@ -38,19 +38,22 @@ def copy_rates(device: torch.device, nbytes: int) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True)
 class Arithmetic:
-    """The sizes of a step that decide what its arithmetic costs."""
+    """What decides the cost of a step's arithmetic; as in `MemoryPlan`."""
 
     rows: int
     seq_len: int
     micro_rows: int
     head_tile: int
     compute: str
+    kept: int = 0
 
 
 def compute_seconds(
     shape: str, sizes: Arithmetic, device: torch.device, steps: int
 ) -> dict[str, Any]:
     """Seconds of a step's forward, recompute and backward on weights that are on the device.
+
+    What a plan keeps from forward to backward is not computed again here either.
 
     One layer's weights stand for all layers': each micro-batch passes as many layers as the model
     has, then the norm, the whole output matrix in one sweep, and the layers backwards. Nothing is
@@ -100,11 +103,23 @@ class _StandIn:
         self._rope = rope_tables(config, sizes.seq_len, device)
         self._mask = window_mask(sizes.seq_len, self._cfg.windows[0], device)
         self._several = several
+        self._plain = len(self._spec.layers) - sizes.kept
+        self._projections: Tensor | None = None
+        if sizes.kept:  # one buffer stands for all
+            self._projections = random(tokens, 2 * self._cfg.intermediate)
 
-    def forward(self) -> None:
-        layer.forward(self._x, self._weights, self._cfg, self._rope, mask=self._mask, out=self._y)
+    def forward(self, kept: bool = False) -> None:
+        layer.forward(
+            self._x,
+            self._weights,
+            self._cfg,
+            self._rope,
+            mask=self._mask,
+            out=self._y,
+            gate_up=self._projections if kept else None,
+        )
 
-    def backward(self) -> None:
+    def backward(self, kept: bool = False) -> None:
         layer.backward(
             self._x,
             self._dy,
@@ -114,6 +129,7 @@ class _StandIn:
             self._rope,
             accumulate=self._several,
             mask=self._mask,
+            gate_up=self._projections if kept else None,
         )
 
     def head(self) -> None:
@@ -134,14 +150,15 @@ class _StandIn:
         rms_norm_backward(dx, x, self._norm, rstd, out=dx)
 
     def step(self) -> None:
-        for _ in self._spec.layers:
+        layers = range(len(self._spec.layers))
+        for index in layers:
             for _ in range(self._micro_batches):
-                self.forward()
+                self.forward(index >= self._plain)
         for _ in range(self._micro_batches):
             self.head()
-        for _ in self._spec.layers:
+        for index in reversed(layers):
             for _ in range(self._micro_batches):
-                self.backward()
+                self.backward(index >= self._plain)
 
 
 def floors_of_step(
@@ -156,8 +173,8 @@ def floors_of_step(
     Host memory: each update moves 26 bytes a parameter and each copied byte crosses it once, at the
     rate of the read-modify-write loop. Updates: at the rate reached beside copies, if known.
     """
-    up, down = traffic["h2d"]["nbytes"], traffic["d2h"]["nbytes"]
-    params = traffic["cpu"]["params"]
+    up, down = (traffic[lane]["nbytes"] if lane in traffic else 0 for lane in ("h2d", "d2h"))
+    params = traffic["cpu"]["params"] if "cpu" in traffic else 0
     rates = updates["params_per_second"]
     host_bytes = UPDATE_BYTES * params + up + down
     return {

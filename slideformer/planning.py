@@ -6,6 +6,8 @@ plan that an engine there would run by.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 from transformers import PretrainedConfig
 
@@ -14,11 +16,13 @@ from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.graph.step import compile_step
 from slideformer.memory.limits import available_host_memory
 from slideformer.memory.planner import PlanRequest, Prediction, make_plan
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
 from slideformer.models.layer import workspace_bytes
+from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
@@ -107,3 +111,20 @@ def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
         return Budgets(free + torch.cuda.memory_reserved(device), host)
     # Without a GPU its tier lies in host memory too: divide what there is.
     return Budgets(host // 2, host - host // 2)
+
+
+def model_config(model: Path | None, shape: str | None) -> PretrainedConfig:
+    """The Hugging Face config of a checkpoint folder or of a named shape; exactly one is given.
+
+    Raises `ConfigError`, or for a folder `CheckpointError` or `UnsupportedModelError`.
+    """
+    if model is not None and shape is None:
+        return read_model_config(model)
+    if shape is not None and model is None:
+        return shape_config(shape)
+    raise ConfigError("give either --model, a checkpoint folder, or --shape, a named shape")
+
+
+def step_graph(hf_config: PretrainedConfig, plan: MemoryPlan) -> TaskGraph:
+    """The graph of a training step by ``plan``."""
+    return compile_step(model_spec(hf_config), plan)

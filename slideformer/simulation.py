@@ -25,7 +25,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.machines import load_machine
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.policies import Policy, make_policy
+from slideformer.runtime.policies import Policy, make_policy, policy_names
 from slideformer.runtime.simulated import simulate as simulate_graph
 from slideformer.runtime.trace import Span, Timeline
 
@@ -61,6 +61,13 @@ def simulate(
         with ThreadPoolExecutor(1) as pool:
             timeline = pool.submit(run).result()
     return GraphTimeline(timeline.spans, graph=graph)
+
+
+def compare_policies(
+    graph: TaskGraph, machine: MachineProfile | str, instances: int = 3
+) -> dict[str, GraphTimeline]:
+    """Simulate the same graph on the same machine under every policy that can be chosen by name."""
+    return {name: simulate(graph, machine, name, instances) for name in policy_names()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,15 +113,17 @@ class GraphTimeline(Timeline):
             reached = max(reached, span.stopped)
         return found
 
-    def exposed(self, lane: Lane = Lane.COMPUTE) -> dict[str, float]:
+    def exposed(self, lane: Lane = Lane.COMPUTE, first: int = 0) -> dict[str, float]:
         """Idle seconds of a lane by what ran meanwhile on the way to its next task.
 
         Keys are kinds of tasks, or `SCHEDULER`. An update that holds up a copy that holds up the
-        lane counts with its own share.
+        lane counts with its own share. Counted from the lane's last task before instance ``first``,
+        so that a pipeline that is still filling can be left out.
         """
         causes: dict[str, float] = defaultdict(float)
-        reached = self.start
-        for span in self.of_lane(lane):
+        spans = self.of_lane(lane)
+        reached = max((s.stopped for s in spans if s.instance < first), default=self.start)
+        for span in (s for s in spans if s.started >= reached):
             at = span.started
             for before in self._chain(span):
                 if at <= reached:

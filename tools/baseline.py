@@ -148,11 +148,11 @@ class Baseline:
             _apply_liger(self._config.model_type)
         torch.manual_seed(0)
         settings = {"dtype": torch.bfloat16, "attn_implementation": "sdpa"}
-        with self._device:
-            if self._folder is None:
+        if self._folder is None:
+            with self._device:
                 model = _auto_model().from_config(self._config, **settings)
-            else:
-                model = _auto_model().from_pretrained(self._folder, **settings)
+        else:
+            model = _auto_model().from_pretrained(self._folder, **settings)
         model.to(self._device).train()
         model.config.use_cache = False
         if self._recipe.recompute:

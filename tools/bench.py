@@ -175,7 +175,7 @@ def measure_floors(result: Mapping[str, Any]) -> dict[str, Any]:
             sizes={
                 "rows": row.batch_size,
                 "seq_len": row.seq_len,
-                **{name: plan[name] for name in ("micro_rows", "head_tile", "compute")},
+                **{name: plan[name] for name in ("micro_rows", "head_tile", "compute", "kept")},
             },
             traffic=engine["traffic"],
             threads=row.settings.get("threads"),

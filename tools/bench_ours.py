@@ -134,6 +134,7 @@ def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
     }
     return {
         **facts,
+        "resident": sorted(plan.resident),
         "gpu_peak": plan.peaks[Tier.GPU],
         "host_peak": sum(size for tier, size in plan.peaks.items() if tier in HOST_TIERS),
     }

@@ -128,6 +128,8 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
             f"{s['label']:34} {_rate(s, 'ours'):>22} {s['baseline']} {_rate(s, 'theirs'):>22} "
             f"{' '.join(figures)} {_number(s['plan_step_seconds'], 3, 6)}  {'; '.join(memory)}"
         )
+        if "engine" in each:
+            yield f"  {_choices(each['engine'])}"
         if "sharing" in each and s["baseline"] != "none":
             yield (
                 f"  GPU shared {each['sharing']}; baseline with {each['baseline_kernels']}; "
@@ -140,6 +142,15 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
         yield from ("  " + line for line in shown)
         if "error" in each:
             yield f"  failed: {each['error']}"
+
+
+def _choices(engine: Mapping[str, Any]) -> str:
+    """What the planner chose, and how long it took to be ready."""
+    plan = engine["plan"]
+    names = ("micro_rows", "vocab_chunks", "window", "kept", "offloaded", "gradient_slots")
+    chosen = ", ".join(f"{name} {plan[name]}" for name in names)
+    resident = len(plan["resident"])
+    return f"plan: {chosen}, resident {resident}; built in {engine['build_seconds']:.1f} s"
 
 
 def _rate(found: Mapping[str, Any], side: str) -> str:

@@ -7,6 +7,7 @@ prints a text generated before and after. Needs no network.
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,9 @@ from slideformer.tools.progress import ConsoleProgress
 
 FOLDER = Path("runs/demo")
 PROMPT = "The "
-STEPS = 450
+STEPS = 400
 SEQ_LEN = 256
+SAMPLE_TOKENS = 200
 
 
 def run_demo(folder: Path, **settings: Any) -> None:
@@ -55,7 +57,12 @@ def run_demo(folder: Path, **settings: Any) -> None:
         }
     )
     result = sf.Trainer(config).train(ConsoleProgress(console))
-    print(f"Saved {tuned} after {result.steps} steps: loss {result.loss:.2f}.")
+    with (tuned / "metrics.jsonl").open() as metrics:
+        first = json.loads(metrics.readline())["loss"]
+    print(
+        f"Saved {tuned} after {result.steps} steps: the loss fell from {first:.2f} to "
+        f"{result.loss:.2f}."
+    )
     print_sample("After", tuned)
 
 
@@ -95,12 +102,16 @@ def print_sample(when: str, folder: Path) -> None:
     torch.manual_seed(0)
     ids = model.generate(
         **tokenizer(PROMPT, return_tensors="pt"),
-        max_new_tokens=200,
+        min_new_tokens=SAMPLE_TOKENS,
+        max_new_tokens=SAMPLE_TOKENS,
         do_sample=True,
         temperature=0.7,
         pad_token_id=tokenizer.pad_token_id,
     )
-    print(f"\n{when}: {tokenizer.decode(ids[0])}\n", flush=True)
+    text = tokenizer.decode(ids[0], skip_special_tokens=True)
+    # Random bytes may be commands to the terminal.
+    shown = "".join(char if char.isprintable() or char == "\n" else "·" for char in text)
+    print(f"\n{when}: {shown}\n", flush=True)
 
 
 def main() -> None:

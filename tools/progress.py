@@ -22,6 +22,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from slideformer.config import format_size
 from slideformer.tools.host_memory import process_bytes
@@ -62,12 +63,12 @@ class ConsoleProgress:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),
-                BarColumn(bar_width=None),
-                TextColumn("{task.fields[values]}"),
+                BarColumn(bar_width=20),
+                # Wraps where the terminal is narrow.
+                TextColumn("{task.fields[values]}", table_column=Column()),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
                 console=self._console,
-                expand=True,
             )
             self._task = self._bar.add_task("step", total=run.steps, values="loading the weights")
             self._bar.start()

@@ -72,15 +72,16 @@ def test_round_trip_of_compiled_graphs(data: st.DataObject) -> None:
     name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
     seconds=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
     flops=st.integers(0, (1 << 63) - 1),
+    efficiency=st.floats(0, 1, exclude_min=True),
     args=st.dictionaries(
         st.sampled_from("abc"), st.integers() | st.text(st.characters(exclude_categories=["Cs"]))
     ),
 )
 def test_round_trip_of_any_value(
-    name: str, seconds: float, flops: int, args: dict[str, int | str]
+    name: str, seconds: float, flops: int, efficiency: float, args: dict[str, int | str]
 ) -> None:
     buffer = Buffer(name, 4, Tier.CPU, carried=True)
-    cost = Cost(flops=flops, seconds=seconds)
+    cost = Cost(flops=flops, efficiency=efficiency, seconds=seconds)
     task = Task("cpu.x", TaskKind.CPU, name, (name,), (name,), (), cost, args)
     assert_round_trip(TaskGraph(name, (task,), {name: buffer}, {}))
 
@@ -143,6 +144,7 @@ def top(**changes: Any) -> Callable[[Document], None]:
             r"task fwd\.x: cost\.flops is 922337203685",
         ),
         (item("tasks", 1, cost={"flops": 1e400}), r"cost\.flops is inf"),
+        (item("tasks", 1, cost={"efficiency": 0}), r"task fwd\.x: cost\.efficiency is 0"),
         (item("tasks", 1, cost={"seconds": -0.5}), r"task fwd\.x: cost\.seconds is -0\.5"),
         (item("tasks", 1, args={"lr": 0.1}), r"task fwd\.x: args\.lr"),
         (item("tasks", 1, args={"on": True}), r"task fwd\.x: args\.on"),

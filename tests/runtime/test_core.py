@@ -111,6 +111,8 @@ class Run:
                 self.device.queues[instruction.run.task.lane].append(instruction)
             elif isinstance(instruction, InstanceDone):
                 self.done.append(instruction.instance.number)
+            else:
+                pytest.fail(f"nothing went wrong, but {show(instruction)}")
         self.core.validate()
         for lane in Lane:
             limit = STREAM_DEPTH if lane in self.streams else self.widths.get(lane, 1)
@@ -335,6 +337,57 @@ def test_an_empty_graph_is_done_at_once() -> None:
     core.validate()
 
 
+def test_a_write_waits_for_readers_of_all_instances_since_the_last_write() -> None:
+    builder = GraphBuilder("read")
+    shared = builder.buffer("shared", 4, Tier.CPU, carried=True)
+    builder.task("read.x", TaskKind.CPU, reads=[shared])
+    reader = builder.build()
+    builder = GraphBuilder("write")
+    builder.buffer("shared", 4, Tier.CPU, carried=True)
+    builder.task("write.x", TaskKind.NVME_READ, writes=["shared"])
+    writer = builder.build()
+    core = Core(make_policy("fifo"), {Lane.CPU: 3, Lane.NVME_READ: 1})
+    readers = [core.submit(reader)[0].runs[0] for _ in range(3)]
+    assert core.submit(writer)[1] == []
+    assert core.handle([Finished(readers[1], 0.0, 1.0), Finished(readers[2], 0.0, 1.0)])
+    assert launched(core.handle([Finished(readers[0], 0.0, 1.0)])) == ["write.x"]
+
+
+def test_a_launch_is_not_told_to_wait_for_what_has_finished() -> None:
+    builder = GraphBuilder()
+    up = builder.buffer("up", 4, Tier.GPU)
+    builder.task("t0.x", TaskKind.COMPUTE)
+    builder.task("t1.x", TaskKind.COMPUTE)
+    builder.task("h2d.x", TaskKind.H2D, writes=[up])
+    builder.task("use.x", TaskKind.COMPUTE, reads=[up])
+    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    instance, instructions = core.submit(builder.build())
+    assert launched(instructions) == ["t0.x", "t1.x", "h2d.x"]
+    assert core.handle([Finished(instance.runs[2], 0.0, 1.0)]) == []
+    (launch,) = core.handle([Finished(instance.runs[0], 0.0, 1.0)])
+    assert show(launch) == "launch use.x#0 behind ()"
+
+
+def test_a_stream_task_waits_for_a_ready_one_of_an_earlier_instance_to_be_issued() -> None:
+    builder = GraphBuilder()
+    up = builder.buffer("up", 4, Tier.GPU)
+    for number in range(3):
+        builder.task(f"t{number}.x", TaskKind.H2D, writes=[up] if number == 2 else [])
+    first = builder.build()
+    builder = GraphBuilder()
+    builder.buffer("up", 4, Tier.GPU)
+    builder.task("use.x", TaskKind.COMPUTE, writes=["up"])
+    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    instance, instructions = core.submit(first)
+    assert launched(instructions) == ["t0.x", "t1.x"]
+    assert core.submit(builder.build())[1] == [], "t2.x is ready, but its stream is full"
+    instructions = core.handle([Finished(instance.runs[0], 0.0, 1.0)])
+    assert [show(i) for i in instructions] == [
+        "launch t2.x#0 behind ()",
+        "launch use.x#1 behind (t2.x#0,)",
+    ]
+
+
 # Failures
 
 
@@ -438,6 +491,18 @@ def test_a_policy_that_breaks_its_contract_is_named(how: str, words: str) -> Non
     assert isinstance(stop.error, PolicyError)
     assert "policy 'broken'" in str(stop.error)
     assert words in str(stop.error)
+
+
+def test_nothing_starts_after_a_policy_has_broken_its_contract() -> None:
+    class OnComputeOnly(Broken):
+        def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
+            if lane is Lane.COMPUTE:
+                raise RuntimeError("no idea")
+            return ready[0]
+
+    core = Core(OnComputeOnly("none"))
+    _, (stop,) = core.submit(free(TaskKind.CPU, TaskKind.COMPUTE, TaskKind.SAVE))
+    assert isinstance(stop, Stop)
 
 
 def test_a_policy_may_idle_while_something_is_in_flight() -> None:

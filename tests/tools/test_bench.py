@@ -17,7 +17,9 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
+from slideformer.floors import Arithmetic, compute_seconds, floors_of_step
 from slideformer.graph.errors import ConfigError
+from slideformer.models import layer
 from slideformer.tools import bench as bench_module
 from slideformer.tools import bench_trace, loss_check
 from slideformer.tools.baseline import RECIPES, Baseline
@@ -206,7 +208,9 @@ def test_ours_reports_its_plan_and_traffic() -> None:
     assert ours.hello("cpu")["device"] == "cpu"
     built = ours.build("tiny", parse_row("tiny", TINY).engine_settings())
     assert built["parameters"] == 320 * 64 + 2 * (64 * (64 + 2 * 32 + 64 + 3 * 128) + 128) + 64
-    assert built["traffic"]["cpu"]["params"] >= built["parameters"]
+    matrices = 2 * 64 * (64 + 2 * 32 + 64 + 3 * 128)
+    assert built["traffic"]["compute"]["flops"] > 6 * 32 * matrices  # 32 tokens, both directions
+    assert built["traffic"]["cpu"]["tasks"] > 0
     assert built["plan"]["micro_rows"] in (1, 2)
     assert 0 < built["plan"]["gpu_peak"] <= 2 << 30
     turn = ours.run(steps=2, warmup=1)
@@ -226,16 +230,61 @@ def test_a_whole_row_with_floors_and_trace(in_process: None) -> None:
     assert result["host_kind"] == "PSS"
     assert result["host_peak"] > 50 << 20
     floors = result["floors"]["floors"]
-    assert all(value > 0 for value in floors.values())
+    assert floors["compute"] == result["floors"]["compute"]["step_seconds"] > 0
     assert set(result["floors"]["updates"]["seconds"]) >= {"adamw", "stream", "torch_casts"}
     assert any("highest floor" in line for line in floors_report(result["floors"], 1.0))
     names = {span[0] for span in result["trace"]["spans"]}
     assert {"fwd.L00.m0", "bwd.L01.m0"} <= names
     assert "busy: compute" in result["trace_report"][0]
     assert len(list(table({"machine": machine(), "rows": [result]}))) <= 25
-    # The next step's weights wait for this step's update.
-    upload = result["trace"]["tasks"]["h2d.L00.fwd.c0"]
-    assert any(name.startswith("update.L00") for name in upload["after_previous"])
+    earlier = [
+        name for task in result["trace"]["tasks"].values() for name in task["after_previous"]
+    ]
+    assert any(name.startswith("update.L00") for name in earlier)  # its weights are read next
+
+
+def test_floors_follow_from_traffic() -> None:
+    traffic = {
+        "h2d": {"nbytes": 60.0, "params": 0},
+        "d2h": {"nbytes": 40.0, "params": 0},
+        "cpu": {"nbytes": 0, "params": 10.0},
+    }
+    copies = {"h2d": 30.0, "d2h": 10.0, "both": 25.0}
+    updates = {
+        "params_per_second": {"adamw": 10.0, "adamw_busy": 5.0},
+        "stream_bytes_per_second": 36.0,
+    }
+    assert floors_of_step(traffic, copies, updates, 3.0) == {
+        "compute": 3.0,
+        "h2d": 2.0,
+        "d2h": 4.0,
+        "both_ways": 4.0,
+        "update": 2.0,
+        "host_memory": 10.0,
+    }
+    alone = floors_of_step({"compute": traffic["cpu"]}, copies, updates, 3.0)
+    assert max(alone.values()) == alone["compute"]  # all on the GPU: nothing else to wait for
+
+
+def test_the_arithmetic_floor_keeps_what_the_plan_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[bool] = []
+
+    def spy(name: str) -> None:
+        real = getattr(layer, name)
+
+        def call(*args: Any, **named: Any) -> Any:
+            kept.append(named["gate_up"] is not None)
+            return real(*args, **named)
+
+        monkeypatch.setattr(layer, name, call)
+
+    spy("forward")
+    spy("backward")
+    sizes = Arithmetic(rows=4, seq_len=16, micro_rows=2, head_tile=32, compute="fp32", kept=1)
+    found = compute_seconds("tiny", sizes, torch.device("cpu"), 1)
+    assert found["step_seconds"] > 0
+    step = [False, False, True, True]  # layers forwards, two micro-batches each, then backwards
+    assert kept[:8] == [*step, *reversed(step)]
 
 
 class Scripted:

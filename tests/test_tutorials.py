@@ -1,0 +1,29 @@
+"""The code in the documents runs, and prints what the documents say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parent.parent / "docs"
+_BLOCK = re.compile(r"^```(python|text)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+@pytest.mark.parametrize("name", ["policies.md"])
+def test_a_tutorial_prints_what_it_says(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    blocks = _BLOCK.findall((DOCS / name).read_text(encoding="utf-8"))
+    names: dict[str, object] = {"__name__": "tutorial"}
+    for kind, block in blocks:
+        if kind == "python":
+            exec(compile(block, name, "exec"), names)
+    printed = [block for kind, block in blocks if kind == "text"]
+    assert len(printed) > 0
+    assert capsys.readouterr().out == "".join(printed)
+
+
+def test_the_policy_of_the_tutorial_is_short() -> None:
+    text = (DOCS / "policies.md").read_text(encoding="utf-8")
+    [block] = [b for _, b in _BLOCK.findall(text) if "class ShortestFirst" in b]
+    assert len(block.splitlines()) <= 20

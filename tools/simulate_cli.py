@@ -1,0 +1,133 @@
+"""``slideformer simulate`` and ``slideformer policies``: predictions of steps, and of policies.
+
+Everything printed is computed by ``slideformer.simulation``; nothing is measured.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from slideformer.config import format_size
+from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.machines import load_machine
+from slideformer.graph.tasks import Lane
+from slideformer.simulation import GraphTimeline, compare_policies
+from slideformer.simulation import simulate as simulate_graph
+from slideformer.tools import step_flags as flags
+from slideformer.tools.graph_cli import GraphFile, read_graph, stdout_console
+
+policies_app = typer.Typer(no_args_is_help=True, help="Scheduling policies.")
+
+INSTANCES = 3
+"""Simulated steps: the first fills the pipeline and is left out."""
+
+
+def simulate(
+    model: flags.Model = None,
+    shape: flags.Shape = None,
+    machine: Annotated[
+        str, typer.Option(help="Named machine, as rtx4090, or a profile file.", metavar="NAME")
+    ] = "h200",
+    gpu_memory: flags.GpuMemory = None,
+    cpu_memory: flags.CpuMemory = None,
+    batch_size: flags.BatchSize = None,
+    seq_len: flags.SeqLen = None,
+    micro_batch: flags.MicroBatch = None,
+    window: flags.Window = None,
+    compute: flags.Compute = None,
+    policy: flags.PolicyName = None,
+) -> None:
+    """Predict a training step on a machine that need not be at hand."""
+    step = flags.plan_step(
+        model,
+        shape,
+        machine,
+        gpu_memory=gpu_memory,
+        cpu_memory=cpu_memory,
+        batch_size=batch_size,
+        seq_len=seq_len,
+        micro_batch=micro_batch,
+        window=window,
+        compute=compute,
+        policy=policy,
+    )
+    timeline = simulate_graph(step.graph, step.profile, step.config.policy, INSTANCES)
+    plan, seconds = step.plan, timeline.step_seconds
+    console = stdout_console()
+    title = step.machine.title if step.machine else step.profile.name
+    console.print(
+        f"{shape or model} on {title}: {plan.rows} × {plan.seq_len} tokens in "
+        f"micro-batches of {plan.micro_rows} rows; {len(step.graph.tasks):,} tasks, "
+        f"policy {step.config.policy}"
+    )
+    console.print(f"step {seconds:.3f} s, {plan.tokens / seconds:,.0f} tokens/s")
+    lanes = Table("lane", "busy a step", "share", box=None, padding=(0, 2))
+    busy = {lane: timeline.busy(lane) / INSTANCES for lane in timeline.utilisation()}
+    for lane, each in sorted(busy.items(), key=lambda item: -item[1]):
+        lanes.add_row(lane, f"{each:.3f} s", f"{each / seconds:.1%}")
+    binding = max(busy, key=lambda lane: busy[lane])
+    console.print(f"bound by {binding}")
+    console.print(lanes)
+    console.print(_exposed(timeline))
+    console.print(_memory(step))
+
+
+@policies_app.command()
+def compare(
+    file: GraphFile,
+    machine: Annotated[
+        str, typer.Option(help="Named machine, or a profile file.", metavar="NAME")
+    ] = "h200",
+) -> None:
+    """Run a graph under every policy on the same machine, simulated, and print a table."""
+    known = load_machine(machine)
+    graph = read_graph(file)
+    timelines = compare_policies(graph, known.profile, INSTANCES)
+    tiers = list(next(iter(timelines.values())).peaks())
+    table = Table("policy", "step", "compute busy", "compute waits", box=None, padding=(0, 2))
+    for tier in tiers:
+        table.add_column(f"{tier} peak", justify="right")
+    for name, timeline in sorted(timelines.items(), key=lambda item: item[1].step_seconds):
+        waits = sum(timeline.exposed(first=1).values()) / (INSTANCES - 1)
+        peaks = timeline.peaks()
+        table.add_row(
+            name,
+            f"{timeline.step_seconds:.3f} s",
+            f"{timeline.busy(Lane.COMPUTE) / INSTANCES:.3f} s",
+            f"{waits:.3f} s",
+            *(format_size(peaks[tier]) for tier in tiers),
+        )
+    console = stdout_console()
+    console.print(f"{graph.name}: {len(graph.tasks):,} tasks on {known.title}")
+    console.print(table)
+
+
+def _exposed(timeline: GraphTimeline) -> str:
+    causes = timeline.exposed(first=1)
+    if not causes:
+        return "compute never waits"
+    parts = [
+        f"{cause} {seconds / (INSTANCES - 1):.3f} s"
+        for cause, seconds in sorted(causes.items(), key=lambda item: -item[1])
+    ]
+    total = sum(causes.values()) / (INSTANCES - 1)
+    return f"compute waits {total:.3f} s a step: {', '.join(parts)}"
+
+
+def _memory(step: flags.PlannedStep) -> Table:
+    peaks = step.plan.peaks
+    table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
+    for tier, nbytes in peaks.items():
+        table.add_row(tier, format_size(nbytes), _budget(step.budgets.gpu, tier is Tier.GPU))
+    host = sum(nbytes for tier, nbytes in peaks.items() if tier in HOST_TIERS)
+    table.add_row("host", format_size(host), _budget(step.budgets.host))
+    return table
+
+
+def _budget(nbytes: int, shown: bool = True) -> str:
+    if nbytes == flags.UNLIMITED:
+        return "unlimited"
+    return format_size(nbytes) if shown else ""
