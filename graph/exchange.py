@@ -11,7 +11,7 @@ from slideformer.graph.analysis import to_networkx
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
 
-_COLOURS = {
+COLOURS = {
     Lane.COMPUTE: "#4c78a8",
     Lane.H2D: "#f58518",
     Lane.D2H: "#e45756",
@@ -19,6 +19,7 @@ _COLOURS = {
     Lane.NVME_READ: "#b279a2",
     Lane.NVME_WRITE: "#9d755d",
 }
+"""Colour of each lane wherever a graph is drawn."""
 
 
 def to_dot(graph: TaskGraph) -> str:
@@ -29,7 +30,7 @@ def to_dot(graph: TaskGraph) -> str:
     ]
     for task in graph.tasks:
         tip = _quoted(f"{task.kind} {task.op}")
-        lines.append(f'  {_quoted(task.name)} [fillcolor="{_COLOURS[task.lane]}", tooltip={tip}];')
+        lines.append(f'  {_quoted(task.name)} [fillcolor="{COLOURS[task.lane]}", tooltip={tip}];')
     for position, successors in enumerate(graph.edges.successors):
         name = _quoted(graph.tasks[position].name)
         lines += [f"  {name} -> {_quoted(graph.tasks[s].name)};" for s in successors]

@@ -38,12 +38,21 @@ class SchedulerThread:
         async def make() -> Scheduler:
             return Scheduler(device, policy, profile, trace)
 
-        self._scheduler = asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+        try:
+            self._scheduler = asyncio.run_coroutine_threadsafe(make(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
 
     def submit(
         self, graph: TaskGraph, operations: Sequence[Operation], context: Any = None
     ) -> Future[None]:
-        """Start an instance behind those submitted before; the future ends as the instance does."""
+        """Start an instance behind those submitted before; the future ends as the instance does.
+
+        Raises `RuntimeError` after `close`.
+        """
+        if self._loop.is_closed():
+            raise RuntimeError("the scheduler is closed")
 
         async def run() -> None:
             await self._scheduler.submit(graph, operations, context)
@@ -51,8 +60,13 @@ class SchedulerThread:
         return asyncio.run_coroutine_threadsafe(run(), self._loop)
 
     def close(self) -> None:
-        """Wait for everything in flight and end all threads."""
+        """Wait for everything in flight and end all threads; a second time does nothing."""
+        if self._loop.is_closed():
+            return
         asyncio.run_coroutine_threadsafe(self._scheduler.close(), self._loop).result()
+        self._end_loop()
+
+    def _end_loop(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join()
         self._loop.close()

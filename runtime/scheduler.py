@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from slideformer.graph.errors import SlideFormerError
+from slideformer.graph.errors import GraphError, PolicyError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.runtime.core import (
@@ -50,7 +50,7 @@ class Scheduler:
         self._loop = asyncio.get_running_loop()
         self._events: deque[Event] = deque()
         self._woken = False
-        self._prepared: set[int] = set()
+        self._prepared: dict[int, TaskGraph] = {}  # by id, which is the graph's while it lives
         self._work: dict[int, tuple[Sequence[Operation], Any]] = {}
         self._done: dict[int, asyncio.Future[None]] = {}
         self._error: SlideFormerError | None = None
@@ -61,19 +61,36 @@ class Scheduler:
     ) -> asyncio.Future[None]:
         """Start an instance; the future ends with it, or with the error that failed the run.
 
-        Every operation of the instance is called with ``context``.
+        Every operation of the instance is called with ``context``. Raises `GraphError` if there is
+        not one operation per task, `PolicyError` if the policy cannot prepare for the graph, and
+        what failed the run if it has failed.
         """
         if self._error is not None:
             raise self._error
-        if id(graph) not in self._prepared:
-            self._policy.prepare(graph, self._profile)
-            self._prepared.add(id(graph))
+        if len(operations) != len(graph.tasks):
+            raise GraphError(
+                f"graph {graph.name!r} has {len(graph.tasks)} tasks, but {len(operations)} "
+                "operation(s) are given; give one per task, as `bind` makes them"
+            )
+        self._prepare(graph)
         instance, instructions = self._core.submit(graph)
         future: asyncio.Future[None] = self._loop.create_future()
         self._done[instance.number] = future
         self._work[instance.number] = (operations, context)
         self._carry_out(instructions)
-        return future
+        return asyncio.shield(future)  # who gives up waiting does not end the instance
+
+    def _prepare(self, graph: TaskGraph) -> None:
+        if id(graph) in self._prepared:
+            return
+        try:
+            self._policy.prepare(graph, self._profile)
+        except Exception as error:
+            raise PolicyError(
+                f"policy {self._policy.name!r} raised {error!r} when it prepared for graph "
+                f"{graph.name!r}"
+            ) from error
+        self._prepared[id(graph)] = graph
 
     def abort(self, error: SlideFormerError) -> None:
         """Fail the run with ``error`` once what is in flight has ended."""
@@ -125,7 +142,6 @@ class Scheduler:
     def _fail(self, error: SlideFormerError) -> None:
         self._error = error
         for future in self._done.values():
-            if not future.done():
-                future.set_exception(error)
+            future.set_exception(error)
         self._done.clear()
         self._work.clear()

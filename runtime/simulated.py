@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import heapq
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from slideformer.graph.graph import TaskGraph
@@ -80,7 +81,10 @@ class SimulatedDevice:
 def simulate(
     graph: TaskGraph, policy: Policy, profile: MachineProfile, instances: int = 1
 ) -> Timeline:
-    """Run ``instances`` of ``graph`` one behind another on a virtual clock."""
+    """Run ``instances`` of ``graph`` one behind another on a virtual clock.
+
+    Raises `PolicyError` for a policy that raises, idles or chooses what is not ready.
+    """
 
     async def run() -> Timeline:
         trace = Trace(keep=instances)
@@ -91,4 +95,6 @@ def simulate(
         await scheduler.close()
         return trace.timeline()
 
-    return asyncio.run(run())
+    # In a thread of its own: the caller's may have a running loop already, as in a notebook.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: asyncio.run(run())).result()

@@ -86,9 +86,10 @@ class Trace:
             self._spans[number] = []
             for old in sorted(self._spans)[: -self._keep]:
                 del self._spans[old]
-        span = Span(run.task.name, number, run.task.lane, event.started, event.stopped)
-        self._spans[number].append(span)
+        if number in self._spans:  # else it is older than all that are kept
+            span = Span(run.task.name, number, run.task.lane, event.started, event.stopped)
+            self._spans[number].append(span)
 
     def timeline(self) -> Timeline:
-        """All spans kept."""
-        return Timeline([span for spans in self._spans.values() for span in spans])
+        """All spans kept; may be called from any thread while others record."""
+        return Timeline([span for spans in list(self._spans.values()) for span in spans])

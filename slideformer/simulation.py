@@ -10,11 +10,9 @@ Loads no torch.
 
 from __future__ import annotations
 
-import asyncio
 from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, groupby
@@ -49,18 +47,7 @@ def simulate(
     """
     profile = load_machine(machine).profile if isinstance(machine, str) else machine
     chosen = make_policy(policy) if isinstance(policy, str) else policy
-
-    def run() -> Timeline:
-        return simulate_graph(graph, chosen, profile, instances)
-
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
-        timeline = run()
-    else:  # as in a notebook: the simulation needs a loop of its own, so a thread of its own
-        with ThreadPoolExecutor(1) as pool:
-            timeline = pool.submit(run).result()
-    return GraphTimeline(timeline.spans, graph=graph)
+    return GraphTimeline(simulate_graph(graph, chosen, profile, instances).spans, graph=graph)
 
 
 def compare_policies(

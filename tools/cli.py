@@ -20,12 +20,15 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from slideformer.config import Config, EngineConfig, flag_name, load_config
+from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (
     INTERRUPTED,
     reporting_errors,
     set_up_logging,
     stderr_console,
 )
+from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.simulate_cli import policies_app, simulate
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
@@ -171,6 +174,12 @@ def plan(**settings: Any) -> None:
 
     spec, planned = plan_run(config)
     print_plan(Console(highlight=False), config, spec, planned)
+
+
+app.command()(simulate)
+app.command()(bench)
+app.add_typer(graph_app, name="graph")
+app.add_typer(policies_app, name="policies")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.planning import budgets_for, device_for
 
 _STATE_NBYTES = 12
 """Bytes of a parameter at rest: FP32 master (BF16 value and remainder) and two FP32 moments."""
@@ -46,6 +47,7 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     )
     table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")
     table.add_row("  boundaries", _boundaries(spec, plan))
+    table.add_row("  MLP projections", _projections(spec, plan))
     table.add_row(
         "  output matrix",
         f"{_count(plan.vocab_chunks, 'chunk')} of its vocabulary, "
@@ -70,18 +72,32 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
     )
 
 
+def _projections(spec: ModelSpec, plan: MemoryPlan) -> str:
+    again = len(spec.layers) - plan.kept - plan.spilled
+    parts = [
+        f"{_count(plan.kept, 'layer')} on the GPU" if plan.kept else "",
+        f"{_count(plan.spilled, 'layer')} in pinned memory" if plan.spilled else "",
+        f"{_count(again, 'layer')} computed again in backward" if again else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
 def _peaks(config: EngineConfig, plan: MemoryPlan) -> Table:
     table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
     host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
     pinned = plan.peaks.get(Tier.PINNED, 0)
-    table.add_row("gpu", format_size(plan.peaks[Tier.GPU]), _budget(config.gpu_memory))
-    table.add_row("host", format_size(host), _budget(config.cpu_memory))
+    budgets = budgets_for(config, device_for(config))
+    free = {True: " (what is free)", False: ""}
+    table.add_row(
+        "gpu",
+        format_size(plan.peaks[Tier.GPU]),
+        format_size(budgets.gpu) + free[config.gpu_memory is None],
+    )
+    table.add_row(
+        "host", format_size(host), format_size(budgets.host) + free[config.cpu_memory is None]
+    )
     table.add_row("  of it pinned", format_size(pinned), "")
     return table
-
-
-def _budget(nbytes: int | None) -> str:
-    return "what is free" if nbytes is None else format_size(nbytes)
 
 
 def _count(number: int, noun: str) -> str:

@@ -107,6 +107,7 @@ def draft_plans(draw: st.DrawFn, spec: ModelSpec) -> MemoryPlan:
     micro_rows = draw(st.integers(1, 3))
     seq_len = draw(st.integers(1, 9))
     compute = draw(st.sampled_from(Compute))
+    kept = draw(st.integers(0, len(spec.layers)))
     units = st.sampled_from([unit.name for unit in spec.units])
     return MemoryPlan(
         compute=compute,
@@ -120,5 +121,6 @@ def draft_plans(draw: st.DrawFn, spec: ModelSpec) -> MemoryPlan:
         offloaded=draw(st.integers(0, len(spec.layers))),
         staging_slots=draw(st.integers(1, 3)),
         resident=draw(st.frozensets(units)) if compute is Compute.BF16 else frozenset(),
-        kept=draw(st.integers(0, len(spec.layers))),
+        kept=kept,
+        spilled=draw(st.integers(0, len(spec.layers) - kept)),
     )

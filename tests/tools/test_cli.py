@@ -141,6 +141,16 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen == [load_config(None, given)]
 
 
+def test_the_commands_of_others_follow_the_same_rules() -> None:
+    code, out, _ = call("--help")
+    assert code == 0
+    for name in ("train", "plan", "simulate", "bench", "graph", "policies"):
+        assert re.search(rf"^│ {name} ", out, re.MULTILINE)
+    code, _, err = call("simulate", "--shape", "no-such-shape")
+    assert code == 1
+    assert re.fullmatch(r"error: .*no-such-shape.*\n", err)
+
+
 def test_help_describes_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call("train", "--help")
@@ -360,6 +370,7 @@ def test_plan_needs_only_the_config_and_prints_to_stdout(model: Path, tmp_path: 
     assert code == 0, err
     assert "steps of 4 × 32 tokens in BF16" in out
     assert re.search(r"micro-batches +2 of 2 rows", out)
+    assert re.search(r"host +2\.0\d GiB +[\d.]+ GiB \(what is free\)", out)
     assert re.search(r"gpu +1\.0\d GiB +2\.00 GiB", out)
     assert re.search(r"Estimate for a generic machine .* tokens/s", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]

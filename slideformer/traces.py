@@ -1,0 +1,71 @@
+"""Timelines as Chrome trace JSON, which Perfetto and chrome://tracing open, and back.
+
+A process of the trace is an instance, a thread of it a lane. Times are microseconds, as the format
+wants, from the first task on.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slideformer.graph.errors import DataError
+from slideformer.graph.tasks import Lane
+from slideformer.runtime.trace import Span, Timeline
+
+
+class _Event(BaseModel):
+    """A complete event; whatever else other programs add to it is not looked at."""
+
+    model_config = ConfigDict(strict=True)
+
+    ph: Literal["X"]
+    name: str
+    cat: Lane
+    pid: Annotated[int, Field(ge=0)]
+    ts: Annotated[float, Field(allow_inf_nan=False)]
+    dur: Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _File(BaseModel):
+    traceEvents: list[dict[str, Any]]
+
+
+def to_chrome(timeline: Timeline) -> str:
+    """The timeline as Chrome trace JSON."""
+    lanes = list(Lane)
+    events: list[dict[str, Any]] = []
+    for number in sorted({span.instance for span in timeline.spans}):
+        name = {"name": f"instance {number}"}
+        events.append({"ph": "M", "name": "process_name", "pid": number, "args": name})
+        for thread, lane in enumerate(lanes):
+            common = {"ph": "M", "pid": number, "tid": thread}
+            events.append({**common, "name": "thread_name", "args": {"name": lane}})
+    for span in timeline.spans:
+        events.append(
+            {
+                "ph": "X",
+                "name": span.task,
+                "cat": span.lane,
+                "pid": span.instance,
+                "tid": lanes.index(span.lane),
+                "ts": (span.started - timeline.start) * 1e6,
+                "dur": span.seconds * 1e6,
+            }
+        )
+    return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}) + "\n"
+
+
+def from_chrome(text: str | bytes) -> Timeline:
+    """The timeline in a trace that `to_chrome` wrote; raises `DataError` for anything else."""
+    try:
+        events = _File.model_validate_json(text).traceEvents
+        spans = [event for event in events if event.get("ph") == "X"]
+        read = [_Event.model_validate_json(json.dumps(event)) for event in spans]
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"])) or "file"
+        raise DataError(f"not a trace of this program: {where}: {problem['msg']}") from None
+    return Timeline([Span(e.name, e.pid, e.cat, e.ts / 1e6, (e.ts + e.dur) / 1e6) for e in read])

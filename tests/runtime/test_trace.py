@@ -1,0 +1,72 @@
+"""Spans, timelines, and how much of them is kept."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.tasks import Lane, Task, TaskKind
+from slideformer.runtime.core import Finished, Instance, TaskRun
+from slideformer.runtime.trace import Span, Timeline, Trace
+
+TASK = Task("a.x", TaskKind.CPU, "a")
+GRAPH = TaskGraph("g", (TASK,), {}, {})
+
+
+def finished(number: int, started: float = 0.0, stopped: float = 1.0) -> Finished:
+    """The task of instance ``number`` is done."""
+    return Finished(TaskRun(Instance(number, GRAPH), 0, TASK, 0), started, stopped)
+
+
+def timeline_of(*spans: tuple[int, int]) -> Timeline:
+    """Spans of one lane, by start and stop."""
+    return Timeline([Span(f"t{i}.x", 0, Lane.CPU, *times) for i, times in enumerate(spans)])
+
+
+def test_measures_of_a_timeline() -> None:
+    timeline = timeline_of((1, 3), (2, 5), (7, 8))
+    timeline.spans.append(Span("copy.x", 1, Lane.H2D, 0.0, 4.0))
+    assert (timeline.start, timeline.stop, timeline.makespan) == (0.0, 8, 8.0)
+    assert timeline.busy(Lane.CPU) == 5, "overlapping spans count once"
+    assert timeline.busy(Lane.D2H) == 0
+    assert [span.task for span in timeline.of_lane(Lane.CPU)] == ["t0.x", "t1.x", "t2.x"]
+    assert list(timeline.gaps(Lane.CPU)) == [(0.0, 1, "t0.x"), (5, 7, "t2.x")]
+    assert [span.task for span in timeline.instance(1).spans] == ["copy.x"]
+
+
+def test_an_empty_timeline() -> None:
+    timeline = Timeline()
+    assert (timeline.makespan, timeline.busy(Lane.CPU)) == (0.0, 0.0)
+    assert list(timeline.gaps(Lane.CPU)) == []
+
+
+spans = st.tuples(st.integers(0, 30), st.integers(0, 9)).map(lambda t: (t[0], t[0] + t[1]))
+
+
+@given(st.lists(spans, max_size=8))
+def test_busy_is_the_length_of_the_union(drawn: list[tuple[int, int]]) -> None:
+    seconds = {second for start, stop in drawn for second in range(start, stop)}
+    assert timeline_of(*drawn).busy(Lane.CPU) == len(seconds)
+
+
+@given(st.lists(st.integers(0, 9), max_size=40), st.integers(1, 4))
+def test_a_trace_keeps_the_last_instances(numbers: list[int], keep: int) -> None:
+    """Whatever order their tasks end in: instances overlap."""
+    trace = Trace(keep)
+    for number in numbers:
+        trace.record(finished(number))
+    last = sorted(set(numbers))[-keep:]
+    kept = [span.instance for span in trace.timeline().spans]
+    assert set(kept) == set(last)
+    newest = max(numbers, default=None)
+    assert kept.count(newest) == numbers.count(newest), "of the newest nothing is lost"
+
+
+def test_a_span_carries_what_happened() -> None:
+    trace = Trace()
+    trace.record(finished(3, 1.5, 4.0))
+    (span,) = trace.timeline().spans
+    assert span == Span("a.x", 3, Lane.CPU, 1.5, 4.0)
+    assert span.seconds == pytest.approx(2.5)

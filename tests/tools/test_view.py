@@ -1,0 +1,284 @@
+"""The page and the pictures of a graph: complete, self-contained, and alive in a browser."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from slideformer.graph.buffers import Tier
+from slideformer.graph.builder import GraphBuilder
+from slideformer.graph.errors import ConfigError, DataError, SlideFormerError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.serialise import to_json
+from slideformer.graph.step import compile_step
+from slideformer.graph.tasks import Cost, TaskKind
+from slideformer.simulation import GraphTimeline, simulate
+from slideformer.tools import view_cli
+from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.view.page import page, page_data
+from slideformer.traces import from_chrome, to_chrome
+from tests.support.specs import small_plan, small_spec
+
+GRAPH = compile_step(small_spec(), small_plan())
+_DATA = re.compile(r'<script type="application/json" id="data">(.*?)</script>', re.DOTALL)
+
+
+@pytest.fixture
+def step(tmp_path: Path) -> Path:
+    """The graph of a small step in a file."""
+    path = tmp_path / "step.json"
+    path.write_text(to_json(GRAPH))
+    return path
+
+
+def call(*args: str | Path) -> str:
+    """Run a ``graph`` command that succeeds; errors of the package are left to the caller."""
+    result = CliRunner().invoke(graph_app, [str(arg) for arg in args])
+    if isinstance(result.exception, SlideFormerError):
+        raise result.exception
+    assert result.exit_code == 0, result.exception
+    return result.stdout
+
+
+def test_the_page_holds_every_task_with_its_edges_and_times(step: Path) -> None:
+    path = step.with_suffix(".html")
+    call("view", step, "-o", path, "--machine", "a100", "--gpu-memory", "1GiB")
+    text = path.read_text()
+    found = _DATA.search(text)
+    assert found is not None
+    data = json.loads(found[1])
+    timeline = simulate(GRAPH, "a100")
+    spans = {span.task: span for span in timeline.spans}
+    assert [t["name"] for t in data["tasks"]] == [t.name for t in GRAPH.tasks]
+    for task, predecessors in zip(data["tasks"], GRAPH.edges.predecessors, strict=True):
+        assert tuple(task["waits"]) == predecessors
+        assert task["span"] == [spans[task["name"]].started, spans[task["name"]].stopped]
+        assert all(data["tasks"][p]["x"] < task["x"] for p in predecessors)
+    assert {m["name"]: max(m["bytes"]) for m in data["memory"]} == {
+        tier.value: max(n for _, n in timeline.live(tier)) for tier in timeline.peaks()
+    }
+    [gpu] = [m for m in data["memory"] if m["name"] == "gpu"]
+    assert ["budget", 1 << 30] in gpu["limits"]
+    assert data["stop"] == timeline.makespan
+
+
+def test_the_page_needs_no_network(step: Path) -> None:
+    path = step.with_suffix(".html")
+    call("view", step, "-o", path)
+    outside = path.read_text().replace(_plotly(), "")
+    assert not re.search(r"https?://|\bsrc=|\bhref=", outside)
+
+
+def _plotly() -> str:
+    from plotly.offline import get_plotlyjs
+
+    return str(get_plotlyjs())
+
+
+def test_names_from_a_file_are_data_in_the_page() -> None:
+    b = GraphBuilder("g")
+    hostile = "</script><script>alert(1)</script>"
+    b.buffer(hostile, 4, Tier.CPU, carried=True)
+    b.task("a.x", TaskKind.CPU, op="<b>", reads=[hostile])
+    text = page(simulate(b.build(), "h200"), "<i>title</i>")
+    assert hostile not in text
+    assert "<i>title" not in text
+    found = _DATA.search(text)
+    assert found is not None
+    assert json.loads(found[1])["tasks"][0]["reads"] == [hostile]
+
+
+def test_a_measured_trace_stands_beside_the_prediction(step: Path) -> None:
+    trace = step.with_name("trace.json")
+    call("trace", step, "-o", trace, "--machine", "rtx3090", "--steps", "2")
+    measured = view_cli.read_trace(trace, GRAPH)
+    assert len(measured.spans) == len(GRAPH.tasks)
+    assert {s.instance for s in measured.spans} == {1}
+    predicted = simulate(GRAPH, "h200")
+    data = page_data(predicted, measured, {})
+    assert [world["name"] for world in data["worlds"]] == ["predicted", "measured"]
+    first = [min(start for _, start, _ in w["spans"]["compute"]) for w in data["worlds"]]
+    assert first[0] == pytest.approx(first[1])
+    gaps = [abs(one - two) for _, one, two in data["differences"]]
+    assert gaps == sorted(gaps, reverse=True)
+    assert gaps[0] == pytest.approx(
+        max(
+            abs(a.seconds - b.seconds)
+            for a in predicted.spans
+            for b in measured.spans
+            if a.task == b.task
+        )
+    )
+
+
+def test_a_trace_of_another_graph_is_refused(step: Path) -> None:
+    trace = step.with_name("trace.json")
+    whole = simulate(GRAPH, "h200")
+    trace.write_text(to_chrome(GraphTimeline(whole.spans[1:], graph=GRAPH)))
+    with pytest.raises(DataError, match=r"trace\.json: holds no complete instance of graph 'step'"):
+        call("view", step, "-o", step.with_suffix(".html"), "--trace", trace)
+    trace.write_text("{}")
+    with pytest.raises(DataError, match=r"trace\.json: not a trace"):
+        call("view", step, "-o", step.with_suffix(".html"), "--trace", trace)
+
+
+def test_the_trace_command_writes_the_simulated_timeline(step: Path) -> None:
+    timeline = from_chrome(call("trace", step, "--machine", "a100", "--steps", "1"))
+    assert timeline.makespan == pytest.approx(simulate(GRAPH, "a100").makespan)
+
+
+def test_pictures_are_written(step: Path) -> None:
+    png, svg = step.with_suffix(".png"), step.with_suffix(".svg")
+    call("view", step, "--png", png, "--svg", svg)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    text = svg.read_text()
+    assert "<svg" in text
+    assert "</svg>" in text
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], r"nothing to write; give -o page\.html"),
+        (["--png", "x.svg"], r"x\.svg: does not end in \.png"),
+        (["-o", "x.html", "--machine", "h20"], r"did you mean h200"),
+        (["--svg", "/nowhere/x.svg"], r"/nowhere/x\.svg: cannot be written"),
+    ],
+)
+def test_bad_flags_are_refused(step: Path, flags: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        call("view", step, *flags)
+
+
+@pytest.mark.parametrize(
+    ("module", "flag"), [("plotly.offline", "-o x.html"), ("matplotlib.figure", "--png x.png")]
+)
+def test_a_missing_library_is_named(
+    step: Path, monkeypatch: pytest.MonkeyPatch, module: str, flag: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=r"pip install 'slideformer\[view\]'"):
+        call("view", step, *flag.split())
+
+
+# -- in a browser ----------------------------------------------------------------------------------
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+
+PROBE = """
+<script>
+const errors = [];
+addEventListener("error", (event) => errors.push(event.message));
+const complain = console.error;
+console.error = (...args) => { errors.push(args.join(" ")); complain(...args); };
+</script>
+"""
+ACT = """
+<script>
+(async () => {
+  const pause = (ms) => new Promise((done) => setTimeout(done, ms));
+  while (document.body.dataset.ready !== "yes") await pause(20);
+  const details = document.getElementById("details"), search = document.getElementById("search");
+  const heading = () => details.querySelector("h1")?.textContent;
+  const found = {};
+  search.value = SEARCH;
+  search.dispatchEvent(new Event("change"));
+  found.searched = heading();
+  found.details = details.innerText;
+  details.querySelector("ul a").click();
+  found.clicked = heading();
+  const timeline = document.getElementById("timeline");
+  timeline.emit("plotly_click", { points: [{ customdata: 0 }] });
+  found.bar = heading();
+  search.value = "no such task";
+  search.dispatchEvent(new Event("change"));
+  found.missing = details.innerText;
+  found.bars = timeline.data[0].x.length;
+  found.longest = Math.max(...timeline.data[0].x);
+  found.memory = Object.fromEntries(
+    document.getElementById("memory").data.map((trace) => [trace.name, Math.max(...trace.y)]));
+  found.drawn = document.querySelectorAll("#timeline .bars .point").length;
+  await Plotly.relayout("timeline", { "xaxis.range": [0, 1e-4] });
+  await pause(50);
+  found.follows = document.getElementById("memory").layout.xaxis.range;
+  found.errors = errors;
+  const out = document.createElement("pre");
+  out.id = "found";
+  out.textContent = JSON.stringify(found);
+  document.body.append(out);
+})();
+</script>
+"""
+
+
+def visit(graph: TaskGraph, timeline: GraphTimeline, search: str, folder: Path) -> dict[str, Any]:
+    """Open a graph's page in a headless browser, use it, and return what was seen."""
+    path = folder / "page.html"
+    acts = ACT.replace("SEARCH", json.dumps(search))
+    text = page(timeline, "a step").replace('<meta charset="utf-8">', PROBE, 1)
+    path.write_text('<meta charset="utf-8">' + text.replace("</html>", acts + "</html>"))
+    assert CHROMIUM is not None
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom"]
+    command += [f"--user-data-dir={folder / 'profile'}", "--virtual-time-budget=60000"]
+    done = subprocess.run(
+        [*command, path.as_uri()], capture_output=True, text=True, timeout=240, check=False
+    )
+    seen = re.search(r'<pre id="found">(.*?)</pre>', done.stdout, re.DOTALL)
+    assert seen is not None, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(html.unescape(seen[1]))
+    return found
+
+
+@pytest.mark.browser
+@needs_browser
+def test_the_page_works_in_a_browser(tmp_path: Path) -> None:
+    timeline = simulate(GRAPH, "rtx3090")
+    task = GRAPH.tasks[GRAPH.index["bwd.L01.m0"]]
+    found = visit(GRAPH, timeline, "bwd.L01.m0", tmp_path)
+    assert found["errors"] == []
+    assert found["searched"] == "bwd.L01.m0"
+    for name in (*task.reads, *task.writes):
+        assert name in found["details"]
+    waits = [GRAPH.tasks[p].name for p in GRAPH.edges.predecessors[GRAPH.index[task.name]]]
+    assert found["clicked"] == waits[0]
+    assert found["bar"] == GRAPH.tasks[0].name
+    assert "no task has this" in found["missing"]
+    assert found["bars"] == found["drawn"]
+    assert found["longest"] == pytest.approx(max(s.seconds for s in timeline.spans))
+    for tier, peak in timeline.peaks().items():
+        assert found["memory"][tier.value] == max(n for _, n in timeline.live(tier))
+        assert found["memory"][f"{tier.value} places"] == peak
+    assert found["follows"] == [0, 1e-4]
+
+
+@pytest.mark.browser
+@needs_browser
+def test_thousands_of_tasks_stay_usable(tmp_path: Path) -> None:
+    b = GraphBuilder("large")
+    b.buffer("x", 8, Tier.GPU, carried=True)
+    kinds = [TaskKind.COMPUTE, TaskKind.H2D, TaskKind.D2H]
+    b.buffer("h", 8, Tier.PINNED, carried=True)
+    for number in range(6000):
+        kind = kinds[number % 3]
+        reads, writes = {
+            TaskKind.COMPUTE: (["x"], ["x"]),
+            TaskKind.H2D: (["h"], ["x"]),
+            TaskKind.D2H: (["x"], ["h"]),
+        }[kind]
+        cost = Cost(seconds=1e-3)
+        b.task(f"t.n{number}", kind, op="t", reads=reads, writes=writes, cost=cost)
+    graph = b.build()
+    found = visit(graph, simulate(graph, "h200"), "t.n4999", tmp_path)
+    assert found["errors"] == []
+    assert found["searched"] == "t.n4999"
+    assert found["bars"] < 5000  # narrower than a pixel: merged until one zooms in

@@ -1,0 +1,60 @@
+"""A still picture of a timeline for papers: lanes over time, and memory under it.
+
+Files are PNG or SVG, by their suffix. Pages that one can search and zoom are made in ``page.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from slideformer.graph.errors import ConfigError
+from slideformer.graph.exchange import COLOURS
+from slideformer.graph.tasks import Lane
+from slideformer.simulation import GraphTimeline
+
+_GIB = float(1 << 30)
+
+
+def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
+    """Draw ``timeline`` into a file; the critical path is outlined.
+
+    Raises `ConfigError` if Matplotlib is not installed or the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "drawing a picture needs Matplotlib; install it with: pip install 'slideformer[view]'"
+        ) from None
+    used = {task.lane for task in timeline.graph.tasks}
+    lanes = [lane for lane in Lane if lane in used]
+    critical = {(span.task, span.instance) for span in timeline.critical_path()}
+    figure = Figure(figsize=(10, 1.8 + 0.5 * len(lanes)), layout="constrained")
+    upper, lower = figure.subplots(2, sharex=True, height_ratios=[0.5 * len(lanes), 1.3])
+    for row, lane in enumerate(reversed(lanes)):
+        spans = timeline.of_lane(lane)
+        upper.broken_barh(
+            [(span.started - timeline.start, span.seconds) for span in spans],
+            (row - 0.4, 0.8),
+            facecolors=COLOURS[lane],
+            edgecolors=[
+                "black" if (span.task, span.instance) in critical else "white" for span in spans
+            ],
+            linewidths=0.4,
+        )
+    upper.set_yticks(range(len(lanes)), [lane.value for lane in reversed(lanes)])
+    upper.set_title(title, fontsize="medium")
+    for tier in timeline.peaks():
+        curve = timeline.live(tier)
+        times = [*(time - timeline.start for time, _ in curve), timeline.makespan]
+        levels = [*(nbytes / _GIB for _, nbytes in curve), curve[-1][1] / _GIB]
+        lower.step(times, levels, where="post", label=tier.value)
+    lower.set_ylabel("GiB")
+    lower.set_ylim(bottom=0)
+    lower.set_xlabel("seconds")
+    lower.set_xlim(0, timeline.makespan or 1.0)
+    lower.legend(loc="upper right", fontsize="small")
+    try:
+        figure.savefig(path, dpi=200)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
