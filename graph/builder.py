@@ -11,7 +11,6 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Cost, Task, TaskKind
 from slideformer.graph.verify import verify
 
-
 _Item = TypeVar("_Item", Task, Buffer, Slot)
 
 

@@ -31,8 +31,9 @@ class UnitKind(StrEnum):
 class ParamSpec:
     """One parameter of a unit.
 
-    ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``), ``offset``
-    the index of its first element in the unit's flat storage, ``decay`` whether weight decay applies.
+    ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``),
+    ``offset`` the index of its first element in the unit's flat storage, ``decay`` whether weight
+    decay applies.
     """
 
     key: str

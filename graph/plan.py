@@ -25,7 +25,7 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Most bytes that may be used: GPU memory (context included) and host memory (all processes)."""
+    """Most bytes that may be used: of the GPU (with context) and of the host (all processes)."""
 
     gpu: int
     host: int
@@ -83,15 +83,16 @@ class MemoryPlan:
     ``rows`` × ``seq_len`` tokens make a step, in micro-batches of ``micro_rows`` rows. The output
     matrix is processed in ``vocab_chunks`` chunks of rows against tiles of ``head_tile`` tokens.
 
-    ``window`` layer-sized weight slots are on the GPU; units cross PCIe and are updated in chunks of
-    at most ``chunk_numel`` elements. Boundaries (layer inputs) live in ``boundary_slots`` GPU slots
-    of one micro-batch each; those of the first ``offloaded`` layers wait for backward in pinned
-    memory. Gradients leave through ``staging_slots`` GPU slots and park in ``gradient_slots`` pinned
-    slots, the i-th gradient chunk of the step in slot ``gradient_slot[i]`` (empty: each in a place of
-    its own, as in a draft). The weights and optimizer state of the ``resident`` units stay on the
-    GPU, which also updates them. The last ``kept`` layers keep their MLP's projections on the GPU
-    from forward to backward, ``spilled`` ones of the others keep them in pinned memory, and the rest
-    compute them again.
+    ``window`` layer-sized weight slots are on the GPU; units cross PCIe and are updated in chunks
+    of at most ``chunk_numel`` elements. Boundaries (layer inputs) live in ``boundary_slots`` GPU
+    slots of one micro-batch each; those of the first ``offloaded`` layers wait for backward in
+    pinned memory. Gradients leave through ``staging_slots`` GPU slots and park in
+    ``gradient_slots`` pinned slots, the i-th gradient chunk of the step in slot
+    ``gradient_slot[i]`` (empty: each in a place of its own, as in a draft).
+
+    The weights and optimizer state of the ``resident`` units stay on the GPU, which also updates
+    them. The last ``kept`` layers keep their MLP's projections on the GPU from forward to backward,
+    ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
 
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
@@ -166,7 +167,7 @@ def efficiency(micro_tokens: int) -> float:
 
 
 def forward_flops(spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int) -> int:
-    """FLOPs of one layer's forward: 2 per weight and token, and causal attention's 2·S²·H·D a row."""
+    """FLOPs of one layer's forward: 2 per weight and token, and 2·S²·H·D a row for attention."""
     matmul = 2 * unit.matrix_numel * rows * seq_len
     attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
     return matmul + attention

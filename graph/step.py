@@ -124,10 +124,12 @@ class _LayerWriter:
 
     def _forward(self, position: int, unit: UnitSpec, weights: list[str], m: int) -> None:
         memory = self.memory
-        x = memory.boundaries[unit.name, m]
+        x = memory.activations.boundaries[unit.name, m]
         follower = (*self.spec.layers, self.spec.norm)[position + 1].name
-        out = memory.boundary(follower, m)
-        kept = [memory.keep_projections(unit.name, m)] if position in self._keeping else []
+        out = memory.activations.boundary(follower, m)
+        kept = (
+            [memory.activations.keep_projections(unit.name, m)] if position in self._keeping else []
+        )
         memory.task(
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
@@ -138,11 +140,11 @@ class _LayerWriter:
             micro=m,
         )
         if not self._train or position < self._offloaded:
-            memory.release(x)
+            memory.activations.release(x)
         if position + 1 < self._offloaded:
-            memory.offload_boundary(follower, m, out)
+            memory.activations.offload_boundary(follower, m, out)
         if position in self._spilling:
-            memory.spill_projections(unit.name, m)
+            memory.activations.spill_projections(unit.name, m)
 
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
@@ -167,10 +169,10 @@ class _LayerWriter:
             memory.copy(f"h2d.{name}", TaskKind.H2D, host, target)
 
     def _look_up(self, first: str, m: int) -> None:
-        """Embedding rows of a micro-batch: gathered by the CPU, or on the GPU if they live there."""
+        """Embedding rows of a micro-batch: gathered by the CPU, or on the GPU if they are there."""
         memory = self.memory
-        chunks, cost = memory.chunks["embed"], Cost(nbytes=2 * memory.boundary_nbytes)
-        x = memory.boundary(first, m)
+        chunks, cost = memory.chunks["embed"], Cost(nbytes=2 * memory.activations.nbytes)
+        x = memory.activations.boundary(first, m)
         rows = [memory.hi(c) for c in chunks]
         if memory.resident("embed"):
             reads = [*rows, "ids"]
@@ -184,9 +186,9 @@ class _LayerWriter:
                 micro=m,
             )
             if self._offloaded:
-                memory.offload_boundary(first, m, x)
+                memory.activations.offload_boundary(first, m, x)
             return
-        host = memory.host_boundary(first, m)
+        host = memory.activations.host_boundary(first, m)
         reads = [*rows, *(memory.state(c) for c in chunks)]  # FP32 compute needs both halves
         memory.task(
             f"gather.embed.m{m}", TaskKind.CPU, reads=reads, writes=[host], cost=cost, micro=m
@@ -200,14 +202,21 @@ class _LayerWriter:
         for position in reversed(range(len(self.spec.layers))):
             unit = self.spec.layers[position]
             weights = self._weights(unit, "bwd")
-            accumulators = memory.accumulate(unit, "acc.0")
+            accumulators = memory.gradients.accumulate(unit, "acc.0")
             for m in self._micro:
                 if position < self._offloaded:
-                    memory.reload_boundary(unit.name, m)
-                x, dx = memory.boundaries[unit.name, m], memory.boundaries["dx", m]
+                    memory.activations.reload_boundary(unit.name, m)
+                x, dx = (
+                    memory.activations.boundaries[unit.name, m],
+                    memory.activations.boundaries["dx", m],
+                )
                 if position in self._spilling:
-                    memory.reload_projections(unit.name, m)
-                kept = [memory.projections[unit.name, m]] if position in self._keeping else []
+                    memory.activations.reload_projections(unit.name, m)
+                kept = (
+                    [memory.activations.projections[unit.name, m]]
+                    if position in self._keeping
+                    else []
+                )
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,
@@ -221,7 +230,7 @@ class _LayerWriter:
                     micro=m,
                 )
                 for buffer in (x, *kept):
-                    memory.release(buffer)
+                    memory.activations.release(buffer)
             if position == 0:
                 updates.late_rows(unit.name)
             updates.finish_unit(unit, accumulators)

@@ -1,8 +1,8 @@
 """The part of a step's graph that holds the final norm, the output matrix and the loss.
 
 With one vocabulary chunk the whole matrix is on the GPU and each micro-batch needs one task. With
-several, a first sweep over the chunks collects the softmax denominators and a second one, in reverse
-so that the last chunk need not come up again, the gradients.
+several, a first sweep over the chunks collects the softmax denominators and a second one, in
+reverse so that the last chunk need not come up again, the gradients.
 """
 
 from __future__ import annotations
@@ -49,23 +49,23 @@ class HeadWriter:
         memory.copy("d2h.loss", TaskKind.D2H, memory.loss, memory.host_loss)
         memory.task("report.loss", TaskKind.CPU, reads=[memory.host_loss])
         if self._train:
-            self._updates.finish_unit(norm, memory.accumulate(norm, "acc.norm"))
+            self._updates.finish_unit(norm, memory.gradients.accumulate(norm, "acc.norm"))
 
     def _one_sweep(self, part: VocabChunk) -> None:
         memory = self.memory
         weights = memory.weights("head", self._chunks(part), "fwd", slot="w.head")
         for m in self._micro:
-            x = memory.boundaries[self.spec.norm.name, m]
+            x = memory.activations.boundaries[self.spec.norm.name, m]
             reads = [*self._norm, *weights, x, "targets", *([memory.loss] if m else [])]
             writes = [memory.loss]
             if self._train:
                 accumulators = [
-                    *memory.accumulate(self.spec.norm, "acc.norm"),
-                    *memory.accumulate_chunks(self._chunks(part), "acc.head"),
+                    *memory.gradients.accumulate(self.spec.norm, "acc.norm"),
+                    *memory.gradients.accumulate_chunks(self._chunks(part), "acc.head"),
                 ]
                 reads += accumulators if m else []
-                memory.boundary_gradient(m)
-                writes += [memory.boundaries["dx", m], *accumulators]
+                memory.activations.boundary_gradient(m)
+                writes += [memory.activations.boundaries["dx", m], *accumulators]
             memory.task(
                 f"loss.head.m{m}",
                 TaskKind.COMPUTE,
@@ -75,7 +75,7 @@ class HeadWriter:
                 cost=self._cost(part, products=3 if self._train else 1),
                 micro=m,
             )
-            memory.release(x)
+            memory.activations.release(x)
         if self._train:
             self._updates.finish_head(self._chunks(part), "acc.head")
 
@@ -84,7 +84,10 @@ class HeadWriter:
         for part in self._vocab:
             weights = memory.weights(self._key(part), self._chunks(part), "fwd")
             for m in self._micro:
-                x, stats = memory.boundaries[self.spec.norm.name, m], memory.softmax_stats(m)
+                x, stats = (
+                    memory.activations.boundaries[self.spec.norm.name, m],
+                    memory.softmax_stats(m),
+                )
                 last = part is self._vocab[-1]
                 memory.task(
                     f"stats.head.v{part.index}.m{m}",
@@ -98,17 +101,20 @@ class HeadWriter:
                     vocab=part.index,
                 )
                 if last and not self._train:
-                    memory.release(x)
+                    memory.activations.release(x)
 
     def _second_sweep(self) -> None:
         memory = self.memory
         for part in reversed(self._vocab):
             chunks = self._chunks(part)
             weights = memory.weights(self._key(part), chunks, "bwd")
-            accumulators = memory.accumulate_chunks(chunks, "acc.0")
+            accumulators = memory.gradients.accumulate_chunks(chunks, "acc.0")
             for m in self._micro:
                 dxn = memory.norm_output_gradient(m)
-                x, stats = memory.boundaries[self.spec.norm.name, m], memory.softmax_stats(m)
+                x, stats = (
+                    memory.activations.boundaries[self.spec.norm.name, m],
+                    memory.softmax_stats(m),
+                )
                 memory.task(
                     f"grad.head.v{part.index}.m{m}",
                     TaskKind.COMPUTE,
@@ -124,10 +130,10 @@ class HeadWriter:
 
     def _norm_backward(self) -> None:
         memory = self.memory
-        accumulators = memory.accumulate(self.spec.norm, "acc.norm")
+        accumulators = memory.gradients.accumulate(self.spec.norm, "acc.norm")
         for m in self._micro:
-            x = memory.boundaries[self.spec.norm.name, m]
-            memory.boundary_gradient(m)
+            x = memory.activations.boundaries[self.spec.norm.name, m]
+            memory.activations.boundary_gradient(m)
             memory.task(
                 f"bwd.norm.m{m}",
                 TaskKind.COMPUTE,
@@ -138,11 +144,11 @@ class HeadWriter:
                     memory.norm_output_gradient(m),
                     *(accumulators if m else []),
                 ],
-                writes=[memory.boundaries["dx", m], *accumulators],
-                cost=Cost(nbytes=4 * memory.boundary_nbytes),
+                writes=[memory.activations.boundaries["dx", m], *accumulators],
+                cost=Cost(nbytes=4 * memory.activations.nbytes),
                 micro=m,
             )
-            memory.release(x)
+            memory.activations.release(x)
 
     def _chunks(self, part: VocabChunk) -> tuple[Chunk, ...]:
         chunks = self.memory.chunks[self.spec.head.name]

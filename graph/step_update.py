@@ -5,8 +5,8 @@ then they go down and the CPU updates them chunk by chunk. A resident unit is up
 
 The embedding's gradient has two sides. From the look-up, only the rows of this step's tokens have
 one, known when the first layer's backward is done; from a tied output matrix, all rows have one,
-known early and parked. AdamW works element by element, so rows without tokens (``idle``) are updated
-early and only the used ones wait for the end.
+known early and parked. AdamW works element by element, so rows without tokens (``idle``) are
+updated early and only the used ones wait for the end.
 """
 
 from __future__ import annotations
@@ -35,16 +35,18 @@ class UpdateWriter:
 
     def finish_head(self, chunks: tuple[Chunk, ...], slot: str) -> None:
         """Update chunks of the output matrix; those of a tied one wait for the look-up's side."""
-        memory, accumulators = self.memory, self.memory.accumulate_chunks(chunks, slot)
+        memory, accumulators = self.memory, self.memory.gradients.accumulate_chunks(chunks, slot)
         if not self.spec.tied:
             self._finish(chunks, accumulators)
             return
         if memory.resident("embed"):
-            parked = [memory.parked_gradient(chunk) for chunk in chunks]
-            memory.finish_gradients(chunks, accumulators, parked)
+            parked = [memory.gradients.parked_gradient(chunk) for chunk in chunks]
+            memory.gradients.finish_gradients(chunks, accumulators, parked)
             return
-        for chunk, staged in memory.stage_gradients(chunks, accumulators):
-            memory.download_gradient(chunk, staged, memory.parked_gradient(chunk))
+        for chunk, staged in memory.gradients.stage_gradients(chunks, accumulators):
+            memory.gradients.download_gradient(
+                chunk, staged, memory.gradients.parked_gradient(chunk)
+            )
             self._idle_rows([chunk], chunk.label)
 
     def _finish(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
@@ -52,8 +54,8 @@ class UpdateWriter:
         if memory.resident(chunks[0].unit):
             self._update_on_gpu(chunks, accumulators)
             return
-        for chunk, staged in memory.stage_gradients(chunks, accumulators):
-            gradient = memory.download_gradient(chunk, staged)
+        for chunk, staged in memory.gradients.stage_gradients(chunks, accumulators):
+            gradient = memory.gradients.download_gradient(chunk, staged)
             name = f"{chunk.unit}.{chunk.label}"
             owned = [memory.hi(chunk), memory.state(chunk)]
             memory.task(
@@ -96,7 +98,9 @@ class UpdateWriter:
                 self._idle_rows([chunk], chunk.label)
 
     def _idle_rows(self, chunks: list[Chunk], label: str) -> None:
-        gradients = [self.memory.parked_gradient(c) for c in chunks] if self.spec.tied else []
+        gradients = (
+            [self.memory.gradients.parked_gradient(c) for c in chunks] if self.spec.tied else []
+        )
         begin, end = chunks[0].begin, chunks[-1].end
         params = end - begin
         self._rows(
@@ -106,18 +110,18 @@ class UpdateWriter:
     def late_rows(self, first: str) -> None:
         """Add the look-up's gradient up row by row and update the used rows."""
         memory = self.memory
-        gradients = [memory.boundaries["dx", m] for m in range(self.plan.micro_batches)]
+        gradients = [memory.activations.boundaries["dx", m] for m in range(self.plan.micro_batches)]
         if not memory.resident("embed"):
             for m, dx in enumerate(gradients):
-                gradients[m] = memory.host_boundary_gradient(first, m)
+                gradients[m] = memory.activations.host_boundary_gradient(first, m)
                 memory.copy(f"d2h.dx.m{m}", TaskKind.D2H, dx, gradients[m])
         chunks = memory.chunks["embed"]
         if self.spec.tied:
-            gradients += [memory.parked_gradient(c) for c in chunks]
+            gradients += [memory.gradients.parked_gradient(c) for c in chunks]
         used = min(self.plan.tokens, self.spec.vocab) * self.spec.hidden
         self._rows("rows", "update_used_rows", list(chunks), gradients, params=used)
         for m in range(self.plan.micro_batches):
-            memory.release(memory.boundaries["dx", m])
+            memory.activations.release(memory.activations.boundaries["dx", m])
 
     def _rows(
         self,
@@ -127,7 +131,8 @@ class UpdateWriter:
         gradients: list[str],
         *,
         params: int,
-        **args: int,
+        begin: int = 0,
+        end: int = 0,
     ) -> None:
         """An update of some rows of the embedding, by the processor in whose memory they live."""
         memory = self.memory
@@ -141,7 +146,8 @@ class UpdateWriter:
             reads=[*gradients, *owned, *(["index"] if resident else [])],
             writes=[*owned, result],
             cost=Cost(nbytes=26 * params) if resident else Cost(params=params),
-            **args,
+            begin=begin,
+            end=end,
         )
 
     # -- the norm of all gradients ---------------------------------------------------------------

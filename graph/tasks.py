@@ -82,8 +82,8 @@ class Cost:
     """What a task costs, from which a machine profile computes its duration.
 
     ``nbytes`` are moved or touched bytes, ``flops`` floating-point operations, ``params`` elements
-    updated by the optimizer. ``efficiency`` is the share of the machine's FLOP rate that work of this
-    size reaches. ``seconds``, if given, is a measured duration and overrides all.
+    updated by the optimizer. ``efficiency`` is the share of the machine's FLOP rate that work of
+    this size reaches. ``seconds``, if given, is a measured duration and overrides all.
     """
 
     nbytes: int = 0
@@ -97,8 +97,8 @@ class Cost:
 class Task:
     """One unit of work on one lane.
 
-    ``op`` names the callable that does it, ``args`` are constants for that callable. ``after`` names
-    tasks that must finish first although no buffer says so.
+    ``op`` names the callable that does it, ``args`` are constants for that callable. ``after``
+    names tasks that must finish first although no buffer says so.
     """
 
     name: str

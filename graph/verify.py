@@ -30,11 +30,12 @@ _TIERS: dict[TaskKind, tuple[frozenset[Tier], frozenset[Tier]]] = {
 
 
 def verify(graph: TaskGraph) -> None:
-    """Raise one `GraphError` that lists every broken rule of ``graph``, each with its task or buffer.
+    """Raise one `GraphError` that lists every broken rule of ``graph``, each with its task or
+    buffer.
 
-    Rules: names are well formed; sizes fit; buffers lie inside their slots and in their slots' tier;
-    each kind touches only the tiers of its lane; what is read was written before and not overwritten
-    since; ``after`` makes no cycle.
+    Rules: names are well formed; sizes fit; buffers lie inside their slots and in their slots'
+    tier; each kind touches only the tiers of its lane; what is read was written before and not
+    overwritten since; ``after`` makes no cycle.
     """
     problems = [*_check_places(graph), *_check_tasks(graph)]
     if not problems:  # the remaining rules need every name to resolve
@@ -57,7 +58,7 @@ def _check_places(graph: TaskGraph) -> Iterator[str]:
 
 def _check_buffer(graph: TaskGraph, buffer: Buffer) -> Iterator[str]:
     if not 0 <= buffer.nbytes < 1 << 63 or not 0 <= buffer.offset < 1 << 63:
-        yield f"buffer {buffer.name}: size {buffer.nbytes} or offset {buffer.offset} is out of range"
+        yield f"buffer {buffer.name}: size {buffer.nbytes} or offset {buffer.offset} out of range"
         return
     if not buffer.slot:
         return

@@ -1,7 +1,7 @@
 """How long a step must take under a plan: the busiest lane's work, in closed form.
 
-One decoder layer stands for all, so the bound takes microseconds where simulating takes a tenth of a
-second. It ranks candidates; the plan that is chosen is then simulated.
+One decoder layer stands for all, so the bound takes microseconds where simulating takes a tenth of
+a second. It ranks candidates; the plan that is chosen is then simulated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
 
 def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
     """Seconds of work of the H2D, D2H and CPU lanes."""
-    size, layers = plan.compute.nbytes, len(spec.layers)
+    size = plan.compute.nbytes
     resident = sum(spec.unit(name).numel for name in plan.resident)
     streamed = spec.param_count - resident
     boundary = plan.tokens * spec.hidden * size

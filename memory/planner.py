@@ -1,10 +1,10 @@
 """Choose a memory plan: the fastest placement that fits the budgets, or say what would fit.
 
-Micro-batch, vocabulary chunks and window make a base; what a base leaves of the GPU and host budgets
-buys resident units (which spare the CPU their updates and PCIe their weights) and kept or spilled
-projections (which spare the GPU a part of its recompute). Candidates are ranked by the bound of
-``bound.py``; the best one is measured exactly, given gradient slots from a simulated step, and
-simulated. Everything is computed before anything is allocated.
+Micro-batch, vocabulary chunks and window make a base; what a base leaves of the GPU and host
+budgets buys resident units (which spare the CPU their updates and PCIe their weights) and kept or
+spilled projections (which spare the GPU a part of its recompute). Candidates are ranked by the
+bound of ``bound.py``; the best one is measured exactly, given gradient slots from a simulated step,
+and simulated. Everything is computed before anything is allocated.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
-from slideformer.graph.step_memory import SPILL_SLOTS, STATE_NBYTES
+from slideformer.graph.step_activations import SPILL_SLOTS
+from slideformer.graph.step_memory import STATE_NBYTES
 from slideformer.memory.bound import step_bound
 from slideformer.memory.layout import lay_out
 
@@ -31,6 +32,9 @@ HEAD_TILE = 4096
 MIN_STAGING_SLOTS = 4
 SPARE_BOUNDARIES = 2
 """Boundary slots beyond what the program needs at once, so that copies run ahead and behind."""
+
+SPARE_WHEN_SPILLING = 6
+"""The same while spilled projections keep the copies of boundaries waiting."""
 
 MIN_GRADIENT_SLOTS = 2
 
@@ -102,7 +106,7 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph
 
 
 def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
-    """Predicted peak bytes per tier; ``cpu`` includes the interpreter, ``gpu`` context and workspace."""
+    """Predicted peak bytes per tier, the interpreter's, the context's and workspace included."""
     sizes = {
         Tier.GPU: 0,
         Tier.PINNED: 0,
@@ -126,11 +130,12 @@ def measure(request: PlanRequest, plan: MemoryPlan) -> Sizes:
     boundaries = [nbytes for name, (_, nbytes) in places.items() if name.startswith("x.")]
     gradients = [nbytes for name, (_, nbytes) in places.items() if _is_gradient(name)]
     largest = max(gradients, default=0)
+    spare = SPARE_WHEN_SPILLING if plan.spilled else SPARE_BOUNDARIES
     sizes = peaks(request, draft)
     return Sizes(
-        gpu=sizes[Tier.GPU] + SPARE_BOUNDARIES * max(boundaries),
+        gpu=sizes[Tier.GPU] + spare * max(boundaries),
         host=host_bytes(sizes) - sum(gradients) + min(MIN_GRADIENT_SLOTS, len(gradients)) * largest,
-        boundaries=len(boundaries) + SPARE_BOUNDARIES,
+        boundaries=len(boundaries) + spare,
         gradient=largest,
         gradients=len(gradients),
     )
@@ -178,7 +183,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     if gpu < 0:
         return
     if host < 0:  # take boundaries back onto the GPU, which must have room for them
-        back = -(-(-host) // boundary)
+        back = (boundary - 1 - host) // boundary
         if back > layers - 1 or gpu < back * boundary:
             return
         base = replace(base, offloaded=layers - back)
@@ -222,7 +227,7 @@ def _residents(
 
 
 def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
-    """Make an estimated choice exact: shrink it if need be, then use what is left for boundaries."""
+    """Make an estimated choice exact: shrink it if need be, then spend the rest on boundaries."""
     spec, budgets = request.spec, request.budgets
     order = ["embed", *(unit.name for unit in spec.layers)]
     sizes = measure(request, plan)

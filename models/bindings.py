@@ -127,7 +127,7 @@ class StreamOps:
         return lambda _: target.copy_(source, non_blocking=True)
 
     def stage(self, task: Task, views: Views) -> Operation:
-        """Put a step's targets, and what a resident embedding needs, where the GPU can fetch them."""
+        """Put a step's targets, and what a resident embedding needs, into pinned memory."""
         staged = {name: views[name].view(torch.int64) for name in task.writes}
         tokens = self._memory.plan.tokens
 

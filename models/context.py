@@ -17,9 +17,9 @@ from slideformer.models.export import HuggingFaceWriter
 class UsedRows:
     """Which rows of the embedding a step uses, and where.
 
-    ``rows`` int64 [U] are the distinct token ids, ascending; the gradient of row u is the sum of the
-    boundary gradients at the positions ``order[starts[u]:starts[u + 1]]``, in that order. ``idle``
-    int64 [V − U] are all other rows.
+    ``rows`` int64 [U] are the distinct token ids, ascending; the gradient of row u is the sum of
+    the boundary gradients at the positions ``order[starts[u]:starts[u + 1]]``, in that order.
+    ``idle`` int64 [V − U] are all other rows.
     """
 
     rows: Tensor
@@ -29,7 +29,7 @@ class UsedRows:
 
     @classmethod
     def of(cls, input_ids: Tensor, vocab: int, padding_idx: int | None) -> UsedRows:
-        """Sort the token ids of a step (int64 [T]); ``padding_idx`` gets no gradient from look-up."""
+        """Sort a step's token ids (int64 [T]); ``padding_idx`` gets no gradient from look-up."""
         order = torch.argsort(input_ids, stable=True)
         if padding_idx is not None:
             order = order[input_ids[order] != padding_idx]
@@ -71,7 +71,7 @@ class UsedRows:
 
 
 class PackedRows(NamedTuple):
-    """Views of a packed `UsedRows`; only the first ``used_count`` or ``idle_count`` rows are valid."""
+    """Views of a packed `UsedRows`; only the first ``used_count`` (``idle_count``) are valid."""
 
     used_count: Tensor
     idle_count: Tensor
@@ -103,7 +103,7 @@ class StepResults:
 
 @dataclass(frozen=True)
 class StepContext:
-    """One step, or one evaluation: ``input_ids`` and ``targets`` int64 [T] on the host, −100 = ignore.
+    """One step or evaluation: ``input_ids``, ``targets`` int64 [T] on the host, −100 = ignore.
 
     ``scale`` is one over the number of target tokens. ``used`` and ``optimizer`` are set for a
     training step.
@@ -118,7 +118,8 @@ class StepContext:
 
     def training(self) -> tuple[UsedRows, AdamW]:
         """What only a training step has."""
-        assert self.used is not None and self.optimizer is not None
+        assert self.used is not None
+        assert self.optimizer is not None
         return self.used, self.optimizer
 
 

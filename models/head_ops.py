@@ -153,7 +153,7 @@ class HeadOps:
         dx = dx.view(-1, memory.spec.hidden)
 
         def run(_: StepContext) -> None:
-            _, rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)
+            rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)[1]
             dx.copy_(dxn)
             parts.finish_norm(dx, rstd, dx)
 
@@ -163,13 +163,17 @@ class HeadOps:
         """Hand the loss, or the norm of all gradients, to whoever waits for it."""
         if task.name == "report.loss":
             loss = views[task.reads[0]].view(torch.float32)
-            return lambda context: context.results.loss.set_result(float(loss))
+
+            def run_loss(context: StepContext) -> None:
+                context.results.loss.set_result(float(loss))
+
+            return run_loss
         squares = [views[n].view(torch.float64) for n in task.reads if n != "norms_host"]
         norms = [views[n].view(torch.float32) for n in task.reads if n == "norms_host"]
 
         def run(context: StepContext) -> None:
-            parts = [*squares, *(norm.double() ** 2 for norm in norms)]
-            total = float(torch.cat(parts).sum())
+            every = [*squares, *(norm.double() ** 2 for norm in norms)]
+            total = float(torch.cat(every).sum())
             context.results.gradient_norm.set_result(finite(total) ** 0.5)
 
         return run
@@ -208,7 +212,7 @@ class _Parts:
         return rms_norm(self.x, self.norm, self._memory.decoder.norm_eps)[0]
 
     def finish_norm(self, dxn: Tensor, rstd: Tensor, dx: Tensor) -> None:
-        """Gradients of the norm's input and weight from that of its output; ``dx`` may be ``dxn``."""
+        """Gradients of the norm's input and weight from its output's; ``dx`` may be ``dxn``."""
         memory = self._memory
         _, d_weight = rms_norm_backward(dxn, self.x, self.norm, rstd, out=dx)
         size = memory.plan.layer_accumulator

@@ -21,9 +21,9 @@ from slideformer.models.update_ops import decay_runs
 
 
 class _Rows(NamedTuple):
-    """Which rows to update and where their gradients are; only the first ``count`` are valid."""
+    """Which rows to update and where their gradients are; only the first ``valid`` count."""
 
-    count: Tensor
+    valid: Tensor
     rows: Tensor
     starts: Tensor
     order: Tensor
@@ -114,7 +114,7 @@ class ResidentOps:
                 squares = torch.empty(len(rows.rows), dtype=torch.float32, device=dx.device)
                 adamw_rows_gpu(
                     *tensors,
-                    rows.count,
+                    rows.valid,
                     rows.rows,
                     rows.starts,
                     rows.order,
@@ -125,7 +125,7 @@ class ResidentOps:
                 )
                 torch.sqrt(squares.sum(), out=reported)
                 return
-            count = int(rows.count)
+            count = int(rows.valid)
             starts = rows.starts[: count + 1]
             order = rows.order[: int(starts[-1])]
             total = adamw_rows(

@@ -24,7 +24,8 @@ class UnitState:
     def of(cls, unit: UnitSpec, hi: Tensor, state: Tensor) -> UnitState:
         """Views of slot ``hi.U`` (2 bytes an element) and slot ``state.U`` (m, then v, then lo)."""
         n = unit.numel
-        assert hi.numel() == 2 * n and state.numel() == STATE_NBYTES * n
+        assert hi.numel() == 2 * n
+        assert state.numel() == STATE_NBYTES * n
         m, v, lo = state.split([4 * n, 4 * n, 2 * n])  # the wider ones first, for their alignment
         return cls(
             hi.view(torch.int16),

@@ -56,6 +56,7 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
         max_positions=config.max_position_embeddings,
         tied=bool(config.tie_word_embeddings),
         units=tuple(units),
+        windows=tuple(sorted({window for window in decoder.windows if window is not None})),
     )
 
 

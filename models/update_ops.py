@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from slideformer.graph.model import UnitSpec
-from slideformer.graph.step_memory import CHECK_NBYTES
+from slideformer.graph.step_gradients import CHECK_NBYTES
 from slideformer.graph.tasks import Task
 from slideformer.kernels.adamw import Segment, adamw_rows, adamw_update
 from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, finite, without_grad
@@ -140,7 +140,7 @@ class UpdateOps:
         return run
 
     def _parked_parts(self, task: Task, views: Views) -> list[tuple[int, int, Tensor | None]]:
-        """Element ranges of the embedding with the output side's gradient of each, if it is tied."""
+        """Element ranges of the embedding, each with the output side's gradient if it is tied."""
         memory = self._memory
         whole = memory.spec.vocab * memory.spec.hidden
         if not memory.spec.tied:

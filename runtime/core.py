@@ -30,7 +30,7 @@ from slideformer.graph.tasks import Lane, Task
 from slideformer.runtime.policies import Policy
 
 STREAM_DEPTH = 2
-"""Unfinished tasks per stream lane: one runs, one is queued, the rest stays the policy's to order."""
+"""Unfinished tasks per stream lane: one runs, one is queued, the rest are the policy's."""
 
 
 class State(Enum):
@@ -214,7 +214,7 @@ class Core:
                     segment.readers = list(readers)
 
     def _wait_for(self, run: TaskRun, pred: TaskRun) -> None:
-        """Make ``run`` wait for a task of an earlier instance, if it has not gone far enough yet."""
+        """Make ``run`` wait for a task of an earlier instance that has not gone far enough yet."""
         if pred.state is State.DONE:
             return
         if self._both_streams(run, pred) and pred.state is State.ISSUED:
@@ -284,7 +284,7 @@ class Core:
         except ValueError:
             self._fail(
                 PolicyError(
-                    f"policy {self._policy.name!r} chose {run!r} on lane {lane}, which is not ready; "
+                    f"policy {self._policy.name!r} chose {run!r} on lane {lane}, not ready; "
                     f"ready: {', '.join(map(repr, ready[:8]))}"
                 )
             )
@@ -336,7 +336,7 @@ def _program_order(run: TaskRun) -> tuple[int, int]:
 
 
 def _task_error(run: TaskRun, error: BaseException, story: list[str]) -> SlideFormerError:
-    """A user's error keeps its class and gets the task's name; anything else becomes a `TaskError`."""
+    """A user's error keeps its class and gets the task's name; others become a `TaskError`."""
     if isinstance(error, SlideFormerError):
         named: SlideFormerError = type(error)(f"{run!r}: {error}")
     else:

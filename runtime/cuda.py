@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.core import Event, Failed, Finished, Launch, TaskRun
+from slideformer.runtime.core import Event, Failed, Finished, TaskRun
 from slideformer.runtime.cpu import LaneThreads, Work
 
 _STREAMS = {

@@ -165,7 +165,8 @@ class Engine:
             # cuBLAS reads its setting when it is first used.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
+            # Every element that is read is written before; filling would cost a pass over memory.
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         memory = ModelMemory(self.spec, self._decoder, self.plan, self._states)
         threads = config.threads or default_threads()
         bindings = {
@@ -210,7 +211,7 @@ class Engine:
         return self._run(0, batch, used, optimizer)
 
     def evaluate(self, batch: Batch) -> StepHandle:
-        """Compute the loss of a batch with the weights after all submitted steps; trains nothing."""
+        """Compute a batch's loss with the weights after all submitted steps; trains nothing."""
         return self._run(1, batch, None, None)
 
     def _run(
@@ -233,7 +234,7 @@ class Engine:
             optimizer,
         )
         done = self._submit(graph, context)
-        done.add_done_callback(lambda f: (e := f.exception()) and results.fail(e))
+        done.add_done_callback(lambda ended: _pass_on(ended, results))
         return StepHandle(self._steps, batch.target_tokens, batch.real_tokens, results, done)
 
     def _submit(self, graph: int, context: Any) -> Future[None]:
@@ -304,6 +305,13 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _pass_on(ended: Future[None], results: StepResults) -> None:
+    """A failed step fails whoever waits for its results."""
+    error = ended.exception()
+    if error is not None:
+        results.fail(error)
 
 
 def default_threads() -> int:

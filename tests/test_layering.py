@@ -39,7 +39,8 @@ TORCH_FREE = [
     "slideformer.memory.planner",
     "slideformer.runtime.core",
     "slideformer.runtime.policies",
-    "slideformer.runtime.sim",
+    "slideformer.runtime.scheduler",
+    "slideformer.runtime.simulated",
     "slideformer.runtime.trace",
 ]
 """Modules outside graph/ that must load without torch."""

@@ -29,6 +29,7 @@ from slideformer.tools.console import (
 )
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.simulate_cli import policies_app, simulate
+from slideformer.tools.view_cli import graph_app as _drawing  # noqa: F401  adds to `graph`
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -7,7 +7,7 @@ from rich.table import Table
 
 from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.model import ModelSpec
+from slideformer.graph.model import ModelSpec, UnitKind
 from slideformer.graph.plan import MemoryPlan
 from slideformer.planning import budgets_for, device_for
 
@@ -36,12 +36,12 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     layer = max(unit.numel for unit in spec.layers) * plan.compute.nbytes
     streamed = [unit for unit in spec.units if unit.name not in plan.resident]
     at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed)
-    table.add_row(
-        "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
-    )
+    if any(unit.kind is UnitKind.LAYER for unit in streamed):
+        table.add_row(
+            "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
+        )
     if plan.resident:
-        units = ", ".join(unit.name for unit in spec.units if unit.name in plan.resident)
-        table.add_row("", f"{units} stay on the GPU with their optimizer state")
+        table.add_row("  resident", _resident(spec, plan))
     table.add_row(
         "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
     )
@@ -59,6 +59,16 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
         "of pinned memory until their update",
     )
     return table
+
+
+def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
+    """Which units are always on the GPU: layers counted, others named."""
+    units = [unit for unit in spec.units if unit.name in plan.resident]
+    layers = sum(unit.kind is UnitKind.LAYER for unit in units)
+    names = [unit.name for unit in units if unit.kind is not UnitKind.LAYER]
+    names += [_count(layers, "layer")] if layers else []
+    nbytes = _STATE_NBYTES * sum(unit.numel for unit in units)
+    return f"{', '.join(names)} on the GPU with masters and moments, {format_size(nbytes)}"
 
 
 def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:

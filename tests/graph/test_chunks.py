@@ -27,9 +27,7 @@ def test_chunks_tile_every_unit(spec: ModelSpec, chunk_numel: int, vocab: int) -
 
 
 @given(specs(), st.integers(1, 5000), st.integers(1, 6))
-def test_chunks_are_as_small_as_asked_for(
-    spec: ModelSpec, chunk_numel: int, vocab: int
-) -> None:
+def test_chunks_are_as_small_as_asked_for(spec: ModelSpec, chunk_numel: int, vocab: int) -> None:
     for unit in spec.units:
         rows = unit.kind in (UnitKind.EMBED, UnitKind.HEAD)
         least = spec.hidden if rows else ALIGNMENT
@@ -38,9 +36,7 @@ def test_chunks_are_as_small_as_asked_for(
 
 
 @given(specs(), st.integers(1, 5000), st.integers(1, 6))
-def test_chunks_start_where_copies_may_start(
-    spec: ModelSpec, chunk_numel: int, vocab: int
-) -> None:
+def test_chunks_start_where_copies_may_start(spec: ModelSpec, chunk_numel: int, vocab: int) -> None:
     for unit in spec.units:
         rows = unit.kind in (UnitKind.EMBED, UnitKind.HEAD)
         for chunk in chunk_unit(spec, unit, chunk_numel, vocab):

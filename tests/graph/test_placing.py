@@ -49,7 +49,9 @@ def test_every_visit_finds_its_weight(sequence: list[int], window: int) -> None:
     assert len(placed) == len(sequence)
     for weight, visit in zip(sequence, placed, strict=True):
         assert 0 <= visit.slot < window
-        assert visit.load == (weight not in slots.values()), "loaded when and only when it is absent"
+        assert visit.load == (weight not in slots.values()), (
+            "loaded when and only when it is absent"
+        )
         if visit.load:
             slots[visit.slot] = weight
         assert slots[visit.slot] == weight

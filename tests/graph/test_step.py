@@ -46,7 +46,9 @@ def cases(draw: st.DrawFn) -> Case:
 
 def pool_size(spec: ModelSpec, plan: MemoryPlan) -> int:
     """Boundary slots that the graphs of a plan need at once."""
-    return sum(name.startswith("x.") for name in footprint(spec, replace(plan, boundary_slots=None)))
+    return sum(
+        name.startswith("x.") for name in footprint(spec, replace(plan, boundary_slots=None))
+    )
 
 
 def graphs_of(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
@@ -238,7 +240,11 @@ def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
         unit = spec.unit(str(task.args["unit"]))
         if unit.name in plan.resident:  # brought down first
             (staged,) = (graph.buffers[name] for name in task.reads)
-            assert (staged.place, staged.tier, staged.nbytes) == ("saved", Tier.PINNED, 4 * unit.numel)
+            assert (staged.place, staged.tier, staged.nbytes) == (
+                "saved",
+                Tier.PINNED,
+                4 * unit.numel,
+            )
 
 
 @some

@@ -214,9 +214,7 @@ def runs(draw: st.DrawFn) -> Run:
 
 @settings(max_examples=150)
 @given(runs(), st.integers(0, 10**6))
-def test_everything_runs_once_in_a_safe_order_to_the_sequential_result(
-    run: Run, seed: int
-) -> None:
+def test_everything_runs_once_in_a_safe_order_to_the_sequential_result(run: Run, seed: int) -> None:
     run.go(random.Random(seed))
     assert sorted(run.done) == list(range(len(run.programs)))
     assert len(run.started) == sum(len(graph.tasks) for graph in run.programs)

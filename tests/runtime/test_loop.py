@@ -57,7 +57,9 @@ def test_several_threads_may_submit(scheduler: SchedulerThread) -> None:
         return [scheduler.submit(graph, [add] * 3) for _ in range(10)]
 
     with ThreadPoolExecutor(4) as pool:
-        futures = [future for work in [pool.submit(submit) for _ in range(4)] for future in work.result()]
+        futures = [
+            future for work in [pool.submit(submit) for _ in range(4)] for future in work.result()
+        ]
     for future in futures:
         future.result(timeout=10)
     assert total[0] == 4 * 10 * 3
@@ -71,7 +73,9 @@ def test_a_future_ends_as_its_instance_does(scheduler: SchedulerThread) -> None:
     assert future.result(timeout=10) is None
 
 
-def test_a_failure_reaches_every_open_future_and_every_later_one(scheduler: SchedulerThread) -> None:
+def test_a_failure_reaches_every_open_future_and_every_later_one(
+    scheduler: SchedulerThread,
+) -> None:
     graph = counter(2)
 
     def fail(_: object) -> None:

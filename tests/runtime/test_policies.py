@@ -29,7 +29,9 @@ def urgent_last() -> TaskGraph:
     weights = [builder.buffer(f"w{i}", 4, Tier.PINNED, carried=True) for i in range(2)]
     for i, seconds in enumerate((5.0, 1.0)):
         cost = Cost(seconds=seconds)
-        builder.task(f"update.L{i}", TaskKind.CPU, reads=[weights[i]], writes=[weights[i]], cost=cost)
+        builder.task(
+            f"update.L{i}", TaskKind.CPU, reads=[weights[i]], writes=[weights[i]], cost=cost
+        )
     up = builder.buffer("up", 4, Tier.GPU)
     builder.task("h2d.L1", TaskKind.H2D, reads=["w1"], writes=[up], cost=Cost(seconds=1.0))
     builder.task("fwd.L1", TaskKind.COMPUTE, reads=[up], cost=Cost(seconds=4.0))
@@ -52,8 +54,8 @@ def test_the_earliest_deadline_shortens_a_step_by_updating_the_first_layer_first
     """Three layers, updates of two seconds, two steps.
 
     Gradients land at 6, 7 and 8 s, that of layer 0 last. In order of arrival its update is done at
-    12 s and the next forward begins at 13 s. By deadline it overtakes that of layer 1 and is done at
-    10 s; layer 1 follows at 12 s and lets its own forward wait for a second.
+    12 s and the next forward begins at 13 s. By deadline it overtakes that of layer 1 and is done
+    at 10 s; layer 1 follows at 12 s and lets its own forward wait for a second.
     """
     graph = step_like(3, update=2.0)
 

@@ -24,7 +24,9 @@ from tests.support.graphs import conflicts, step_like, task_graphs
 
 PROFILE = MachineProfile()
 
-widths = st.dictionaries(st.sampled_from([Lane.CPU, Lane.NVME_READ, Lane.NVME_WRITE]), st.integers(1, 3))
+widths = st.dictionaries(
+    st.sampled_from([Lane.CPU, Lane.NVME_READ, Lane.NVME_WRITE]), st.integers(1, 3)
+)
 names = st.sampled_from(policy_names())
 
 

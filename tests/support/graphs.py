@@ -202,8 +202,9 @@ def run_sequentially(programs: Sequence[TaskGraph]) -> Machine:
 def step_like(layers: int, *, update: float = 1.0) -> TaskGraph:
     """A training step in small: every task takes a second, updates take ``update`` seconds.
 
-    Each layer's weights come up for its forward; its backward's gradient goes down and updates them.
-    Backward goes through the layers in reverse, and the next step's forward begins with the first.
+    Each layer's weights come up for its forward; its backward's gradient goes down and updates
+    them. Backward goes through the layers in reverse, and the next step's forward begins with the
+    first.
     """
     builder = GraphBuilder("step")
     weights = [builder.buffer(f"w{i}", 4, Tier.PINNED, carried=True) for i in range(layers)]

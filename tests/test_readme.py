@@ -1,0 +1,72 @@
+"""What the README shows runs: its Python as it stands, its commands up to the training itself."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from slideformer.config import Config
+from slideformer.tools.cli import app
+from slideformer.trainer import Trainer
+from tests.support.checkpoints import write_checkpoint, write_lines
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    shlex.split(command.replace("\\\n", " "))
+    for command in re.findall(r"^    \.venv/bin/slideformer ((?:.*\\\n)*.*)$", README, re.MULTILINE)
+]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A current directory in which the README's names exist, on a small scale."""
+    monkeypatch.chdir(tmp_path)
+    write_checkpoint(Path("models/Llama-3.1-8B"), max_position_embeddings=1024)
+    write_lines(Path("train.jsonl"), *[{"text": "A text to learn."}] * 10)
+    Path("run.yaml").write_text(
+        "model: models/Llama-3.1-8B\ndata: train.jsonl\noutput: tuned\n"
+        "batch_size: 1\nseq_len: 16\ndevice: cpu\n"
+    )
+    return tmp_path
+
+
+@pytest.mark.parametrize("program", PROGRAMS, ids=["trainer", "engine"])
+def test_a_program_runs(program: str, folder: Path) -> None:
+    exec(compile(program, "README.md", "exec"), {})
+    AutoModelForCausalLM.from_pretrained(folder / "tuned")
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command[0]))
+def test_a_command_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+
+    def capture(self: Trainer, *_: Any) -> None:
+        seen.append(self.config)
+        raise SystemExit(0)
+
+    monkeypatch.setattr(Trainer, "train", capture)
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.stderr
+    assert seen or "predicted peak" in result.stdout
+
+
+def test_the_examples_were_found() -> None:
+    assert len(PROGRAMS) == 2
+    assert [command[0] for command in COMMANDS] == ["train", "plan"]
+
+
+def test_links_lead_somewhere() -> None:
+    root = Path(__file__).parent.parent
+    targets = re.findall(r"\]\(([^)#]+)", README)
+    paths = re.findall(r"`((?:graph|memory|runtime|models|kernels|slideformer)/[\w/.]*)`", README)
+    missing = [path for path in {*targets, *paths} if not (root / path).exists()]
+    assert len(paths) > 8
+    assert missing == []
