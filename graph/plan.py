@@ -49,7 +49,7 @@ class MachineProfile:
     nvme_read: float = 1.2e9
     nvme_write: float = 1.8e9
     launch: float = 20e-6
-    gpu_overhead: int = 1 << 30
+    gpu_overhead: int = 1100 << 20
     host_overhead: int = 2 << 30
     widths: Mapping[Lane, int] = field(default_factory=dict)
 

@@ -44,5 +44,10 @@ def lay_out(wanted: Mapping[str, tuple[Tier, int]]) -> Layout:
     sizes: dict[Tier, int] = {}
     for name, (tier, nbytes) in wanted.items():
         offsets[name] = sizes.get(tier, 0)
-        sizes[tier] = offsets[name] + -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+        sizes[tier] = offsets[name] + aligned(nbytes)
     return Layout(offsets, sizes)
+
+
+def aligned(nbytes: int) -> int:
+    """Bytes that a place of ``nbytes`` takes in its arena."""
+    return -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT

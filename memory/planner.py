@@ -21,7 +21,7 @@ from slideformer.graph.step import compile_evaluation, compile_save, compile_ste
 from slideformer.graph.step_activations import SPILL_SLOTS
 from slideformer.graph.step_memory import STATE_NBYTES
 from slideformer.memory.bound import step_bound
-from slideformer.memory.layout import lay_out
+from slideformer.memory.layout import aligned, lay_out
 
 CHUNK_NUMEL = 32 << 20
 """Elements of a chunk: 64 MiB in BF16, large enough for full PCIe speed."""
@@ -127,8 +127,8 @@ def measure(request: PlanRequest, plan: MemoryPlan) -> Sizes:
     """The needs of a plan whose boundary and gradient slots are still to be counted."""
     draft = plan.draft()
     places = footprint(request.spec, draft)
-    boundaries = [nbytes for name, (_, nbytes) in places.items() if name.startswith("x.")]
-    gradients = [nbytes for name, (_, nbytes) in places.items() if _is_gradient(name)]
+    boundaries = [aligned(n) for name, (_, n) in places.items() if name.startswith("x.")]
+    gradients = [aligned(n) for name, (_, n) in places.items() if _is_gradient(name)]
     largest = max(gradients, default=0)
     spare = SPARE_WHEN_SPILLING if plan.spilled else SPARE_BOUNDARIES
     sizes = peaks(request, draft)
@@ -207,6 +207,26 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
                 yield seconds, used + ring + spilled * projections, plan
 
 
+def _most_offloaded(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """``plan`` with as many boundaries offloaded as the host has room for."""
+    host = request.budgets.host
+    if measure(request, plan).host <= host:
+        return plan
+    offloaded = _last(
+        plan.offloaded, lambda n: measure(request, replace(plan, offloaded=n)).host <= host
+    )
+    return replace(plan, offloaded=offloaded)
+
+
+def _fewest_offloaded(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """``plan`` with as few boundaries offloaded as the GPU has room for, at most those it has."""
+    gpu, offloaded = request.budgets.gpu, plan.offloaded
+    spared = _last(
+        offloaded, lambda n: measure(request, replace(plan, offloaded=offloaded - n)).gpu <= gpu
+    )
+    return replace(plan, offloaded=offloaded - spared)
+
+
 def _residents(
     request: PlanRequest, base: MemoryPlan, sizes: Sizes
 ) -> Iterator[tuple[frozenset[str], int]]:
@@ -239,14 +259,9 @@ def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
         elif plan.resident:
             plan = replace(plan, resident=frozenset(order[: len(plan.resident) - 1]))
         else:
-            raise _refusal(request)
+            raise AssertionError("a base that fits does not fit any more")
         sizes = measure(request, plan)
-    offloaded = plan.offloaded
-    spared = _last(
-        offloaded,
-        lambda n: measure(request, replace(plan, offloaded=offloaded - n)).gpu <= budgets.gpu,
-    )
-    plan = replace(plan, offloaded=offloaded - spared)
+    plan = _fewest_offloaded(request, plan)
     sizes = measure(request, plan)
     plan = _assign_gradients(request, replace(plan, boundary_slots=sizes.boundaries), sizes)
     seconds = request.predict(compile_step(spec, plan)).seconds
@@ -293,13 +308,14 @@ def _refusal(request: PlanRequest) -> BudgetError:
     host: list[int] = []
     both: list[tuple[int, int]] = []
     for base in _bases(request):
-        for offloaded in {0, len(request.spec.layers)}:
-            sizes = measure(request, replace(base, offloaded=offloaded))
-            both.append((sizes.gpu, sizes.host))
-            if sizes.host <= budgets.host:
-                gpu.append(sizes.gpu)
-            if sizes.gpu <= budgets.gpu:
-                host.append(sizes.host)
+        sizes = measure(request, base)
+        both.append((sizes.gpu, sizes.host))
+        sizes = measure(request, _most_offloaded(request, base))
+        if sizes.host <= budgets.host:
+            gpu.append(sizes.gpu)
+        sizes = measure(request, _fewest_offloaded(request, base))
+        if sizes.gpu <= budgets.gpu:
+            host.append(sizes.host)
     ways = [
         f"--{name}-memory {_mib(min(found))}MiB"
         for name, found in (("gpu", gpu), ("cpu", host))

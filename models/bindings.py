@@ -89,6 +89,13 @@ def operands(flat: Tensor, unit: UnitSpec) -> dict[str, Tensor]:
     return {o.name: flat[o.offset : o.offset + o.numel].view(o.shape) for o in unit.operands}
 
 
+def padding(flat: Tensor, unit: UnitSpec) -> list[Tensor]:
+    """Views of what lies between a unit's operands in its flat storage."""
+    ends = [0, *(o.offset + o.numel for o in unit.operands)]
+    starts = [*(o.offset for o in unit.operands), unit.numel]
+    return [flat[a:b] for a, b in zip(ends, starts, strict=True) if a < b]
+
+
 def without_grad(operation: Operation) -> Operation:
     """Run an operation with autograd off, whatever thread it runs on."""
 
@@ -206,8 +213,14 @@ class StreamOps:
         dx = memory.boundary(views[_only(task.reads, "x.dx.")])
         flat = memory.accumulators(views, task.writes, unit.name, memory.plan.layer_accumulator)
         gradients, kept = operands(flat, unit), self._kept(task, views)
-        return without_grad(
-            lambda _: layer.backward(
+        # Whatever used the slot before may have left something between the operands, where nothing
+        # is written; it would get into the norm and, by the update, into the padding of the master.
+        gaps = [] if accumulate else padding(flat, unit)
+
+        def run(_: StepContext) -> None:
+            for gap in gaps:
+                gap.zero_()
+            layer.backward(
                 x,
                 dx,
                 weights,
@@ -218,7 +231,8 @@ class StreamOps:
                 mask=mask,
                 gate_up=kept,
             )
-        )
+
+        return without_grad(run)
 
     def _kept(self, task: Task, views: Views) -> Tensor | None:
         """The MLP's projections [tokens, 2·intermediate] kept from forward to backward, if any."""
@@ -235,14 +249,11 @@ class StreamOps:
         weights = operands(memory.weights(views, task.reads, unit.name), unit)
         cos, sin = rope_views(views["rope"], memory)
         window = memory.decoder.windows[memory.spec.layers.index(unit)]
-        mask = views.get(f"mask.{window}")
         size = memory.plan.seq_len
-        return (
-            unit,
-            weights,
-            (cos, sin),
-            None if mask is None else mask.view(torch.bool).view(size, size),
-        )
+        mask = None
+        if window is not None and window < size:
+            mask = views[f"mask.{window}"].view(torch.bool).view(size, size)
+        return unit, weights, (cos, sin), mask
 
     def download_master(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a resident unit's master down, to be saved."""

@@ -20,6 +20,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from slideformer.config import Config, EngineConfig, flag_name, load_config
+from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (
     INTERRUPTED,
@@ -29,7 +30,6 @@ from slideformer.tools.console import (
 )
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.simulate_cli import policies_app, simulate
-from slideformer.tools.view_cli import graph_app as _drawing  # noqa: F401  adds to `graph`
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

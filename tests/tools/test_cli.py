@@ -327,7 +327,7 @@ def test_an_error_of_ours_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPa
 def interrupted(run: Run, times: int) -> tuple[int, str]:
     """Exit code and stderr of a long run that gets SIGINT during its third step."""
     # Steps long enough that both signals arrive within one.
-    arguments = run.arguments(steps="100000", batch_size="512")
+    arguments = run.arguments(steps="100000", batch_size="256")
     command = [sys.executable, "-m", "slideformer.tools.cli", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None

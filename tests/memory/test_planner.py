@@ -1,0 +1,229 @@
+"""Plans keep their budgets, refusals tell the truth, and more memory never makes a plan slower."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.errors import BudgetError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.memory import planner
+from slideformer.memory.bound import step_bound
+from slideformer.memory.layout import lay_out, places
+from slideformer.memory.ledger import replay
+from slideformer.memory.planner import (
+    WORTHWHILE,
+    PlanRequest,
+    Prediction,
+    host_bytes,
+    make_plan,
+    measure,
+    plan_graphs,
+)
+from slideformer.runtime.policies import make_policy
+from slideformer.runtime.simulated import simulate
+from tests.support.specs import small_spec
+
+MIB = 1 << 20
+PROFILE = MachineProfile(gpu_overhead=3 * MIB, host_overhead=5 * MIB)
+AMPLE = Budgets(1 << 40, 1 << 40)
+
+some = settings(max_examples=12)
+
+
+def predict(graph: TaskGraph) -> Prediction:
+    """The middle one of three simulated steps."""
+    timeline = simulate(graph, make_policy("earliest-deadline"), PROFILE, 3)
+    seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
+    return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
+
+
+def workspace(rows: int, vocab_rows: int, tile: int) -> int:
+    """Temporaries that grow with the micro-batch and with the tile of logits."""
+    return 100_000 * rows + 2 * vocab_rows * tile
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks a unit, as large models have them."""
+    monkeypatch.setattr(planner, "CHUNK_NUMEL", 100_000)
+
+
+@st.composite
+def requests(draw: st.DrawFn) -> PlanRequest:
+    """Models of some MiB on budgets from too small to ample."""
+    spec = small_spec(
+        layers=draw(st.integers(1, 5)),
+        hidden=draw(st.integers(100, 200)),
+        intermediate=draw(st.integers(100, 400)),
+        heads=4,
+        kv_heads=2,
+        head_dim=32,
+        vocab=draw(st.integers(50, 4000)),
+        tied=draw(st.booleans()),
+    )
+    request = PlanRequest(
+        spec=spec,
+        rows=draw(st.sampled_from([1, 2, 4, 6])),
+        seq_len=draw(st.sampled_from([64, 257])),
+        compute=draw(st.sampled_from(Compute)),
+        budgets=AMPLE,
+        profile=PROFILE,
+        workspace=workspace,
+        predict=predict,
+    )
+    least = [measure(request, base) for base in planner._bases(request)]
+    gpu, host = min(sizes.gpu for sizes in least), min(sizes.host for sizes in least)
+    shares = st.floats(0.8, 1.5)
+    budgets = Budgets(int(gpu * draw(shares)), int(host * draw(shares)))
+    return replace(request, budgets=budgets)
+
+
+def plan_or_refusal(request: PlanRequest) -> MemoryPlan | str:
+    """What the planner says; a plan is checked against its budgets by other means."""
+    try:
+        plan = make_plan(request)
+    except BudgetError as error:
+        return str(error)
+    check_budgets(request, plan)
+    return plan
+
+
+def check_budgets(request: PlanRequest, plan: MemoryPlan) -> None:
+    """Lay the places of all graphs out, and replay each graph against what the budgets leave."""
+    graphs = plan_graphs(request.spec, plan)
+    sizes = lay_out(places(graphs)).sizes
+    gpu = sizes[Tier.GPU] + plan.workspace + PROFILE.gpu_overhead
+    host = sum(sizes.get(tier, 0) for tier in HOST_TIERS) + PROFILE.host_overhead
+    assert gpu <= request.budgets.gpu
+    assert host <= request.budgets.host
+    assert plan.peaks[Tier.GPU] == gpu
+    assert host_bytes(plan.peaks) == host
+    for graph in graphs:
+        ledger = replay(graph, {Tier.GPU: request.budgets.gpu - plan.workspace})
+        used = sum(ledger.peak[tier] for tier in HOST_TIERS)
+        assert used + PROFILE.host_overhead <= request.budgets.host
+
+
+def ways_out(refusal: str, budgets: Budgets) -> Iterator[Budgets]:
+    """Budgets that a refusal promises to work."""
+    told = refusal.partition("the least that works is ")[2].partition(". A smaller")[0]
+    assert told
+    for way in told.split(" or "):
+        gpu = re.search(r"--gpu-memory (\d+)MiB", way)
+        host = re.search(r"--cpu-memory (\d+)MiB", way)
+        assert gpu or host
+        yield Budgets(
+            int(gpu[1]) * MIB if gpu else budgets.gpu, int(host[1]) * MIB if host else budgets.host
+        )
+
+
+@some
+@given(requests())
+def test_a_plan_keeps_its_budgets_and_a_refusal_tells_the_truth(request: PlanRequest) -> None:
+    told = plan_or_refusal(request)
+    if isinstance(told, MemoryPlan):
+        return
+    for budgets in ways_out(told, request.budgets):
+        assert isinstance(plan_or_refusal(replace(request, budgets=budgets)), MemoryPlan)
+        changed = [n for n in ("gpu", "host") if getattr(budgets, n) != getattr(request.budgets, n)]
+        if len(changed) == 1:
+            less = replace(budgets, **{changed[0]: getattr(budgets, changed[0]) - MIB})
+            assert isinstance(plan_or_refusal(replace(request, budgets=less)), str), "not the least"
+
+
+@some
+@given(requests(), st.sampled_from([1.0, 1.1, 1.6]), st.sampled_from([1.0, 1.1, 1.6]))
+def test_more_memory_never_makes_a_plan_slower(
+    request: PlanRequest, gpu: float, host: float
+) -> None:
+    first = plan_or_refusal(request)
+    if isinstance(first, str):
+        return
+    budgets = Budgets(int(request.budgets.gpu * gpu), int(request.budgets.host * host))
+    second = plan_or_refusal(replace(request, budgets=budgets))
+    assert isinstance(second, MemoryPlan)
+    before, after = (step_bound(request.spec, plan, PROFILE) for plan in (first, second))
+    assert after <= before * (1 + WORTHWHILE)
+
+
+def request_for(**changes: object) -> PlanRequest:
+    """A model of three layers on ample budgets."""
+    request = PlanRequest(
+        spec=small_spec(hidden=128, intermediate=300, heads=4, kv_heads=2, head_dim=32, vocab=999),
+        rows=4,
+        seq_len=64,
+        compute=Compute.BF16,
+        budgets=AMPLE,
+        profile=PROFILE,
+        workspace=workspace,
+        predict=predict,
+    )
+    return replace(request, **changes)  # type: ignore[arg-type]
+
+
+def test_what_is_fixed_is_not_chosen() -> None:
+    plan = make_plan(request_for(micro_rows=2, window=2))
+    assert (plan.micro_rows, plan.window) == (2, 2)
+
+
+def test_ample_budgets_offload_nothing() -> None:
+    plan = make_plan(request_for())
+    assert plan.offloaded == 0
+    assert plan.micro_batches == 1
+    assert plan.vocab_chunks == 1
+
+
+def test_with_fp32_nothing_is_resident() -> None:
+    assert make_plan(request_for(compute=Compute.FP32)).resident == frozenset()
+
+
+def test_a_tight_gpu_budget_offloads_boundaries() -> None:
+    request = request_for(micro_rows=4, window=2)
+    least = min(measure(request, base).gpu for base in planner._bases(request))
+    plan = make_plan(replace(request, budgets=Budgets(least, AMPLE.host)))
+    assert plan.offloaded > 0
+
+
+def test_a_tight_host_budget_leaves_few_gradient_slots_and_they_are_shared() -> None:
+    request = request_for(compute=Compute.FP32)
+    plan = make_plan(request)
+    parked = len(plan.gradient_slot)
+    assert plan.gradient_slots == parked, "with ample memory each has a place of its own"
+    sizes = measure(request, replace(plan, boundary_slots=None))
+    tight = make_plan(replace(request, budgets=Budgets(AMPLE.gpu, sizes.host + sizes.gradient)))
+    assert tight.gradient_slots == planner.MIN_GRADIENT_SLOTS + 1
+    assert set(tight.gradient_slot) == set(range(tight.gradient_slots))
+    assert len(tight.gradient_slot) == parked
+
+
+def test_each_gradient_takes_the_slot_that_is_free_first() -> None:
+    request = request_for(compute=Compute.FP32)
+    ample = make_plan(request)
+    sizes = measure(request, replace(ample, boundary_slots=None))
+    tight = replace(request, budgets=Budgets(AMPLE.gpu, sizes.host))
+    plan = make_plan(tight)
+    graph = plan_graphs(request.spec, replace(plan, gradient_slots=0, gradient_slot=()))[0]
+    stops = predict(graph).stops
+    names = [name for name in graph.buffers if name.startswith("gh.")]
+    free = dict.fromkeys(range(plan.gradient_slots), 0.0)
+    for name, slot in zip(names, plan.gradient_slot, strict=True):
+        assert free[slot] == min(free.values())
+        free[slot] = stops[name.replace("gh.", "update.", 1)]
+
+
+def test_a_refusal_says_what_was_asked_for() -> None:
+    with pytest.raises(BudgetError) as raised:
+        make_plan(request_for(budgets=Budgets(4 * MIB, 6 * MIB)))
+    message = str(raised.value)
+    assert message.startswith("no plan fits 4 MiB of GPU memory and 6 MiB of host memory")
+    assert "4 rows of 64 tokens" in message
+    assert "--gpu-memory" in message
+    assert "with --cpu-memory" in message, "neither alone would do"

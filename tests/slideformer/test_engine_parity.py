@@ -1,0 +1,186 @@
+"""Training in FP32 equals a plain PyTorch loop on the transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.engines import (
+    Reference,
+    Weights,
+    config_for,
+    engine_with,
+    make_batch,
+    reference_loss,
+    stored_weights,
+    tolerance,
+    too_far,
+    train_reference,
+    weights_of,
+    write_model,
+)
+from tests.models.tiny import padding
+
+LR = 5e-4
+STEPS = 10
+BATCHES = [make_batch(seed) for seed in range(STEPS)]
+
+LLAMA3_ROPE = {
+    "rope_parameters": {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    }
+}
+SLIDING = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama-biases", {}),
+    "llama, tied": ("llama-biases", {"tied": True}),
+    "llama, scaled rope": ("llama", LLAMA3_ROPE),
+    "qwen2": ("qwen2", {}),
+    "qwen2, tied, some layers windowed": ("qwen2", {"tied": True, **SLIDING}),
+    "qwen3": ("qwen3-biases", {}),
+    "qwen3, tied": ("qwen3-biases", {"tied": True}),
+    "mistral, windowed": ("mistral", {}),
+    "mistral, tied, windowed": ("mistral", {"tied": True}),
+}
+
+
+def train(
+    folder: Path, batches: list[Any], *, lr: float = LR, weight_decay: float = 0.0, **plan: Any
+) -> tuple[list[float], list[float], Weights]:
+    """Losses, gradient norms and weights of an engine."""
+    config = config_for(folder, lr=lr, weight_decay=weight_decay)
+    with engine_with(config, **plan) as engine:
+        handles = [engine.step(batch) for batch in batches]
+        losses = [handle.loss() for handle in handles]
+        norms = [handle.gradient_norm() for handle in handles]
+        return losses, norms, weights_of(engine)
+
+
+def check_moved(reference: Reference, start: Weights) -> None:
+    """The comparison means something: every tensor with a gradient moved far beyond tolerance."""
+    for name in reference.with_gradient:
+        moved = float((reference.weights[name] - start[name]).norm())
+        assert moved >= 100 * tolerance(reference.weights[name]), name
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_ten_steps_equal_plain_pytorch(name: str, tmp_path: Path) -> None:
+    variant, settings = MODELS[name]
+    folder = write_model(tmp_path / "model", variant, **settings)
+    reference = train_reference(folder, BATCHES, lr=LR)
+    start = stored_weights(folder)
+    assert reference.with_gradient == start.keys()
+    check_moved(reference, start)
+    losses, norms, weights = train(folder, BATCHES)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+
+
+def test_a_frozen_engine_fails_the_comparison(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "llama-biases")
+    reference = train_reference(folder, BATCHES, lr=LR)
+    losses, _, weights = train(folder, BATCHES, lr=0.0)
+    assert too_far(weights, stored_weights(folder)) == [], "it is frozen"
+    assert len(too_far(weights, reference.weights)) == len(reference.weights)
+    assert losses[1:] != pytest.approx(reference.losses[1:], rel=1e-5)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True}], ids=["untied", "tied"])
+def test_weight_decay_applies_to_every_tensor(settings: dict[str, Any], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "qwen3-biases", **settings)
+    batches = BATCHES[:4]
+    reference = train_reference(folder, batches, lr=LR, weight_decay=0.5)
+    _, _, weights = train(folder, batches, weight_decay=0.5)
+    assert too_far(weights, reference.weights) == []
+    _, _, without = train(folder, batches)
+    assert len(too_far(without, reference.weights)) == len(reference.weights)
+
+
+@pytest.mark.parametrize("settings", [{}, {"tied": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize(("vocab_chunks", "head_tile"), [(1, 32), (1, 7), (3, 32), (4, 7)])
+def test_the_output_matrix_in_chunks_and_tiles(
+    vocab_chunks: int, head_tile: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    """Biases and norms leave padding, which chunks of the matrix write to when they share slots."""
+    folder = write_model(tmp_path / "model", "llama-biases", **settings)
+    batches = BATCHES[:4]
+    reference = train_reference(folder, batches, lr=LR)
+    losses, norms, weights = train(
+        folder, batches, vocab_chunks=vocab_chunks, head_tile=head_tile, chunk_numel=2000
+    )
+    assert losses == pytest.approx(reference.losses, rel=1e-6)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("pad_token_id", [None, 0])
+def test_right_padding_equals_an_attention_mask(
+    pad_token_id: int | None, tied: bool, tmp_path: Path
+) -> None:
+    """The look-up gives the embedding's padding row no gradient; a tied output matrix does."""
+    folder = write_model(tmp_path / "model", tied=tied, pad_token_id=pad_token_id)
+    lengths = [[16, 9, 2, 13], [5, 16, 16, 0], [3, 3, 0, 0]]
+    batches = [make_batch(seed, lengths=rows) for seed, rows in enumerate(lengths)]
+    reference = train_reference(folder, batches, lr=LR)
+    losses, norms, weights = train(folder, batches)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_padding_token_inside_a_row_gets_no_gradient_from_the_look_up(
+    tied: bool, tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "model", tied=tied, pad_token_id=7)
+    batches = [make_batch(seed) for seed in range(3)]
+    for batch in batches:
+        batch.input_ids[:, 5] = 7
+        batch.targets[:, 4] = 7
+    reference = train_reference(folder, batches, lr=LR)
+    _, norms, weights = train(folder, batches)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+
+
+@pytest.mark.parametrize("vocab_chunks", [1, 3])
+def test_an_evaluation_gives_the_loss_of_the_reference(vocab_chunks: int, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "mistral")
+    batch = make_batch(99, lengths=[16, 3, 11, 0])
+    with engine_with(config_for(folder), vocab_chunks=vocab_chunks) as engine:
+        assert engine.evaluate(batch).loss() == pytest.approx(
+            reference_loss(folder, batch), rel=1e-5
+        )
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_padding_between_operands_stays_zero_and_out_of_the_norm(
+    tied: bool, tmp_path: Path
+) -> None:
+    """The matrix's chunks use the layers' accumulators before them and reach into that padding."""
+    folder = write_model(tmp_path / "model", "llama-biases", vocab_size=1501, tied=tied)
+    batches = [make_batch(seed, vocab=1501) for seed in range(2)]
+    reference = train_reference(folder, batches, lr=LR)
+    with engine_with(config_for(folder, lr=LR), vocab_chunks=2) as engine:
+        layer = engine.graph.buffers["acc.L00.c0"]
+        swept = engine.graph.buffers[f"acc.{'embed' if tied else 'head'}.c0"]
+        assert (layer.slot, swept.slot) == ("acc.0", "acc.0")
+        assert swept.stop > layer.stop, "so there is something to be seen"
+        norms = [engine.step(batch).gradient_norm() for batch in batches]
+        engine.synchronize()
+        masters = {n: (state.hi, state.lo) for n, state in engine._states.items()}
+        moments = {n: (state.m, state.v) for n, state in engine._states.items()}
+        assert len(padding(engine.spec, masters))
+        assert not padding(engine.spec, masters).any()
+        assert not padding(engine.spec, moments).any()
+    assert norms == pytest.approx(reference.norms, rel=1e-5)

@@ -1,0 +1,212 @@
+"""Engines on tiny checkpoints with any plan, and the plain PyTorch loop they are compared with."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PretrainedConfig
+
+from slideformer import engine as engine_module
+from slideformer.config import EngineConfig
+from slideformer.engine import Engine
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step import compile_step
+from slideformer.models.data.batches import Batch
+from tests.models.tiny import joined, save, tiny_config, tiny_model
+
+ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
+
+Weights = dict[str, Tensor]
+
+
+def write_model(folder: Path, variant: str = "llama", **settings: Any) -> Path:
+    """A tiny checkpoint in FP32 of one of the variants of ``tests/models/tiny.py``."""
+    return save(tiny_model(tiny_config(variant, **settings)), folder, torch.float32)
+
+
+def make_batch(
+    seed: int, *, vocab: int = 301, lengths: Sequence[int] | None = None, pad: int = 0
+) -> Batch:
+    """Random rows, of ``lengths`` tokens each (default: all full), padded on the right.
+
+    Some tokens in the middle carry no loss, as those of a prompt.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, vocab, (ROWS, SEQ_LEN), generator=generator)
+    targets = torch.full_like(ids, -100)
+    for row, length in enumerate(lengths or [SEQ_LEN] * ROWS):
+        ids[row, length:] = pad
+        if length:
+            targets[row, : length - 1] = ids[row, 1:length]
+    targets[0, 3:6] = -100
+    real = sum(lengths or [SEQ_LEN] * ROWS)
+    count = int((targets != -100).sum())
+    return Batch(ids, targets, real, count, ROWS)
+
+
+def config_for(folder: Path, **changes: Any) -> EngineConfig:
+    """Settings for the CPU and the batches of `make_batch`; ``changes`` replace them."""
+    fields: dict[str, Any] = {
+        "model": folder,
+        "batch_size": ROWS,
+        "seq_len": SEQ_LEN,
+        "micro_batch": MICRO_ROWS,
+        "compute": "fp32",
+        "device": "cpu",
+        "lr": 1e-3,
+    }
+    return EngineConfig(**{**fields, **changes})
+
+
+@contextmanager
+def engine_with(
+    config: EngineConfig, *, gradient_slots: int = 0, seed: int = 0, **plan: Any
+) -> Iterator[Engine]:
+    """An engine that runs by a plan with these fields, whatever the planner would have chosen.
+
+    With ``gradient_slots`` the parked gradients are dealt out to so many slots at random.
+    """
+
+    def planned(*args: Any) -> MemoryPlan:
+        drawn = replace(original(*args).draft(), resident=frozenset(), kept=0, spilled=0)
+        drawn = replace(drawn, **plan)
+        if gradient_slots:
+            spec: ModelSpec = engine_module.model_spec(args[0])
+            parked = sum(name.startswith("gh.") for name in compile_step(spec, drawn).buffers)
+            dealt = random.Random(seed).choices(range(gradient_slots), k=parked)
+            drawn = replace(drawn, gradient_slots=gradient_slots, gradient_slot=tuple(dealt))
+        return drawn
+
+    original = engine_module.plan_for
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(engine_module, "plan_for", planned)
+        engine = Engine(config)
+    with engine:
+        yield engine
+
+
+def weights_of(engine: Engine) -> Weights:
+    """All parameters in FP32 by name, once everything submitted is done."""
+    engine.synchronize()
+    masters = {name: (state.hi, state.lo) for name, state in engine._states.items()}
+    return {key: value.clone() for key, value in joined(engine.spec, masters)}
+
+
+def state_of(engine: Engine) -> dict[str, Tensor]:
+    """All bits of masters and moments, padding included."""
+    engine.synchronize()
+    return {
+        f"{name}.{part}": getattr(state, part).clone()
+        for name, state in engine._states.items()
+        for part in ("hi", "lo", "m", "v")
+    }
+
+
+def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[str]:
+    """Names whose bits differ."""
+    assert one.keys() == other.keys()
+    return [
+        name
+        for name, value in one.items()
+        if not torch.equal(value.view(torch.uint8), other[name].view(torch.uint8))
+    ]
+
+
+def stored_weights(folder: Path) -> Weights:
+    """The parameters of a checkpoint as plain transformers reads them, in FP32."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+@dataclass
+class Reference:
+    """What a plain loop over the transformers model gives."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: Weights
+    with_gradient: set[str]
+
+
+def train_reference(
+    folder: Path, batches: Sequence[Batch], *, lr: float = 1e-3, weight_decay: float = 0.0
+) -> Reference:
+    """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    result = Reference([], [], {}, set())
+    for batch in batches:
+        optimizer.zero_grad()
+        result.losses.append(
+            sum(_backward(model, batch, start) for start in range(0, ROWS, MICRO_ROWS))
+        )
+        gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        result.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
+        result.with_gradient |= {name for name, grad in gradients.items() if grad.any()}
+        optimizer.step()
+    result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    return result
+
+
+def reference_loss(folder: Path, batch: Batch) -> float:
+    """Mean loss per target token of a checkpoint."""
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
+    return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
+
+
+def _backward(model: Any, batch: Batch, start: int) -> float:
+    loss = _loss(model, batch, start)
+    if loss.requires_grad:
+        loss.backward()
+    return float(loss.item())
+
+
+def _loss(model: Any, batch: Batch, start: int) -> Tensor:
+    """Of one micro-batch; rows without any target are left out, as they have no part in it."""
+    rows = slice(start, start + MICRO_ROWS)
+    ids, targets = batch.input_ids[rows], batch.targets[rows]
+    used = (targets != -100).any(dim=1)
+    ids, targets = ids[used], targets[used]
+    if not len(ids):
+        return torch.zeros(())
+    last = (targets != -100).int().cumsum(1).argmax(1, keepdim=True) + 1  # last token that matters
+    mask = (torch.arange(SEQ_LEN) <= last).long()
+    logits = model(input_ids=ids, attention_mask=mask).logits
+    total = torch.nn.functional.cross_entropy(
+        logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
+    )
+    return total / batch.target_tokens
+
+
+def tolerance(reference: Tensor) -> float:
+    """How far a tensor may be from its reference: 1e-5 of its norm, and 1e-6 per element."""
+    return 1e-5 * float(reference.norm()) + 1e-6 * float(reference.numel()) ** 0.5
+
+
+def too_far(ours: Weights, reference: Weights) -> list[str]:
+    """Tensors that are out of tolerance, by how much."""
+    assert ours.keys() == reference.keys()
+    found = []
+    for name, value in reference.items():
+        error = float((ours[name] - value).norm())
+        if not error <= tolerance(value):
+            found.append(f"{name}: {error:.2e} > {tolerance(value):.2e}")
+    return found
+
+
+def hf_config(**settings: Any) -> PretrainedConfig:
+    """The config of a tiny Llama."""
+    return tiny_config("llama", **settings)
