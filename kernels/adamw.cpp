@@ -53,6 +53,7 @@ namespace {
 using Bf16 = uint16_t;
 
 constexpr int64_t kLine = 64;     // elements: two cache lines of the 16-bit arrays, four of FP32
+constexpr int64_t kDenseBlock = 1 << 16;  // elements that a thread updates at a time
 constexpr int64_t kBlock = 1024;  // columns of a row whose gradient is summed at a time
 constexpr int kLanes = 8;         // partial sums of a row's squares; fixed, so the order is too
 
@@ -146,18 +147,24 @@ template <class Grad>
 void dense(State state, const Grad* grad, const Segment* segments, int64_t count,
            const Constants& constants, int threads) {
     if (count == 0) return;
-    const int64_t begin = segments[0].begin, end = segments[count - 1].end;
+    const int64_t first = segments[0].begin / kDenseBlock;
+    const int64_t last = (segments[count - 1].end + kDenseBlock - 1) / kDenseBlock;
+    // Cores also launch kernels and answer interrupts: whoever is free takes the next block, so one
+    // late thread does not keep the others waiting.
 #pragma omp parallel num_threads(threads)
     {
         const DefaultRounding rounding;
-        const Range share = my_share(begin, end);
-        for (int64_t s = 0; s < count; ++s) {
-            const Segment& segment = segments[s];
-            const int64_t from = segment.begin > share.begin ? segment.begin : share.begin;
-            const int64_t to = segment.end < share.end ? segment.end : share.end;
-            if (from < to)
-                state.update(from, grad + from, to - from, segment.step_size, segment.decay,
-                             constants);
+#pragma omp for schedule(dynamic)
+        for (int64_t block = first; block < last; ++block) {
+            const int64_t begin = block * kDenseBlock, end = begin + kDenseBlock;
+            for (int64_t s = 0; s < count; ++s) {
+                const Segment& segment = segments[s];
+                const int64_t from = segment.begin > begin ? segment.begin : begin;
+                const int64_t to = segment.end < end ? segment.end : end;
+                if (from < to)
+                    state.update(from, grad + from, to - from, segment.step_size, segment.decay,
+                                 constants);
+            }
         }
     }
 }
