@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slideformer.graph.errors import NonFiniteError
+from slideformer.graph.errors import CheckpointError, NonFiniteError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Task
@@ -271,7 +271,12 @@ class StreamOps:
         unit = str(task.args["unit"])
 
         def run(context: SaveContext) -> None:
-            context.writer.write_unit(unit)
+            if context.errors:  # the writer is of no more use
+                return
+            try:
+                context.writer.write_unit(unit)
+            except CheckpointError as error:
+                context.errors.append(error)
 
         return run
 

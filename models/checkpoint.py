@@ -2,8 +2,8 @@
 
 A checkpoint is streamed from its safetensors files in pieces of bounded size straight into the
 split masters, several pieces at once, so that no second copy of the model ever exists. Names,
-shapes and dtypes are checked against the spec before the first value is read. Writing a checkpoint
-is the matter of ``export.py``.
+shapes and dtypes are checked against the spec before the first value is read, or by
+`check_weights` before there are masters. Writing a checkpoint is the matter of ``export.py``.
 """
 
 from __future__ import annotations
@@ -41,6 +41,20 @@ _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 
 
+def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
+    """Check that the safetensors files of a model folder fit the model; reads their headers alone.
+
+    Returns:
+        The dtype the weights are stored in; of several, the one with most elements.
+
+    Raises:
+        CheckpointError: as `load_weights` does, but for what only the values show: a tied model's
+            output matrix that differs from the token matrix.
+    """
+    sources, _ = _locate(folder, spec)
+    return _stored_dtypes(sources, spec)[0]
+
+
 def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch.dtype:
     """Fill the masters of all units from the safetensors files of a model folder.
 
@@ -54,18 +68,13 @@ def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch
         CheckpointError: a file is missing, cut short or damaged; a tensor is missing, unknown, or
             of a wrong shape or dtype. Values are not looked at.
     """
-    stored = _find_tensors(folder)
-    if spec.tied:
-        _resolve_tied_head(stored)
-    sources = _match(folder, spec, stored)
-    sizes: Counter[torch.dtype] = Counter()
-    for unit in spec.units:
-        for param in unit.params:
-            sizes[DTYPES[sources[param.key].dtype]] += param.numel
-    dtype = sizes.most_common(1)[0][0]
-    if len(sizes) > 1:
-        names = " and ".join(str(each).removeprefix("torch.") for each in sizes)
-        log.warning("%s holds weights in %s; it counts as %s", folder, names, dtype)
+    sources, repeated_head = _locate(folder, spec)
+    if repeated_head is not None:
+        _check_repeated(sources[EMBED_KEY], repeated_head)
+    dtypes = _stored_dtypes(sources, spec)
+    if len(dtypes) > 1:
+        names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
+        log.warning("%s holds weights in %s; it counts as %s", folder, names, dtypes[0])
 
     def read(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
         source = sources[param.key]
@@ -75,7 +84,7 @@ def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch
         return raw.view(stored_as)
 
     _fill_masters(read, spec, weights)
-    return dtype
+    return dtypes[0]
 
 
 def init_random(
@@ -105,6 +114,25 @@ def init_random(
         return values
 
     _fill_masters(draw, spec, weights)
+
+
+def _locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], StoredTensor | None]:
+    """The stored tensor of every parameter, and a tied model's output matrix if it is stored too.
+
+    Raises CheckpointError for all that headers can tell.
+    """
+    stored = _find_tensors(folder)
+    repeated_head = _take_tied_head(stored) if spec.tied else None
+    return _match(folder, spec, stored), repeated_head
+
+
+def _stored_dtypes(sources: dict[str, StoredTensor], spec: ModelSpec) -> list[torch.dtype]:
+    """The dtypes the parameters are stored in, that with most elements first."""
+    sizes: Counter[torch.dtype] = Counter()
+    for unit in spec.units:
+        for param in unit.params:
+            sizes[DTYPES[sources[param.key].dtype]] += param.numel
+    return [dtype for dtype, _ in sizes.most_common()]
 
 
 def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
@@ -143,25 +171,37 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
     return {key: headers[shard][key] for key, shard in shard_of.items()}
 
 
-def _resolve_tied_head(stored: dict[str, StoredTensor]) -> None:
-    """Drop a tied model's output matrix if it repeats the token matrix, or take it as that."""
+def _take_tied_head(stored: dict[str, StoredTensor]) -> StoredTensor | None:
+    """Take a tied model's output matrix out of ``stored``; alone, it becomes the token matrix.
+
+    Returned, if it is stored beside a token matrix of the same shape and dtype.
+    """
     head = stored.pop(HEAD_KEY, None)
     if head is None:
-        return
+        return None
     embed = stored.setdefault(EMBED_KEY, head)
     if embed is head:
-        return
-    same = (embed.dtype, embed.shape) == (head.dtype, head.shape)
-    for begin in range(0, embed.nbytes if same else 0, _PIECE_BYTES):
+        return None
+    if (embed.dtype, embed.shape) != (head.dtype, head.shape):
+        raise _untied(head)
+    return head
+
+
+def _check_repeated(embed: StoredTensor, head: StoredTensor) -> None:
+    """Raise unless a tied model's output matrix has the values of its token matrix."""
+    for begin in range(0, embed.nbytes, _PIECE_BYTES):
         pieces = [bytearray(min(_PIECE_BYTES, embed.nbytes - begin)) for _ in range(2)]
         for tensor, piece in zip((embed, head), pieces, strict=True):
             read_range(tensor, begin, memoryview(piece))
-        same = same and pieces[0] == pieces[1]
-    if not same:
-        raise CheckpointError(
-            f"{head.path}: {HEAD_KEY} differs from {EMBED_KEY}, but config.json ties them: set"
-            " tie_word_embeddings to false there to train both"
-        )
+        if pieces[0] != pieces[1]:
+            raise _untied(head)
+
+
+def _untied(head: StoredTensor) -> CheckpointError:
+    return CheckpointError(
+        f"{head.path}: {HEAD_KEY} differs from {EMBED_KEY}, but config.json ties them: set"
+        " tie_word_embeddings to false there to train both"
+    )
 
 
 def _match(

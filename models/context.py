@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slideformer.graph.errors import CheckpointError
 from slideformer.kernels.adamw import AdamW
 from slideformer.models.export import HuggingFaceWriter
 
@@ -125,6 +126,10 @@ class StepContext:
 
 @dataclass(frozen=True)
 class SaveContext:
-    """One save: the writer that units are handed to."""
+    """One save: the writer that units are handed to, and what kept it from writing.
+
+    A checkpoint that cannot be written harms no weights, so it does not fail the run.
+    """
 
     writer: HuggingFaceWriter
+    errors: list[CheckpointError] = field(default_factory=list)

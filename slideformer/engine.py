@@ -28,17 +28,16 @@ from transformers import PretrainedConfig
 from slideformer.config import EngineConfig
 from slideformer.graph.errors import (
     CheckpointError,
-    DataError,
     SlideFormerError,
 )
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile, MemoryPlan
-from slideformer.kernels.adamw import AdamW
+from slideformer.kernels.adamw import AdamW, kernel_build
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.bindings import ModelMemory, StreamOps, fill_constants
-from slideformer.models.checkpoint import init_random, load_weights
+from slideformer.models.checkpoint import check_weights, init_random, load_weights
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.export import HuggingFaceWriter
@@ -111,6 +110,8 @@ class Engine:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
         self.spec = model_spec(self._hf_config)
+        if initial is None:
+            check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
@@ -193,38 +194,46 @@ class Engine:
     def step(self, batch: Batch, *, lr: float | None = None) -> StepHandle:
         """Train on a batch; returns before it is done, unless two steps are open already.
 
-        ``lr`` replaces the configured learning rate for this step. Raises `DataError` for a batch
-        without target tokens, and whatever failed an earlier step.
+        ``lr`` replaces the configured learning rate for this step. Raises what failed an earlier
+        step, and `DataError` for a batch that does not fit or has no target, which then is no step.
         """
         config = self.config
-        self._steps += 1
+        batch.check((config.batch_size, config.seq_len), self.spec.vocab)
         optimizer = AdamW(
             lr=config.lr if lr is None else lr,
             beta1=config.beta1,
             beta2=config.beta2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            step=self._steps,
+            step=self._steps + 1,
         )
         ids = batch.input_ids.view(-1)
         used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
-        return self._run(0, batch, used, optimizer)
+        handle = self._run(0, self._steps + 1, batch, StepResults(), used, optimizer)
+        self._steps += 1
+        return handle
 
     def evaluate(self, batch: Batch) -> StepHandle:
-        """Compute a batch's loss with the weights after all submitted steps; trains nothing."""
-        return self._run(1, batch, None, None)
+        """Compute the loss of a batch with the weights after all submitted steps; trains nothing.
+
+        Raises as `step` does.
+        """
+        batch.check((self.config.batch_size, self.config.seq_len), self.spec.vocab)
+        results = StepResults()
+        results.gradient_norm.set_exception(
+            SlideFormerError("an evaluation has no gradients and so no norm; read its loss")
+        )
+        return self._run(1, self._steps, batch, results, None, None)
 
     def _run(
-        self, graph: int, batch: Batch, used: UsedRows | None, optimizer: AdamW | None
+        self,
+        graph: int,
+        number: int,
+        batch: Batch,
+        results: StepResults,
+        used: UsedRows | None,
+        optimizer: AdamW | None,
     ) -> StepHandle:
-        shape = (self.config.batch_size, self.config.seq_len)
-        if tuple(batch.input_ids.shape) != shape:
-            raise DataError(
-                f"the batch is {tuple(batch.input_ids.shape)}; this engine was planned for {shape}"
-            )
-        if batch.target_tokens == 0:
-            raise DataError("the batch has no target token, so it has no loss; leave it out")
-        results = StepResults()
         context = StepContext(
             batch.input_ids.view(-1),
             batch.targets.view(-1),
@@ -234,11 +243,17 @@ class Engine:
             optimizer,
         )
         done = self._submit(graph, context)
-        done.add_done_callback(lambda ended: _pass_on(ended, results))
-        return StepHandle(self._steps, batch.target_tokens, batch.real_tokens, results, done)
+
+        def pass_on(ended: Future[None]) -> None:
+            error = ended.exception()
+            if error is not None:
+                results.fail(error)
+
+        done.add_done_callback(pass_on)
+        return StepHandle(number, batch.target_tokens, batch.real_tokens, results, done)
 
     def _submit(self, graph: int, context: Any) -> Future[None]:
-        while len(self._open) >= MAX_OPEN_STEPS:
+        while self._open and (len(self._open) >= MAX_OPEN_STEPS or self._open[0].done()):
             self._wait_oldest()
         if self._failed is not None:
             raise self._failed
@@ -248,15 +263,17 @@ class Engine:
 
     def _wait_oldest(self) -> None:
         try:
-            self._open.popleft().result()
+            self._open[0].result()
         except SlideFormerError as error:
-            self._failed = error
-            raise
+            self._failed = self._failed or error
+        self._open.popleft()  # not if Ctrl-C ended the wait
 
     def synchronize(self) -> None:
         """Wait until everything submitted is done; raises what failed."""
         while self._open:
             self._wait_oldest()
+        if self._failed is not None:
+            raise self._failed
 
     def timeline(self) -> Timeline:
         """When each task of the last steps ran."""
@@ -267,17 +284,38 @@ class Engine:
         """The graph of a training step."""
         return self._graphs[0]
 
+    @property
+    def numerics(self) -> dict[str, str | int]:
+        """What decides the rounding of a run: to compare if two runs of one config differ in bits.
+
+        Of these, ``kept`` and ``spilled`` should not matter, as they spare a recomputation by the
+        same kernels.
+        """
+        plan = self.plan
+        if self._device.type == "cuda":
+            device = torch.cuda.get_device_name(self._device)
+        else:
+            device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        return {
+            "compute": plan.compute.value,
+            "micro_rows": plan.micro_rows,
+            "vocab_chunks": plan.vocab_chunks,
+            "head_tile": plan.head_tile,
+            "kept": plan.kept,
+            "spilled": plan.spilled,
+            "attention": "sdpa",
+            "kernels": kernel_build(),
+            "device": device,
+            "torch": str(torch.__version__),
+        }
+
     def save(self, output: Path | str) -> None:
         """Write a Hugging Face checkpoint with the weights after all submitted steps.
 
-        The folder appears whole or not at all. Raises `CheckpointError`, also after a failed step:
-        weights that are part old and part new are not saved.
+        The folder appears whole or not at all. Raises `CheckpointError`: if it cannot be written,
+        and then the run can go on and save elsewhere; and after a failed step, as weights that are
+        part old and part new are not saved.
         """
-        if self._failed is not None:
-            raise CheckpointError(
-                f"step {self._steps} failed, so the weights in memory are part old and part new "
-                f"and are not saved; restart from {self.config.model}"
-            )
         masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
         for name in self.plan.resident:
             staged = self._arenas.place("saved")[: 4 * self.spec.unit(name).numel]
@@ -286,8 +324,17 @@ class Engine:
         with HuggingFaceWriter(
             self.config.model, Path(output), self.spec, masters, self._stored
         ) as writer:
-            self._submit(2, SaveContext(writer))
-            self.synchronize()
+            saving = SaveContext(writer)
+            try:
+                self._submit(2, saving)
+                self.synchronize()
+            except SlideFormerError as error:
+                raise CheckpointError(
+                    "a step failed, so the weights in memory are part old and part new and are not "
+                    f"saved; restart from {self.config.model}. The failure: {error}"
+                ) from error
+            if saving.errors:
+                raise saving.errors[0]
             writer.finish()
 
     def close(self) -> None:

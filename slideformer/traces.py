@@ -35,7 +35,7 @@ class _File(BaseModel):
 
 def to_chrome(timeline: Timeline) -> str:
     """The timeline as Chrome trace JSON."""
-    lanes = list(Lane)
+    lanes, start = list(Lane), timeline.start
     events: list[dict[str, Any]] = []
     for number in sorted({span.instance for span in timeline.spans}):
         name = {"name": f"instance {number}"}
@@ -51,7 +51,7 @@ def to_chrome(timeline: Timeline) -> str:
                 "cat": span.lane,
                 "pid": span.instance,
                 "tid": lanes.index(span.lane),
-                "ts": (span.started - timeline.start) * 1e6,
+                "ts": (span.started - start) * 1e6,
                 "dur": span.seconds * 1e6,
             }
         )

@@ -3,8 +3,9 @@
     result = Trainer(load_config("run.yaml", {})).train()
 
 Draws batches one ahead, keeps the engine's steps overlapped by reading each result one step late,
-and saves at the end: weights, the merged config and the metrics of every step. Whatever can be
-refused is refused before memory is allocated. How progress is shown is the caller's matter.
+and saves at the end: weights, the merged config, the metrics of every step and what decided the
+rounding. Whatever can be refused is refused before memory is allocated. How progress is shown is
+the caller's matter.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
@@ -47,6 +48,9 @@ CONFIG_FILE = "slideformer.yaml"
 
 METRICS_FILE = "metrics.jsonl"
 """One `StepMetrics` a line, within the output folder."""
+
+NUMERICS_FILE = "numerics.json"
+"""`Engine.numerics`, within the output folder."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
@@ -140,7 +144,7 @@ class Trainer:
         finally:
             if progress is not None:
                 progress.finish()
-        _save_records(config, run.metrics)
+        _save_records(config, run.metrics, engine.numerics)
         return run.result()
 
 
@@ -261,19 +265,28 @@ def _drawn_ahead(stream: BatchStream) -> Generator[Batch]:
             yield batch
 
 
-def _save_records(config: Config, metrics: list[StepMetrics]) -> None:
-    """Write config and metrics into the output folder, each file aside and then in its place."""
-    path = config.output / METRICS_FILE
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def _save_records(
+    config: Config, metrics: list[StepMetrics], numerics: Mapping[str, str | int]
+) -> None:
+    """Write config, metrics and numerics into the output folder."""
+    lines = "".join(json.dumps(asdict(m)) + "\n" for m in metrics)
     try:
         save_config(config, config.output / CONFIG_FILE)
-        aside.write_text("".join(json.dumps(asdict(m)) + "\n" for m in metrics), encoding="utf-8")
-        aside.replace(path)
+        _write_text(config.output / METRICS_FILE, lines)
+        _write_text(config.output / NUMERICS_FILE, json.dumps(numerics, indent=2) + "\n")
     except OSError as error:
         raise CheckpointError(
-            f"the checkpoint in {config.output} is complete, but {CONFIG_FILE} and {METRICS_FILE} "
-            f"could not be written beside it: {error.strerror or error}"
+            f"the checkpoint in {config.output} is complete, but not all of {CONFIG_FILE}, "
+            f"{METRICS_FILE} and {NUMERICS_FILE} could be written beside it: "
+            f"{error.strerror or error}"
         ) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file aside and then in its place."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
 
 
 class _Interrupt:

@@ -36,6 +36,23 @@ class Batch:
     target_tokens: int
     rows: int
 
+    def check(self, shape: tuple[int, int], vocab: int) -> None:
+        """Raise `DataError` unless a step of ``shape`` for a vocabulary of that size can use it."""
+        if tuple(self.input_ids.shape) != shape or tuple(self.targets.shape) != shape:
+            raise DataError(
+                f"the batch is {tuple(self.input_ids.shape)} with targets "
+                f"{tuple(self.targets.shape)}; this engine was planned for {shape}"
+            )
+        if self.target_tokens == 0:
+            raise DataError("the batch has no target token, so it has no loss; leave it out")
+        lowest = int(self.input_ids.min())
+        highest = max(int(self.input_ids.max()), int(self.targets.max()))
+        if lowest < 0 or highest >= vocab:
+            raise DataError(
+                f"the batch has token id {lowest if lowest < 0 else highest}, the model's are 0 to "
+                f"{vocab - 1}; use the tokenizer that belongs to the model"
+            )
+
 
 def make_batch(dataset: TokenDataset, rows: NDArray[np.int64], batch_size: int) -> Batch:
     """The batch of the given row numbers, int64 [n] with n ≤ ``batch_size``, in their order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,6 +19,8 @@ ACCEPTED_FORMS = (
     '{"text": string}, {"prompt": string, "completion": string} or '
     '{"messages": [{"role": string, "content": string}, ...]}'
 )
+_FORMS = (("text",), ("prompt", "completion"), ("messages",))
+"""The keys that make a record one of each form, in the order of `ACCEPTED_FORMS`."""
 _TEXT_SUFFIXES = (".txt",)
 _RECORD_SUFFIXES = (".jsonl", ".json")
 _BLOCK_BYTES = 1 << 18
@@ -102,8 +104,10 @@ def read_text(path: Path) -> Iterator[str]:
 def read_records(path: Path) -> Iterator[Record]:
     """The records of a JSON-lines file in their order; blank lines are skipped.
 
+    Keys beside those of a record's form, or of a message, are ignored.
+
     Raises DataError as :func:`read_text` does, for a line that is not one JSON object of an
-    accepted form, and for a file without a record.
+    accepted form or has the keys of several, and for a file without a record.
     """
     line = records = 0
     with _open(path) as file:
@@ -175,22 +179,26 @@ def _record(where: str, line: str) -> Record:
             f"{where}: found {_kind(value)}, not a JSON object; each line should be "
             f"{ACCEPTED_FORMS}"
         )
-    keys = set(value)
-    if keys == {"text"}:
-        return TextRecord(where, _string(where, "text", value["text"]))
-    if keys == {"prompt", "completion"}:
-        return CompletionRecord(
-            where,
-            _string(where, "prompt", value["prompt"]),
-            _string(where, "completion", value["completion"]),
+    forms = [form for form in _FORMS if value.keys() >= set(form)]
+    if not forms:
+        raise DataError(
+            f"{where}: the keys ({_names(value)}) are those of no accepted form; each line should "
+            f"be {ACCEPTED_FORMS}"
         )
-    if keys == {"messages"}:
+    if len(forms) > 1:
+        # Which of them the model should learn from is not for us to guess.
+        found = " and also ".join(_names(form) for form in forms)
+        raise DataError(
+            f"{where}: has the keys of {len(forms)} forms, {found}; keep those of one of them"
+        )
+    if forms == [("text",)]:
+        return TextRecord(where, _string(where, "text", value["text"]))
+    if forms == [("messages",)]:
         return ChatRecord(where, _messages(where, value["messages"]))
-    # A key that is silently ignored could have held what the model should learn.
-    found = ", ".join(repr(key) for key in value) or "none"
-    raise DataError(
-        f"{where}: the keys ({found}) are those of no accepted form; a record is exactly one of "
-        f"{ACCEPTED_FORMS}"
+    return CompletionRecord(
+        where,
+        _string(where, "prompt", value["prompt"]),
+        _string(where, "completion", value["completion"]),
     )
 
 
@@ -204,10 +212,10 @@ def _messages(where: str, value: object) -> tuple[Message, ...]:
         name = f"messages[{index}]"
         if not isinstance(item, dict):
             raise DataError(f"{where}: {name!r} is {_kind(item)}, not an object")
-        if set(item) != {"role", "content"}:
-            found = ", ".join(repr(key) for key in item) or "none"
+        if not item.keys() >= {"role", "content"}:
             raise DataError(
-                f"{where}: {name!r} has the keys ({found}); a message has 'role' and 'content'"
+                f"{where}: {name!r} has the keys ({_names(item)}); a message needs 'role' and "
+                "'content'"
             )
         messages.append(
             Message(
@@ -216,6 +224,10 @@ def _messages(where: str, value: object) -> tuple[Message, ...]:
             )
         )
     return tuple(messages)
+
+
+def _names(keys: Iterable[str]) -> str:
+    return ", ".join(repr(key) for key in keys) or "none"
 
 
 def _string(where: str, name: str, value: object) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import networkx as nx
 import pytest
 from hypothesis import given
@@ -44,7 +46,7 @@ def test_the_critical_path_is_the_longest(graph: TaskGraph) -> None:
         longest = max(longest, there + seconds[name])
     path = critical_path(graph, PROFILE)
     assert sum(seconds[name] for name in path) == pytest.approx(longest)
-    assert all(network.has_edge(*pair) for pair in zip(path, path[1:], strict=False))
+    assert all(network.has_edge(*pair) for pair in pairwise(path))
     assert max(tails(graph, PROFILE), default=0.0) == pytest.approx(longest)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from itertools import pairwise
 
 import pytest
 import torch
@@ -85,7 +86,7 @@ def test_pieces_end_at_cuts_and_are_as_long_as_fits(
         assert end in ends
         between = [cut for cut in ends if start < cut < end]
         assert end - start <= piece or not between, "longer only where no cut allows less"
-    for (_, end), (_, following) in zip(pieces, pieces[1:], strict=False):
+    for (_, end), (_, following) in pairwise(pieces):
         start = max(s for s, e in pieces if e == end)
         first_cut = min(cut for cut in ends if cut > end)
         assert first_cut - start > piece, "the next cut would have been too far"

@@ -202,10 +202,8 @@ def runs(draw: st.DrawFn) -> Run:
     streams = draw(st.sampled_from([frozenset(), STREAMS]))
     name = draw(st.sampled_from([*policy_names(), "whimsical"]))
     policy: Policy
-    if name == "whimsical":
-        policy = Whimsical(draw(st.integers(0, 1000)))
-    else:
-        policy = make_policy(name)
+    seed = draw(st.integers(0, 1000))
+    policy = Whimsical(seed) if name == "whimsical" else make_policy(name)
     run = Run(policy, [graphs[i] for i in order], widths, streams)
     if isinstance(policy, Whimsical):
         policy.in_flight = lambda: any(run.device.busy(lane) for lane in Lane)

@@ -7,6 +7,7 @@ import random
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -171,7 +172,7 @@ def test_every_task_is_recorded_with_its_time() -> None:
     spans = trace.timeline().spans
     assert [span.task for span in spans] == ["add.n0", "add.n1", "add.n2"]
     assert all(span.seconds >= 0.01 for span in spans)
-    assert all(a.stopped <= b.started for a, b in zip(spans, spans[1:], strict=False))
+    assert all(a.stopped <= b.started for a, b in pairwise(spans))
 
 
 # Failures

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from tests.models.tiny import padding
 from tests.support.engines import (
     Reference,
     Weights,
@@ -21,7 +22,6 @@ from tests.support.engines import (
     weights_of,
     write_model,
 )
-from tests.models.tiny import padding
 
 LR = 5e-4
 STEPS = 10

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slideformer import engine as engine_module
 from slideformer import trainer as trainer_module
@@ -25,11 +25,13 @@ from slideformer.graph.errors import (
     DataError,
     SlideFormerError,
 )
+from slideformer.kernels.adamw import kernel_build
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.trainer import (
     CONFIG_FILE,
     METRICS_FILE,
+    NUMERICS_FILE,
     RunStart,
     StepMetrics,
     Trainer,
@@ -128,6 +130,32 @@ def test_the_steps_are_those_of_an_engine_fed_by_hand(config: Config) -> None:
     metrics = read_metrics(config.output)
     assert [(m.step, m.loss, m.gradient_norm, m.tokens) for m in metrics] == found
     assert all(m.lr == config.lr and m.seconds > 0 for m in metrics)
+
+
+def test_what_decides_the_rounding_is_saved(config: Config) -> None:
+    config = changed(config, micro_batch=1, compute="fp32")
+    progress = Recorder()
+    Trainer(config).train(progress)
+    numerics = json.loads((config.output / NUMERICS_FILE).read_text())
+    assert progress.run is not None
+    plan = progress.run.plan
+    capability = torch.backends.cpu.get_cpu_capability()
+    assert numerics == {
+        "compute": "fp32",
+        "micro_rows": 1,
+        "vocab_chunks": plan.vocab_chunks,
+        "head_tile": plan.head_tile,
+        "kept": plan.kept,
+        "spilled": plan.spilled,
+        "attention": "sdpa",
+        "kernels": kernel_build(),
+        "device": f"CPU with {capability}",
+        "torch": torch.__version__,
+    }
+    with Engine(config) as engine:
+        assert engine.numerics == numerics
+    with Engine(changed(config, micro_batch=2)) as engine:
+        assert engine.numerics != numerics
 
 
 def test_speed_counts_real_tokens_and_leaves_the_first_step_out(config: Config) -> None:
@@ -234,7 +262,30 @@ class TestRefusedFirst:
         path = model / "config.json"
         settings = {**json.loads(path.read_text()), "vocab_size": 100, "pad_token_id": None}
         path.write_text(json.dumps(settings))
+        tensors = load_file(model / "model.safetensors")
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = tensors[key][:100].clone()
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
         refuse(changed(config, model=model), DataError, "vocabulary has 100 entries")
+
+    def test_weights_of_another_shape(
+        self, config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def plan_for(*_: Any) -> None:
+            raise AssertionError("it was planned")
+
+        monkeypatch.setattr(engine_module, "plan_for", plan_for)
+        model = write_checkpoint(tmp_path / "wrong")
+        tensors = load_file(model / "model.safetensors")
+        tensors["model.norm.weight"] = tensors["model.norm.weight"][1:].clone()
+        save_file(tensors, model / "model.safetensors", {"format": "pt"})
+        config = changed(config, model=model)
+        words = r"has shape \[63\], config.json asks for \[64\]"
+        with pytest.raises(CheckpointError, match=words):
+            Engine(config)
+        refuse(config, CheckpointError, words)
+        with pytest.raises(AssertionError, match="it was planned"):  # random weights need no files
+            Engine(config, initial=AutoConfig.from_pretrained(model))
 
     def test_arenas_would_be_noticed(self, config: Config) -> None:
         with pytest.raises(AssertionError, match="memory was allocated"):
@@ -352,5 +403,5 @@ def test_a_disk_that_fills_after_the_weights_is_reported(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(trainer_module, "save_config", full)
-    refuse(config, CheckpointError, "out is complete, but .* could not be written .*: No space")
+    refuse(config, CheckpointError, "out is complete, but .* could be written .*: No space")
     AutoModelForCausalLM.from_pretrained(config.output)

@@ -35,7 +35,7 @@ _MAY_TOUCH: dict[TaskKind, tuple[tuple[Tier, ...], tuple[Tier, ...]]] = {
 
 @st.composite
 def task_graphs(draw: st.DrawFn, *, max_tasks: int = 14, places: str = "") -> TaskGraph:
-    """A valid graph; graphs drawn with the same ``places`` prefix share the names of their places."""
+    """A valid graph; those drawn with the same ``places`` prefix have places in common."""
     builder = GraphBuilder(draw(st.sampled_from(["one", "two"])))
     buffers = _draw_buffers(draw, builder, places)
     owners: dict[tuple[str, int], str] = {}
@@ -156,7 +156,7 @@ def conflicts(programs: Sequence[TaskGraph]) -> set[tuple[int, int]]:
 
 
 def closure(pairs: Iterable[tuple[int, int]], size: int) -> list[set[int]]:
-    """All tasks that must come before each task; every pair leads from a lower to a higher number."""
+    """All tasks that must come before each task; pairs lead from a lower to a higher number."""
     before: list[set[int]] = [set() for _ in range(size)]
     for earlier, later in sorted(pairs, key=lambda pair: pair[1]):
         assert earlier < later

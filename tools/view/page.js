@@ -44,7 +44,7 @@ function bars(start, stop) {
       if (end < start || begin > stop) continue;
       if (index !== selected && end - begin < pixel && begin < reached + pixel) continue;
       reached = end;
-      const task = tasks[index];
+      const task = tasks[index], lit = critical.has(index) && row.world === data.worlds[0];
       trace.x.push(end - begin);
       trace.base.push(begin);
       trace.y.push(row.label);
@@ -52,7 +52,7 @@ function bars(start, stop) {
       trace.text.push(task.name + "  " + seconds(end - begin));
       trace.marker.color.push(index === selected ? "#111" : colours[task.lane]);
       trace.marker.line.color.push("#d4a017");
-      trace.marker.line.width.push(critical.has(index) && row.world === data.worlds[0] ? 1 : 0);
+      trace.marker.line.width.push(lit && end - begin > 6 * pixel ? 1 : 0);
     }
   }
   return trace;

@@ -141,14 +141,14 @@ def _places(graph: TaskGraph, lanes: list[Lane]) -> dict[int, tuple[int, float]]
 
 
 def _memory(timeline: GraphTimeline, budgets: Mapping[Tier, int]) -> list[dict[str, Any]]:
-    found = []
+    found, start = [], timeline.start
     for tier, peak in timeline.peaks().items():
         curve = timeline.live(tier)
         limits = [("places", peak)] + ([("budget", budgets[tier])] if tier in budgets else [])
         found.append(
             {
                 "name": tier,
-                "times": [*(t - timeline.start for t, _ in curve), timeline.makespan],
+                "times": [*(t - start for t, _ in curve), timeline.makespan],
                 "bytes": [*(n for _, n in curve), curve[-1][1]],
                 "limits": limits,
             }

@@ -26,6 +26,7 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
         raise ConfigError(
             "drawing a picture needs Matplotlib; install it with: pip install 'slideformer[view]'"
         ) from None
+    start = timeline.start
     used = {task.lane for task in timeline.graph.tasks}
     lanes = [lane for lane in Lane if lane in used]
     critical = {(span.task, span.instance) for span in timeline.critical_path()}
@@ -34,7 +35,7 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
     for row, lane in enumerate(reversed(lanes)):
         spans = timeline.of_lane(lane)
         upper.broken_barh(
-            [(span.started - timeline.start, span.seconds) for span in spans],
+            [(span.started - start, span.seconds) for span in spans],
             (row - 0.4, 0.8),
             facecolors=COLOURS[lane],
             edgecolors=[
@@ -46,7 +47,7 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
     upper.set_title(title, fontsize="medium")
     for tier in timeline.peaks():
         curve = timeline.live(tier)
-        times = [*(time - timeline.start for time, _ in curve), timeline.makespan]
+        times = [*(time - start for time, _ in curve), timeline.makespan]
         levels = [*(nbytes / _GIB for _, nbytes in curve), curve[-1][1] / _GIB]
         lower.step(times, levels, where="post", label=tier.value)
     lower.set_ylabel("GiB")

@@ -49,6 +49,20 @@ def test_forms_may_be_mixed_and_blank_lines_are_skipped_but_counted(tmp_path: Pa
     ]
 
 
+def test_other_keys_are_ignored(tmp_path: Path) -> None:
+    content = (
+        b'{"id": 1, "text": "a", "meta": {"text": 2}, "prompt": null}\n'
+        b'{"prompt": "p", "source": "web", "completion": "c"}\n'
+        b'{"prompt": "p", "messages": [{"role": "r", "content": "c", "tool_calls": [1]}], "": 0}\n'
+    )
+    path = tmp_path / "train.jsonl"
+    assert records_of(tmp_path, content) == [
+        TextRecord(f"{path}, line 1", "a"),
+        CompletionRecord(f"{path}, line 2", "p", "c"),
+        ChatRecord(f"{path}, line 3", (Message("r", "c"),)),
+    ]
+
+
 def test_a_line_ends_at_newline_only(tmp_path: Path) -> None:
     text = "a\u2028b\u0085c\x0bd"
     content = json.dumps({"text": text}, ensure_ascii=False).encode()
@@ -79,10 +93,16 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         (b"true", "found a boolean, not a JSON object"),
         (b"{}", "the keys (none)"),
         (b'{"txt": "a"}', "the keys ('txt')"),
-        (b'{"text": "a", "id": 1}', "the keys ('text', 'id')"),
+        (b'{"instruction": "a", "id": 1}', "the keys ('instruction', 'id') are those of no"),
+        (b'{"id": 1}', reading.ACCEPTED_FORMS),
         (b'{"prompt": "a"}', '{"prompt": string, "completion": string}'),
         (b'{"completion": "a"}', '{"text": string}'),
-        (b'{"prompt": "a", "completion": "b", "text": "c"}', "exactly one of"),
+        (
+            b'{"prompt": "a", "completion": "b", "text": "c"}',
+            "keys of 2 forms, 'text' and also 'prompt', 'completion'; keep those of one",
+        ),
+        (b'{"messages": [], "text": ""}', "keys of 2 forms, 'text' and also 'messages'"),
+        (b'{"completion": "", "messages": [], "prompt": "", "text": ""}', "keys of 3 forms"),
         (b'{"text": 1}', "'text' is a number; it must be a string"),
         (b'{"text": null}', "'text' is null"),
         (b'{"text": ["a"]}', "'text' is a list"),
@@ -98,7 +118,14 @@ def test_byte_order_mark_is_no_text(tmp_path: Path) -> None:
             "'messages[1].content' is a list; it must be a string",
         ),
         (b'{"messages": [{"role": 1, "content": "a"}]}', "'messages[0].role' is a number"),
-        (b'{"messages": [{"role": "a", "content": "", "x": 1}]}', "('role', 'content', 'x')"),
+        (
+            b'{"messages": [{"role": "assistant", "tool_calls": []}]}',
+            "'messages[0]' has the keys ('role', 'tool_calls'); a message needs 'role' and",
+        ),
+        (
+            b'{"messages": [{"role": "assistant", "content": null, "tool_calls": []}]}',
+            "'messages[0].content' is null",
+        ),
         (b'{"text": "ab\\ud800"}', "half a surrogate pair at character 2"),
         (b'{"text": "\xff"}', "is not UTF-8 (byte 0xFF"),
     ],
