@@ -30,7 +30,7 @@ class _Schema(BaseModel):
 
 class _Rate(_Schema):
     value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    basis: Literal["measured", "datasheet", "derated"]
+    basis: Literal["measured", "derated", "assumed"]
     source: Annotated[str, Field(min_length=1)]
 
 
@@ -58,8 +58,8 @@ class _File(_Schema):
 class Machine:
     """A named machine: its profile, bytes of GPU memory, and where each rate comes from.
 
-    ``sources`` maps a rate to its basis and source: ``measured`` on such a machine, read in a
-    ``datasheet``, or a datasheet's figure ``derated`` by the share stated.
+    ``sources`` maps a rate to its basis and source: ``measured`` on such a machine, a datasheet's
+    figure ``derated`` by a share measured elsewhere, or ``assumed``.
     """
 
     title: str

@@ -32,7 +32,7 @@ from slideformer.graph.errors import (
 )
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile, MemoryPlan
-from slideformer.kernels.adamw import AdamW, kernel_build
+from slideformer.kernels.adamw import AdamW
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.planner import plan_graphs
@@ -48,6 +48,7 @@ from slideformer.models.rotary import rope_tables
 from slideformer.models.state import UnitState
 from slideformer.models.units import model_spec
 from slideformer.models.update_ops import UpdateOps
+from slideformer.numerics import numerics_of
 from slideformer.planning import budgets_for, device_for, plan_for
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.cuda import CudaDevice
@@ -286,28 +287,8 @@ class Engine:
 
     @property
     def numerics(self) -> dict[str, str | int]:
-        """What decides the rounding of a run: to compare if two runs of one config differ in bits.
-
-        Of these, ``kept`` and ``spilled`` should not matter, as they spare a recomputation by the
-        same kernels.
-        """
-        plan = self.plan
-        if self._device.type == "cuda":
-            device = torch.cuda.get_device_name(self._device)
-        else:
-            device = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
-        return {
-            "compute": plan.compute.value,
-            "micro_rows": plan.micro_rows,
-            "vocab_chunks": plan.vocab_chunks,
-            "head_tile": plan.head_tile,
-            "kept": plan.kept,
-            "spilled": plan.spilled,
-            "attention": "sdpa",
-            "kernels": kernel_build(),
-            "device": device,
-            "torch": str(torch.__version__),
-        }
+        """What decides the rounding: to compare if two runs of one config differ in bits."""
+        return numerics_of(self.plan, self._device)
 
     def save(self, output: Path | str) -> None:
         """Write a Hugging Face checkpoint with the weights after all submitted steps.
@@ -352,13 +333,6 @@ class Engine:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _pass_on(ended: Future[None], results: StepResults) -> None:
-    """A failed step fails whoever waits for its results."""
-    error = ended.exception()
-    if error is not None:
-        results.fail(error)
 
 
 def default_threads() -> int:

@@ -41,7 +41,7 @@ def test_a_machine_is_plausible_and_every_rate_has_a_source(name: str) -> None:
     }
     assert machine.sources.keys() == rates
     for source in machine.sources.values():
-        assert source.split(":")[0] in ("measured", "datasheet", "derated")
+        assert source.split(":")[0] in ("measured", "derated", "assumed")
         assert len(source.split()) > 3
 
 

@@ -1,0 +1,36 @@
+"""The numerics of a run: what decides its rounding, as plain values to save and to compare.
+
+Two runs of one config, data and seed whose numerics are equal should end in the same weights.
+Nothing here changes a setting.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from slideformer.graph.plan import MemoryPlan
+from slideformer.kernels.adamw import kernel_build
+
+
+def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:
+    """What decides the rounding of a run by ``plan`` on ``device``, in this process.
+
+    Of these, ``kept`` and ``spilled`` should not matter, as they spare a recomputation by the same
+    kernels. The CPU stands for itself by the instructions PyTorch uses there.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+    return {
+        "compute": plan.compute.value,
+        "micro_rows": plan.micro_rows,
+        "vocab_chunks": plan.vocab_chunks,
+        "head_tile": plan.head_tile,
+        "kept": plan.kept,
+        "spilled": plan.spilled,
+        "attention": "sdpa",
+        "kernels": kernel_build(),
+        "device": name,
+        "torch": str(torch.__version__),
+    }
