@@ -9,83 +9,41 @@ and simulated. Everything is computed before anything is allocated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
-from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.step import compile_evaluation, compile_save, compile_step
 from slideformer.graph.step_activations import SPILL_SLOTS
 from slideformer.graph.step_memory import STATE_NBYTES
 from slideformer.memory.bound import step_bound
-from slideformer.memory.layout import aligned, lay_out
+from slideformer.memory.needs import (
+    MIN_GRADIENT_SLOTS,
+    PlanRequest,
+    Sizes,
+    is_gradient,
+    measure,
+    peaks,
+)
 
 CHUNK_NUMEL = 32 << 20
 """Elements of a chunk: 64 MiB in BF16, large enough for full PCIe speed."""
+
+MAX_LAYER_CHUNKS = 8
+"""Chunks of a layer; more would add tasks and overlap nothing that these do not."""
 
 HEAD_TILE = 4096
 """Tokens per tile of logits; smaller tiles spend more time adding up the matrix's gradient."""
 
 MIN_STAGING_SLOTS = 4
-SPARE_BOUNDARIES = 2
-"""Boundary slots beyond what the program needs at once, so that copies run ahead and behind."""
-
-SPARE_WHEN_SPILLING = 6
-"""The same while spilled projections keep the copies of boundaries waiting."""
-
-MIN_GRADIENT_SLOTS = 2
 
 WORTHWHILE = 0.002
 """Share of a step that more memory must save to be used; ties go to less memory."""
 
 _WINDOWS = (3, 2)
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """A simulated step: its duration, and when each of its tasks stops, in seconds."""
-
-    seconds: float
-    stops: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class PlanRequest:
-    """What a plan is wanted for.
-
-    ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
-    chunk, tokens of a head tile); ``predict`` simulates a step under the policy that will run it.
-    ``micro_rows`` and ``window`` fix what is otherwise chosen.
-    """
-
-    spec: ModelSpec
-    rows: int
-    seq_len: int
-    compute: Compute
-    budgets: Budgets
-    profile: MachineProfile
-    workspace: Callable[[int, int, int], int]
-    predict: Callable[[TaskGraph], Prediction]
-    micro_rows: int | None = None
-    window: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a plan needs: GPU and host bytes, overheads included, and boundary slots.
-
-    ``host`` counts the fewest gradient slots, ``gradient`` bytes each, out of ``gradients`` that
-    could be parked at once.
-    """
-
-    gpu: int
-    host: int
-    boundaries: int
-    gradient: int
-    gradients: int
 
 
 def make_plan(request: PlanRequest) -> MemoryPlan:
@@ -119,52 +77,12 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph
     return compile_step(spec, plan), compile_evaluation(spec, plan), compile_save(spec, plan)
 
 
-def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
-    """Predicted peak bytes per tier, the interpreter's, the context's and workspace included."""
-    sizes = {
-        Tier.GPU: 0,
-        Tier.PINNED: 0,
-        Tier.CPU: 0,
-        **lay_out(footprint(request.spec, plan)).sizes,
-    }
-    sizes[Tier.GPU] += plan.workspace + request.profile.gpu_overhead
-    sizes[Tier.CPU] += request.profile.host_overhead
-    return sizes
-
-
-def host_bytes(sizes: Mapping[Tier, int]) -> int:
-    """Bytes of all tiers that lie in host memory."""
-    return sum(size for tier, size in sizes.items() if tier in HOST_TIERS)
-
-
-def measure(request: PlanRequest, plan: MemoryPlan) -> Sizes:
-    """The needs of a plan whose boundary and gradient slots are still to be counted."""
-    draft = plan.draft()
-    places = footprint(request.spec, draft)
-    boundaries = [aligned(n) for name, (_, n) in places.items() if name.startswith("x.")]
-    gradients = [aligned(n) for name, (_, n) in places.items() if _is_gradient(name)]
-    largest = max(gradients, default=0)
-    spare = SPARE_WHEN_SPILLING if plan.spilled else SPARE_BOUNDARIES
-    sizes = peaks(request, draft)
-    return Sizes(
-        gpu=sizes[Tier.GPU] + spare * max(boundaries),
-        host=host_bytes(sizes) - sum(gradients) + min(MIN_GRADIENT_SLOTS, len(gradients)) * largest,
-        boundaries=len(boundaries) + spare,
-        gradient=largest,
-        gradients=len(gradients),
-    )
-
-
-def _is_gradient(place: str) -> bool:
-    """Whether a place holds a gradient that may share it with others."""
-    return place.startswith("gh.")
-
-
 def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
     """Micro-batch, vocabulary chunks and window; all boundaries offloaded, nothing resident."""
     spec, rows = request.spec, request.rows
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
     largest_layer = max(unit.numel for unit in spec.layers)
+    chunk = max(CHUNK_NUMEL, -(-largest_layer // MAX_LAYER_CHUNKS))
     ratio = -(-spec.head.numel // largest_layer)
     for micro_rows in [request.micro_rows] if request.micro_rows else divisors:
         tile = min(HEAD_TILE, micro_rows * request.seq_len)
@@ -179,10 +97,10 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     vocab_chunks=vocab_chunks,
                     head_tile=tile,
                     window=window,
-                    chunk_numel=CHUNK_NUMEL,
+                    chunk_numel=chunk,
                     offloaded=len(spec.layers),
                     # All chunks of a layer leave at once, while the next one is differentiated.
-                    staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // CHUNK_NUMEL)),
+                    staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk)),
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )
 
@@ -308,7 +226,7 @@ def _assign_gradients(request: PlanRequest, plan: MemoryPlan, sizes: Sizes) -> M
     free = [0.0] * count
     slots: list[int] = []
     for name in graph.buffers:  # in program order
-        if _is_gradient(name):
+        if is_gradient(name):
             slot = min(range(count), key=lambda s: free[s])
             slots.append(slot)
             free[slot] = stops[name.replace("gh.", "update.", 1)]

@@ -7,6 +7,7 @@ masters in pieces; BF16 needs no conversion at all. Optimizer states are not sav
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -181,6 +182,11 @@ class HuggingFaceWriter:
     def abort(self) -> None:
         """Remove what has been written, unless :meth:`finish` completed it."""
         if not self._complete:
+            # Moved first: a thread that still writes can then add no file while this removes them.
+            doomed = self._aside.with_name(f"{self._aside.name}.removed")
+            with contextlib.suppress(OSError):
+                os.rename(self._aside, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
             shutil.rmtree(self._aside, ignore_errors=True)
 
     def _pieces(self, unit: UnitSpec) -> Iterator[Tensor]:

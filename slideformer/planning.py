@@ -18,7 +18,8 @@ from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
 from slideformer.memory.limits import available_host_memory
-from slideformer.memory.planner import PlanRequest, Prediction, make_plan
+from slideformer.memory.needs import PlanRequest, Prediction
+from slideformer.memory.planner import make_plan
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
 from slideformer.models.layer import workspace_bytes

@@ -36,6 +36,7 @@ TORCH_FREE = [
     "slideformer",
     "slideformer.config",
     "slideformer.memory.ledger",
+    "slideformer.memory.needs",
     "slideformer.memory.planner",
     "slideformer.runtime.core",
     "slideformer.runtime.policies",

@@ -18,15 +18,14 @@ from slideformer.memory import planner
 from slideformer.memory.bound import step_bound
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.ledger import replay
-from slideformer.memory.planner import (
-    WORTHWHILE,
+from slideformer.memory.needs import (
+    MIN_GRADIENT_SLOTS,
     PlanRequest,
     Prediction,
     host_bytes,
-    make_plan,
     measure,
-    plan_graphs,
 )
+from slideformer.memory.planner import WORTHWHILE, make_plan, plan_graphs
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 from tests.support.specs import small_spec
@@ -199,7 +198,7 @@ def test_a_tight_host_budget_leaves_few_gradient_slots_and_they_are_shared() -> 
     assert plan.gradient_slots == parked, "with ample memory each has a place of its own"
     sizes = measure(request, replace(plan, boundary_slots=None))
     tight = make_plan(replace(request, budgets=Budgets(AMPLE.gpu, sizes.host + sizes.gradient)))
-    assert tight.gradient_slots == planner.MIN_GRADIENT_SLOTS + 1
+    assert tight.gradient_slots == MIN_GRADIENT_SLOTS + 1
     assert set(tight.gradient_slot) == set(range(tight.gradient_slots))
     assert len(tight.gradient_slot) == parked
 

@@ -471,9 +471,9 @@ class Broken:
     [
         ("idles", "leaves every lane idle although 3 task(s) are ready: t0.x#0, t1.x#0, t2.x#0"),
         ("raises", "raised RuntimeError('no idea') on lane cpu"),
-        ("repeats", "chose t0.x#0 on lane cpu, which is not ready; ready: t1.x#0"),
-        ("foreign", "on lane cpu, which is not ready; ready: t0.x#0"),
-        ("takes", "chose t2.x#0 on lane cpu, which is not ready"),
+        ("repeats", "chose t0.x#0 on lane cpu, not ready; ready: t1.x#0"),
+        ("foreign", "on lane cpu, not ready; ready: t0.x#0"),
+        ("takes", "chose t2.x#0 on lane cpu, not ready"),
     ],
 )
 def test_a_policy_that_breaks_its_contract_is_named(how: str, words: str) -> None:
