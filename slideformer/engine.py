@@ -31,7 +31,7 @@ from slideformer.graph.errors import (
     SlideFormerError,
 )
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile, MemoryPlan
+from slideformer.graph.plan import MemoryPlan
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import lay_out, places
@@ -49,7 +49,7 @@ from slideformer.models.state import UnitState
 from slideformer.models.units import model_spec
 from slideformer.models.update_ops import UpdateOps
 from slideformer.numerics import numerics_of
-from slideformer.planning import budgets_for, device_for, plan_for
+from slideformer.planning import budgets_for, device_for, plan_for, profile_for
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.cuda import CudaDevice
 from slideformer.runtime.device import Device, bind
@@ -116,7 +116,7 @@ class Engine:
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
-        self._profile = MachineProfile()
+        self._profile = profile_for(self._device)
         budgets = budgets_for(config, self._device)
         self.plan = plan_for(self._hf_config, config, budgets, self._profile)
         if on_plan is not None:

@@ -6,6 +6,7 @@ plan that an engine there would run by.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,8 +38,8 @@ def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
     `UnsupportedModelError`.
     """
     hf_config = read_model_config(config.model)
-    budgets = budgets_for(config, device_for(config))
-    plan = plan_for(hf_config, config, budgets, MachineProfile())
+    device = device_for(config)
+    plan = plan_for(hf_config, config, budgets_for(config, device), profile_for(device))
     return model_spec(hf_config), plan
 
 
@@ -100,6 +101,12 @@ def device_for(config: EngineConfig) -> torch.device:
         name = torch.cuda.get_device_name()
         raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
     return torch.device("cuda", torch.cuda.current_device())
+
+
+def profile_for(device: torch.device) -> MachineProfile:
+    """What planning assumes of this machine; without a GPU there is no context beside the plan."""
+    profile = MachineProfile()
+    return profile if device.type == "cuda" else replace(profile, gpu_overhead=0)
 
 
 def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
