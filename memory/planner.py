@@ -109,17 +109,11 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     """Ways to spend what ``base`` leaves: seconds, extra bytes, plan. Sizes are close estimates."""
     spec, budgets = request.spec, request.budgets
     layers = len(spec.layers)
+    base = _most_offloaded(request, base)
     sizes = measure(request, base)
-    boundary = base.tokens * spec.hidden * base.compute.nbytes
     gpu, host = budgets.gpu - sizes.gpu, budgets.host - sizes.host
-    if gpu < 0:
+    if gpu < 0 or host < 0:
         return
-    if host < 0:  # take boundaries back onto the GPU, which must have room for them
-        back = (boundary - 1 - host) // boundary
-        if back > layers - 1 or gpu < back * boundary:
-            return
-        base = replace(base, offloaded=layers - back)
-        gpu, host = gpu - back * boundary, host + back * boundary
     projections = 2 * base.tokens * spec.intermediate * base.compute.nbytes
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
