@@ -6,6 +6,7 @@ policies load through the entry-point group ``slideformer.policies``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import entry_points
@@ -50,7 +51,7 @@ class Fifo:
         return ready[0]
 
 
-class _Ranked:
+class _Ranked(ABC):
     """Takes the task of lowest rank; ranks are computed once per graph."""
 
     name = ""
@@ -64,9 +65,9 @@ class _Ranked:
         self._graphs.append(graph)
         self._ranks[id(graph)] = self.rank(graph, profile)
 
+    @abstractmethod
     def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
         """One number per task, in steps: a task of the next instance ranks one higher."""
-        raise NotImplementedError
 
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task of lowest rank; of several, the one ready first."""
