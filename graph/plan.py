@@ -38,7 +38,7 @@ class MachineProfile:
     Rates are bytes/s, FLOP/s and parameters/s; ``launch`` is the least a task takes, in seconds.
     ``gpu_overhead`` and ``host_overhead`` are bytes that exist beside everything planned: CUDA
     context (0.8 GiB on an H100), library workspaces and what the allocator holds between
-    temporaries (0.7 GiB there), and the interpreter with its libraries.
+    temporaries (up to 1 GiB there), and the interpreter with its libraries.
     """
 
     name: str = "generic"
@@ -50,7 +50,7 @@ class MachineProfile:
     nvme_read: float = 1.2e9
     nvme_write: float = 1.8e9
     launch: float = 20e-6
-    gpu_overhead: int = 1700 << 20
+    gpu_overhead: int = 1900 << 20
     host_overhead: int = 2 << 30
     widths: Mapping[Lane, int] = field(default_factory=dict)
 

@@ -15,7 +15,7 @@ from slideformer.graph.plan import (
     forward_flops,
 )
 
-OVERLAP_LOSS = 0.05
+OVERLAP_LOSS = 0.12
 """Share of the second busiest lane that even a good order leaves exposed."""
 
 NARROW_LOSS = 0.005
@@ -48,6 +48,10 @@ def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     seconds = flops / profile.flops / efficiency(plan.micro_tokens)
     resident = sum(spec.unit(name).numel for name in plan.resident)
     moved = 26 * resident + 6 * (spec.param_count - resident)
+    if micro > 1:  # every micro-batch reads and writes the FP32 accumulators
+        moved += 8 * micro * layers * layer.numel
+    tiles = plan.tokens // plan.head_tile
+    moved += 8 * (tiles - 1) * spec.head.numel
     return max(seconds, layers * micro * LAUNCH_SECONDS) + moved / GPU_MEMORY_RATE
 
 

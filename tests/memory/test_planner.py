@@ -24,11 +24,12 @@ from slideformer.memory.needs import (
     Prediction,
     host_bytes,
     measure,
+    peaks,
 )
 from slideformer.memory.planner import WORTHWHILE, make_plan, plan_graphs
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
-from tests.support.specs import small_spec
+from tests.support.specs import draft_plans, small_spec, specs
 
 MIB = 1 << 20
 PROFILE = MachineProfile(gpu_overhead=3 * MIB, host_overhead=5 * MIB)
@@ -124,18 +125,22 @@ def ways_out(refusal: str, budgets: Budgets) -> Iterator[Budgets]:
         )
 
 
-@some
-@given(requests())
-def test_a_plan_keeps_its_budgets_and_a_refusal_tells_the_truth(request: PlanRequest) -> None:
-    told = plan_or_refusal(request)
-    if isinstance(told, MemoryPlan):
-        return
+def check_refusal(request: PlanRequest, told: str) -> None:
+    """Every way out works, and with a MiB less it does not."""
     for budgets in ways_out(told, request.budgets):
         assert isinstance(plan_or_refusal(replace(request, budgets=budgets)), MemoryPlan)
         changed = [n for n in ("gpu", "host") if getattr(budgets, n) != getattr(request.budgets, n)]
         if len(changed) == 1:
             less = replace(budgets, **{changed[0]: getattr(budgets, changed[0]) - MIB})
             assert isinstance(plan_or_refusal(replace(request, budgets=less)), str), "not the least"
+
+
+@some
+@given(requests())
+def test_a_plan_keeps_its_budgets_and_a_refusal_tells_the_truth(request: PlanRequest) -> None:
+    told = plan_or_refusal(request)
+    if isinstance(told, str):
+        check_refusal(request, told)
 
 
 @some
@@ -216,6 +221,52 @@ def test_each_gradient_takes_the_slot_that_is_free_first() -> None:
     for name, slot in zip(names, plan.gradient_slot, strict=True):
         assert free[slot] == min(free.values())
         free[slot] = stops[name.replace("gh.", "update.", 1)]
+
+
+@pytest.mark.parametrize("offloaded", range(1, 6))
+@pytest.mark.parametrize("short", ["gpu", "host"])
+def test_a_refusal_counts_with_some_of_the_boundaries_offloaded(offloaded: int, short: str) -> None:
+    """The least of one budget is where the other one is just used up."""
+    spec = small_spec(
+        layers=6, hidden=200, intermediate=100, heads=4, kv_heads=2, head_dim=16, vocab=50
+    )
+    request = request_for(spec=spec, rows=8, seq_len=512, micro_rows=8, window=2)
+    base = min(planner._bases(request), key=lambda plan: measure(request, plan).gpu)
+    sizes = measure(request, replace(base, offloaded=offloaded))
+    budgets = Budgets(sizes.gpu, sizes.host)
+    request = replace(request, budgets=replace(budgets, **{short: getattr(budgets, short) - MIB}))
+    told = plan_or_refusal(request)
+    assert isinstance(told, str)
+    check_refusal(request, told)
+    flag, need = {"gpu": ("gpu", sizes.gpu), "host": ("cpu", sizes.host)}[short]
+    assert f"--{flag}-memory {-(-need // MIB)}MiB" in told
+
+
+@st.composite
+def placed(draw: st.DrawFn) -> tuple[PlanRequest, MemoryPlan]:
+    """Any placement of a small model."""
+    spec = draw(specs())
+    plan = draw(draft_plans(spec))
+    return request_for(spec=spec, compute=plan.compute, rows=plan.rows, seq_len=plan.seq_len), plan
+
+
+@given(placed(), st.integers(1, 9))
+def test_measured_needs_cover_every_choice_of_slots(
+    case: tuple[PlanRequest, MemoryPlan], slots: int
+) -> None:
+    request, plan = case
+    sizes = measure(request, plan)
+    parked = sum(n.startswith("gh.") for n in plan_graphs(request.spec, plan)[0].buffers)
+    assert sizes.gradients == parked
+    least = min(MIN_GRADIENT_SLOTS, parked)
+    count = max(least, min(slots, parked))
+    plan = replace(plan, boundary_slots=sizes.boundaries, gradient_slots=count)
+    plan = replace(plan, gradient_slot=tuple(i % count for i in range(parked)))
+    needs = peaks(request, plan)
+    assert needs[Tier.GPU] == sizes.gpu
+    assert host_bytes(needs) <= sizes.host + (count - least) * sizes.gradient
+    together = lay_out(places(plan_graphs(request.spec, plan))).sizes
+    assert together[Tier.GPU] + plan.workspace + PROFILE.gpu_overhead == needs[Tier.GPU]
 
 
 def test_a_refusal_says_what_was_asked_for() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -320,19 +319,19 @@ def unchanged(before: dict[str, Tensor], after: dict[str, Tensor], unit: str) ->
     return not different({n: before[n] for n in mine}, {n: after[n] for n in mine})
 
 
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("micro_batch", [MICRO_ROWS, ROWS])
 def test_a_gradient_that_is_not_finite_fails_the_step_and_names_the_task(
-    folder: Path, tmp_path: Path, micro_batch: int
+    tmp_path: Path, micro_batch: int, tied: bool
 ) -> None:
+    folder = write_model(tmp_path / "model", "llama-biases", tied=tied)
     with engine_with(config_for(folder, compute="bf16"), micro_rows=micro_batch) as made:
         made.step(make_batch(0)).wait()
         spoil(made, "L01")
         before = raw_state(made)
-        started = time.perf_counter()
         handle = made.step(make_batch(1))
         with pytest.raises(NonFiniteError, match=r"update\.\w+\.\w+#1: the gradient is not finite"):
             handle.wait()
-        assert time.perf_counter() - started < 1.0
         with pytest.raises(NonFiniteError, match=r"update\."):
             handle.gradient_norm()
         with pytest.raises(NonFiniteError, match=r"update\."):
@@ -342,11 +341,12 @@ def test_a_gradient_that_is_not_finite_fails_the_step_and_names_the_task(
         for _ in range(2):
             with pytest.raises(NonFiniteError, match=r"update\."):
                 made.synchronize()
-        # Everything passes through the spoilt layer, so no chunk has a finite gradient.
-        assert different(before, raw_state(made)) == []
+        # Every gradient passes through the spoilt layer. Only rows that have none may change.
+        changed = {name.partition(".")[0] for name in different(before, raw_state(made))}
+        assert changed <= (set() if tied else {"embed"})
         with pytest.raises(CheckpointError, match=f"not saved; restart from {folder}"):
             made.save(tmp_path / "out")
-        assert list(tmp_path.iterdir()) == []
+        assert list(tmp_path.iterdir()) == [folder]
 
 
 def raw_state(engine: Engine) -> dict[str, Tensor]:
