@@ -265,6 +265,9 @@ def test_measured_needs_cover_every_choice_of_slots(
     needs = peaks(request, plan)
     assert needs[Tier.GPU] == sizes.gpu
     assert host_bytes(needs) <= sizes.host + (count - least) * sizes.gradient
+    if parked:  # in one slot, all take as much as the largest, to the byte
+        one = replace(plan, gradient_slots=1, gradient_slot=(0,) * parked)
+        assert host_bytes(peaks(request, one)) == sizes.host - (least - 1) * sizes.gradient
     together = lay_out(places(plan_graphs(request.spec, plan))).sizes
     assert together[Tier.GPU] + plan.workspace + PROFILE.gpu_overhead == needs[Tier.GPU]
 

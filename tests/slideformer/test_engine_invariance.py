@@ -123,7 +123,7 @@ def check(model: Model, name: str, placement: dict[str, Any]) -> None:
     assert outcome.norms == pytest.approx(plain.norms, rel=1e-6), "it is summed chunk by chunk"
 
 
-@settings(max_examples=24)
+@settings(max_examples=18)
 @given(name=st.sampled_from(sorted(NUMERICS)), placement=placements(), resident=residents)
 def test_weights_do_not_depend_on_placement_order_or_threads(
     model: Model, name: str, placement: dict[str, Any], resident: frozenset[int]
