@@ -255,10 +255,14 @@ class HuggingFaceWriter:
 
     def _no_room(self, free: int) -> CheckpointError:
         return CheckpointError(
-            f"no room for checkpoint {self._output}: it needs {self._bytes} bytes"
-            f" ({self._bytes / 2**30:.2f} GiB), free are {free} ({free / 2**30:.2f} GiB); free some"
+            f"no room for checkpoint {self._output}: it needs {_mib(self._bytes)} and"
+            f" {_mib(_HEADROOM)} to spare, free are {_mib(free)}; free some"
             " or give a folder on another disk"
         )
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _existing_parent(path: Path) -> Path:

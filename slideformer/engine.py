@@ -208,7 +208,7 @@ class Engine:
             weight_decay=config.weight_decay,
             step=self._steps + 1,
         )
-        ids = batch.input_ids.view(-1)
+        ids = batch.input_ids.reshape(-1)
         used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
         handle = self._run(0, self._steps + 1, batch, StepResults(), used, optimizer)
         self._steps += 1
@@ -236,8 +236,8 @@ class Engine:
         optimizer: AdamW | None,
     ) -> StepHandle:
         context = StepContext(
-            batch.input_ids.view(-1),
-            batch.targets.view(-1),
+            batch.input_ids.reshape(-1),
+            batch.targets.reshape(-1),
             1.0 / batch.target_tokens,
             results,
             used,

@@ -45,12 +45,23 @@ class Batch:
             )
         if self.target_tokens == 0:
             raise DataError("the batch has no target token, so it has no loss; leave it out")
-        lowest = int(self.input_ids.min())
-        highest = max(int(self.input_ids.max()), int(self.targets.max()))
+        if self.input_ids.dtype != torch.int64 or self.targets.dtype != torch.int64:
+            raise DataError(
+                f"the batch has ids of {self.input_ids.dtype} and targets of {self.targets.dtype}; "
+                "both must be torch.int64"
+            )
+        learnt = self.targets[self.targets != IGNORED_TARGET]
+        tokens = torch.cat([self.input_ids.reshape(-1), learnt])
+        lowest, highest = int(tokens.min()), int(tokens.max())
         if lowest < 0 or highest >= vocab:
             raise DataError(
                 f"the batch has token id {lowest if lowest < 0 else highest}, the model's are 0 to "
                 f"{vocab - 1}; use the tokenizer that belongs to the model"
+            )
+        if len(learnt) != self.target_tokens:
+            raise DataError(
+                f"the batch says it has {self.target_tokens} targets, but {len(learnt)} are not "
+                f"{IGNORED_TARGET}; count those"
             )
 
 
