@@ -154,26 +154,18 @@ class UpdateWriter:
 
     def _square(self, name: str) -> str:
         """Eight bytes for one CPU update's sum of squared gradients (FP64)."""
-        self._squares.append(f"square.{name}")
-        return self.memory.buffer(
-            f"square.{name}",
-            8,
-            Tier.CPU,
-            Role.RESULT,
-            slot="squares",
-            offset=8 * (len(self._squares) - 1),
-        )
+        return self._result(self._squares, "square", name, 8, Tier.CPU)
 
     def _norm(self, name: str) -> str:
         """Four bytes for the norm of one chunk's gradient that stays on the GPU (FP32)."""
-        self._norms.append(f"norm.{name}")
+        return self._result(self._norms, "norm", name, 4, Tier.GPU)
+
+    def _result(self, results: list[str], kind: str, name: str, nbytes: int, tier: Tier) -> str:
+        """The next of the numbers that lie one after another in a slot of their kind."""
+        offset = nbytes * len(results)
+        results.append(f"{kind}.{name}")
         return self.memory.buffer(
-            f"norm.{name}",
-            4,
-            Tier.GPU,
-            Role.RESULT,
-            slot="norms",
-            offset=4 * (len(self._norms) - 1),
+            results[-1], nbytes, tier, Role.RESULT, slot=f"{kind}s", offset=offset
         )
 
     def report_norm(self) -> None:
