@@ -189,6 +189,16 @@ class Config(EngineConfig):
     """Passes over the data, instead of ``steps``."""
     seed: int = Field(default=0, strict=True, ge=0, lt=2**63)
     """Seed of the order of the data."""
+    schedule: Literal["constant", "linear", "cosine", "cosine-restarts", "wsd"] = "constant"
+    """How the learning rate goes on after the warm-up; ``wsd`` stays and decays at the end."""
+    warmup_steps: int = Field(default=0, strict=True, ge=0)
+    """Steps in which the learning rate rises to ``lr``."""
+    min_lr: Number = Field(default=0.0, ge=0)
+    """Learning rate at which the schedule ends."""
+    cycles: Count | None = None
+    """How often ``cosine-restarts`` goes down."""
+    decay_steps: Count | None = None
+    """Steps in which ``wsd`` goes down at the end."""
     log_every: Count = 1
     """Steps between two lines of progress."""
 
@@ -199,6 +209,23 @@ class Config(EngineConfig):
             raise ConfigError(
                 f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
             )
+        if self.min_lr > self.lr:
+            raise ConfigError(
+                f"min_lr is {self.min_lr}, above lr {self.lr}, from which a schedule goes down"
+            )
+        if self.min_lr and self.schedule == "constant":
+            raise ConfigError(
+                f"min_lr is {self.min_lr}, but schedule is constant; choose one that goes down, "
+                "such as cosine, or leave min_lr out"
+            )
+        for name, needs in (("cycles", "cosine-restarts"), ("decay_steps", "wsd")):
+            value = getattr(self, name)
+            if (value is None) == (self.schedule == needs):
+                found = "not set" if value is None else value
+                raise ConfigError(
+                    f"{name} is {found} and schedule is {self.schedule}; {name} belongs to "
+                    f"{needs}, so give both or neither"
+                )
         return self
 
 

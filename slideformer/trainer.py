@@ -37,6 +37,7 @@ from slideformer.models.data.reading import is_plain_text
 from slideformer.models.export import check_output
 from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
+from slideformer.schedule import Schedule, learning_rates
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -110,10 +111,14 @@ class Progress(Protocol):
 
 
 class Trainer:
-    """Fine-tunes the model of ``config`` on its data and saves it to its output folder."""
+    """Fine-tunes the model of ``config`` on its data and saves it to its output folder.
 
-    def __init__(self, config: Config) -> None:
+    ``schedule`` gives each step its learning rate, instead of the schedule that ``config`` names.
+    """
+
+    def __init__(self, config: Config, *, schedule: Schedule | None = None) -> None:
         self.config = config
+        self._schedule = schedule
 
     def train(self, progress: Progress | None = None) -> TrainingResult:
         """Run all steps and save.
@@ -131,7 +136,7 @@ class Trainer:
         check_output(config.output)
         spec = model_spec(read_model_config(config.model))
         is_plain_text(config.data)  # finds a missing file before the model is planned
-        run = _Run(config, spec, load_tokenizer(config.model), progress)
+        run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
         try:
             engine = Engine(config, on_plan=run.prepare)
             with _Interrupt(config.output) as interrupt:
@@ -157,12 +162,14 @@ class _Run:
         spec: ModelSpec,
         tokenizer: PreTrainedTokenizerFast,
         progress: Progress | None,
+        schedule: Schedule | None,
     ) -> None:
         self.metrics: list[StepMetrics] = []
         self._config = config
         self._spec = spec
         self._tokenizer = tokenizer
         self._progress = progress
+        self._schedule = schedule
         self._interrupted = False
         self._done_at = 0.0
 
@@ -173,8 +180,9 @@ class _Run:
         dataset.check_vocabulary(self._spec.vocab)
         epochs = None if config.steps else config.epochs or 1
         self._stream = BatchStream(dataset, config.batch_size, config.seed, epochs)
+        steps = config.steps or self._stream.steps or 0
+        self._rates = learning_rates(config, steps, self._schedule)
         if self._progress is not None:
-            steps = config.steps or self._stream.steps or 0
             self._progress.start(RunStart(config, self._spec, plan, steps))
 
     def train(self, engine: Engine, interrupt: _Interrupt) -> None:
@@ -193,7 +201,7 @@ class _Run:
                 if batch.target_tokens == 0:
                     logger.warning("skipped a batch of %d rows without a target token", batch.rows)
                     continue
-                handle = engine.step(batch)
+                handle = engine.step(batch, lr=self._rates[steps])
                 steps += 1
                 if unread is not None:
                     self._read(unread)
@@ -209,7 +217,7 @@ class _Run:
             step=handle.number,
             loss=loss,
             gradient_norm=norm,
-            lr=self._config.lr,
+            lr=self._rates[handle.number - 1],
             tokens=handle.real_tokens,
             seconds=now - self._done_at,
         )

@@ -105,6 +105,11 @@ def test_defaults() -> None:
         "threads": None,
         "deterministic": False,
         "log_every": 1,
+        "schedule": "constant",
+        "warmup_steps": 0,
+        "min_lr": 0.0,
+        "cycles": None,
+        "decay_steps": None,
     }
 
 

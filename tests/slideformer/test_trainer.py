@@ -405,3 +405,38 @@ def test_a_disk_that_fills_after_the_weights_is_reported(
     monkeypatch.setattr(trainer_module, "save_config", full)
     refuse(config, CheckpointError, "out is complete, but .* could be written .*: No space")
     AutoModelForCausalLM.from_pretrained(config.output)
+
+
+# -- the learning rate ---------------------------------------------------------------------------
+
+
+def test_every_step_has_the_learning_rate_of_the_schedule(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[float | None] = []
+    step = Engine.step
+
+    def spy(self: Engine, batch: Any, *, lr: float | None = None) -> Any:
+        used.append(lr)
+        return step(self, batch, lr=lr)
+
+    monkeypatch.setattr(Engine, "step", spy)
+    config = changed(config, schedule="linear", warmup_steps=2)
+    Trainer(config).train()
+    expected = [0.0, 5e-4, 1e-3, 5e-4]
+    assert used == pytest.approx(expected)
+    assert [m.lr for m in read_metrics(config.output)] == pytest.approx(expected)
+
+
+def test_a_callable_replaces_the_schedule(config: Config) -> None:
+    Trainer(config, schedule=lambda step: 1e-4 * step).train()
+    assert [m.lr for m in read_metrics(config.output)] == pytest.approx([1e-4, 2e-4, 3e-4, 4e-4])
+
+
+def test_a_warm_up_longer_than_the_run_is_refused_before_memory_is_allocated(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Engine, "_allocate", lambda _: pytest.fail("allocated"))
+    with pytest.raises(ConfigError, match="warmup_steps is 9, but the run has 4 steps"):
+        Trainer(changed(config, warmup_steps=9)).train()
+    assert not config.output.exists()

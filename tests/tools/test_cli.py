@@ -126,8 +126,13 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "steps": 7,
         "seed": 8,
         "log_every": 4,
+        "schedule": "wsd",
+        "warmup_steps": 2,
+        "min_lr": 1e-5,
+        "decay_steps": 2,
     }
-    assert {*given, "epochs", "version"} == set(Config.model_fields)
+    # "epochs" excludes "steps", and "cycles" belongs to another schedule.
+    assert {*given, "epochs", "cycles", "version"} == set(Config.model_fields)
     seen: list[Config] = []
 
     def capture(self: Trainer, *_: Any) -> None:
