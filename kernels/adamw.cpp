@@ -9,6 +9,7 @@
 // has one rounding; square root and division are rounded correctly; subnormals are kept. Another
 // implementation that performs the same operations in this order gives the same bits:
 //
+//     g  = gradient * grad_scale
 //     m' = fma(beta1, m, fma(comp1, g, fma(beta1_lo, m, comp1_lo * g)))
 //     p  = comp2 * g
 //     r  = fma(comp2_lo, g, fma(comp2, g, -p))
@@ -38,7 +39,7 @@ extern "C" {
 struct Constants {
     float beta1, beta1_lo, comp1, comp1_lo;
     float beta2, beta2_lo, comp2, comp2_lo;
-    float inv_sqrt_bias2, eps;
+    float inv_sqrt_bias2, eps, grad_scale;
 };
 
 struct Segment {
@@ -103,7 +104,7 @@ void update_elements(uint16_t* __restrict hi, int16_t* __restrict lo, float* __r
                      float* __restrict v_array, const Grad* __restrict grad, int64_t n,
                      float step_size, float decay, const Constants k) {
     for (int64_t i = 0; i < n; ++i) {
-        const float g = to_float(grad[i]);
+        const float g = to_float(grad[i]) * k.grad_scale;
         const float w = bit_cast<float>((uint32_t(hi[i]) << 16) + uint32_t(int32_t(lo[i])));
         float m = m_array[i];
         float v = v_array[i];
@@ -216,6 +217,21 @@ struct RowGradient : RowTable {
     }
 };
 
+// The sum of squares of each listed row's gradient, into row_sums[count].
+template <class Dx, class Dense>
+void square_rows(const RowTable& table, const Dx* dx, const Dense* dense, double* row_sums,
+                 int threads) {
+    const RowGradient<Dx, Dense> gradient{table, dx, dense};
+    // Rows of frequent tokens cost far more than others, hence the dynamic schedule. Which thread
+    // takes a row does not show in the result.
+#pragma omp parallel num_threads(threads)
+    {
+        const DefaultRounding rounding;
+#pragma omp for schedule(dynamic)
+        for (int64_t u = 0; u < gradient.count; ++u) row_sums[u] = gradient.sum_of_squares(u);
+    }
+}
+
 // Sums each gradient twice, first to check it and then to apply it: reading dx again is cheaper
 // than keeping a matrix of sums.
 template <class Dx, class Dense>
@@ -224,14 +240,7 @@ double update_rows(State state, const RowTable& table, const Dx* dx, const Dense
                    int threads) {
     const RowGradient<Dx, Dense> gradient{table, dx, dense};
     const int64_t count = table.count, hidden = table.hidden;
-    // Rows of frequent tokens cost far more than others, hence the dynamic schedule. Which thread
-    // takes a row does not show in the result.
-#pragma omp parallel num_threads(threads)
-    {
-        const DefaultRounding rounding;
-#pragma omp for schedule(dynamic)
-        for (int64_t u = 0; u < count; ++u) row_sums[u] = gradient.sum_of_squares(u);
-    }
+    square_rows(table, dx, dense, row_sums, threads);
     double total = 0.0;
     for (int64_t u = 0; u < count; ++u) total += row_sums[u];
     if (!std::isfinite(total)) return std::numeric_limits<double>::quiet_NaN();
@@ -250,6 +259,18 @@ double update_rows(State state, const RowTable& table, const Dx* dx, const Dense
         }
     }
     return total;
+}
+
+// Calls run(dx, dense) with pointers of the element types that the flags name.
+template <class Run>
+auto with_types(const void* dx, int dx_is_fp32, const void* dense, int dense_is_fp32,
+                const Run& run) {
+    const auto run_dx = [&](const auto* dx_rows) {
+        return dense_is_fp32 ? run(dx_rows, static_cast<const float*>(dense))
+                             : run(dx_rows, static_cast<const Bf16*>(dense));
+    };
+    return dx_is_fp32 ? run_dx(static_cast<const float*>(dx))
+                      : run_dx(static_cast<const Bf16*>(dx));
 }
 
 }  // namespace
@@ -277,16 +298,22 @@ double adamw_rows(uint16_t* hi, int16_t* lo, float* m, float* v, const int64_t* 
                   int threads) {
     const State state{hi, lo, m, v};
     const RowTable table{rows, starts, order, count, hidden};
-    const auto run = [&](const auto* dx_rows, const auto* dense_rows) {
-        return update_rows(state, table, dx_rows, dense_rows, step_size, decay, *constants,
-                           row_sums, threads);
-    };
-    const auto run_dx = [&](const auto* dx_rows) {
-        return dense_is_fp32 ? run(dx_rows, static_cast<const float*>(dense_grad))
-                             : run(dx_rows, static_cast<const Bf16*>(dense_grad));
-    };
-    return dx_is_fp32 ? run_dx(static_cast<const float*>(dx))
-                      : run_dx(static_cast<const Bf16*>(dx));
+    return with_types(
+        dx, dx_is_fp32, dense_grad, dense_is_fp32, [&](const auto* dx_rows, const auto* dense) {
+            return update_rows(state, table, dx_rows, dense, step_size, decay, *constants,
+                               row_sums, threads);
+        });
+}
+
+// The sum of squares of the gradient of each of these rows, into row_sums[count].
+void adamw_row_squares(const int64_t* rows, const int64_t* starts, const int64_t* order,
+                       int64_t count, const void* dx, int dx_is_fp32, const void* dense_grad,
+                       int dense_is_fp32, int64_t hidden, double* row_sums, int threads) {
+    const RowTable table{rows, starts, order, count, hidden};
+    with_types(dx, dx_is_fp32, dense_grad, dense_is_fp32,
+               [&](const auto* dx_rows, const auto* dense) {
+                   square_rows(table, dx_rows, dense, row_sums, threads);
+               });
 }
 
 // x = 1 - x for three arrays of n elements: 24 bytes of traffic an element and hardly any

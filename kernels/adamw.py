@@ -6,7 +6,8 @@ does the work and documents its order of operations; it runs without the GIL and
 bits whatever the threads and chunks. Where it cannot be compiled, ``adamw_reference`` takes over,
 once for the process, with a warning.
 
-Decides nothing about when to update, clips nothing and does not schedule learning rates.
+Gradients are multiplied by ``AdamW.grad_scale`` as they are read. Decides nothing about when to
+update or how to scale, and does not schedule learning rates.
 
 Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2.
 """
@@ -70,7 +71,7 @@ class _Constants(ctypes.Structure):
         for name in (
             *("beta1", "beta1_lo", "comp1", "comp1_lo"),
             *("beta2", "beta2_lo", "comp2", "comp2_lo"),
-            *("inv_sqrt_bias2", "eps"),
+            *("inv_sqrt_bias2", "eps", "grad_scale"),
         )
     )
 
@@ -119,7 +120,7 @@ def adamw_update(
         grad: bfloat16[n] or float32[n].
         segments: Ascending, disjoint, within ``[0, n)``. They carry the learning rates and weight
             decays; those of ``hyper`` are not used.
-        hyper: Betas, eps and step.
+        hyper: Betas, eps, step and the factor of all gradients.
         threads: Number of threads; the PyTorch version uses PyTorch's own.
         kernels: The implementation; this process's own if None.
 
@@ -186,8 +187,8 @@ def adamw_rows(
         kernels: The implementation; this process's own if None.
 
     Returns:
-        The sum of squares of these gradients, the same for any number of threads; NaN if one of
-        them is not finite, and then nothing has been written.
+        The sum of squares of these gradients before scaling, the same for any number of threads;
+        NaN if one of them is not finite, and then nothing has been written.
 
     Raises:
         TypeError: A tensor has another dtype.
@@ -282,6 +283,10 @@ def _declare(library: ctypes.CDLL) -> None:
         *(*pointers, long, _Pointer, integer, _Pointer, integer, long),
         *(real, real, constants, _Pointer, integer),
     ]
+    library.adamw_row_squares.restype = None
+    library.adamw_row_squares.argtypes = [
+        *(*pointers[:3], long, _Pointer, integer, _Pointer, integer, long, _Pointer, integer),
+    ]
     library.stream_rmw.restype = None
     library.stream_rmw.argtypes = [*pointers[:3], long, integer]
 
@@ -297,7 +302,8 @@ def _constants(hyper: AdamW) -> _Constants:
     for value in (hyper.beta1, 1 - hyper.beta1, hyper.beta2, 1 - hyper.beta2):
         high = float(np.float32(value))
         pairs += (high, value - high)
-    return _Constants(*pairs, (1 - hyper.beta2**hyper.step) ** -0.5, hyper.eps)
+    inv_sqrt_bias2 = (1 - hyper.beta2**hyper.step) ** -0.5
+    return _Constants(*pairs, inv_sqrt_bias2, hyper.eps, hyper.grad_scale)
 
 
 def _pointers(*tensors: Tensor) -> list[int]:

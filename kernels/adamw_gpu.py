@@ -6,8 +6,8 @@ kept. The state of ``n`` parameters is four contiguous 1-D CUDA tensors, ``hi`` 
 ``m`` and ``v`` float32; gradients are bfloat16 or float32. Work is queued on the current stream and
 the host never waits, so what only the GPU knows (norms, row numbers) is not checked by the host.
 
-Serves no CPU tensors. Decides nothing about when to update, clips nothing and does not schedule
-learning rates.
+Serves no CPU tensors. Decides nothing about when to update or how to scale gradients, and does not
+schedule learning rates.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def adamw_update_gpu(
         norm: float32, one element: the gradient's norm, or whatever tells if it is finite.
         segments: Ascending, disjoint, within ``[0, n)``. They carry the learning rates and weight
             decays; those of ``hyper`` are not used.
-        hyper: Betas, eps and step.
+        hyper: Betas, eps, step and the factor of all gradients.
 
     Raises:
         TypeError: A tensor has another dtype.
@@ -107,24 +107,60 @@ def adamw_rows_gpu(
         TypeError: A tensor has another dtype.
         ValueError: A tensor is not on the GPU of ``hi``, strided or of another size.
     """
-    n, capacity = hi.numel(), rows.numel()
+    n = hi.numel()
     state = _check_state(hi, lo, m, v)
-    integers = (torch.int64,)
-    _check("counts", counts, integers, (1,), hi)
-    _check("rows", rows, integers, (capacity,), hi)
-    _check("starts", starts, integers, (capacity + 1,), hi)
-    _check("order", order, integers, (order.numel(),), hi)
-    _check("squares", squares, (torch.float64, torch.float32), (capacity,), hi)
-    if dx.dim() != 2 or dx.shape[1] == 0 or n % dx.shape[1]:
+    table = (counts, rows, starts, order, dx, dense_grad, squares)
+    _check_table(*table, hi)
+    if dx.shape[1] == 0 or n % dx.shape[1]:
         raise ValueError(f"dx has shape {tuple(dx.shape)}; {n} elements are no rows of its width")
-    _check("dx", dx, GRADIENTS, dx.shape, hi)
     if dense_grad is not None:
         _check("dense_grad", dense_grad, GRADIENTS, (n,), hi)
     from slideformer.kernels import adamw_triton
 
     constants = _all_constants(hyper.lr, hyper.weight_decay, hyper)
-    table = (counts, rows, starts, order)
-    adamw_triton.update_rows(state, *table, dx, dense_grad, squares, constants)
+    adamw_triton.update_rows(state, *table, constants)
+
+
+def row_squares_gpu(
+    counts: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    dx: Tensor,
+    dense_grad: Tensor | None,
+    squares: Tensor,
+) -> None:
+    """Only the ``squares`` of `adamw_rows_gpu`, from the same arguments; raises as it does."""
+    if not triton_enabled(rows):
+        raise ValueError(f"rows is on {rows.device}; it must be on a GPU (row_squares serves CPUs)")
+    _check_table(counts, rows, starts, order, dx, dense_grad, squares, rows)
+    from slideformer.kernels import adamw_triton
+
+    adamw_triton.row_squares(counts, rows, starts, order, dx, dense_grad, squares)
+
+
+def _check_table(
+    counts: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    dx: Tensor,
+    dense_grad: Tensor | None,
+    squares: Tensor,
+    like: Tensor,
+) -> None:
+    """Refuse a table of rows that a kernel would misread or that is not where ``like`` is."""
+    capacity, integers = rows.numel(), (torch.int64,)
+    _check("counts", counts, integers, (1,), like)
+    _check("rows", rows, integers, (capacity,), like)
+    _check("starts", starts, integers, (capacity + 1,), like)
+    _check("order", order, integers, (order.numel(),), like)
+    _check("squares", squares, (torch.float64, torch.float32), (capacity,), like)
+    if dx.dim() != 2:
+        raise ValueError(f"dx has shape {tuple(dx.shape)}; it must have two dimensions")
+    _check("dx", dx, GRADIENTS, dx.shape, like)
+    if dense_grad is not None:
+        _check("dense_grad", dense_grad, GRADIENTS, (dense_grad.numel(),), like)
 
 
 def _all_constants(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float, ...]:

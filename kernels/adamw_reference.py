@@ -24,7 +24,10 @@ _CHUNK = 1 << 18
 
 @dataclass(frozen=True, slots=True)
 class AdamW:
-    """The settings of one optimizer step; ``step`` counts from 1. ValueError: out of range."""
+    """The settings of one optimizer step; ``step`` counts from 1. ValueError: out of range.
+
+    Every gradient is multiplied by ``grad_scale`` in FP32 first; 1 changes no bit.
+    """
 
     lr: float
     beta1: float
@@ -32,6 +35,7 @@ class AdamW:
     eps: float
     weight_decay: float
     step: int
+    grad_scale: float = 1.0
 
     def __post_init__(self) -> None:
         _check_rates(self.lr, self.weight_decay)
@@ -42,6 +46,8 @@ class AdamW:
             raise ValueError(f"eps is {self.eps}; it must be finite and at least 1e-20")
         if self.step < 1:
             raise ValueError(f"step is {self.step}; the first step is 1")
+        if not 0.0 <= self.grad_scale < math.inf:
+            raise ValueError(f"grad_scale is {self.grad_scale}; it must be finite and not negative")
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,34 +94,48 @@ def adamw_rows_reference(
 ) -> float:
     """Update ``rows`` of a matrix in place; arguments and result as ``adamw.adamw_rows``'s."""
     hidden = dx.shape[1]
-    dense = None if dense_grad is None else dense_grad.view(-1, hidden)
-    block = max(1, _CHUNK // hidden)
-    blocks = [slice(u, min(u + block, len(rows))) for u in range(0, len(rows), block)]
-
-    def gradient(part: slice) -> Tensor:
-        """FP32 gradients of the listed rows ``part``: first the dense row, then ``dx`` in order."""
-        listed, first, last = rows[part], starts[:-1][part], starts[1:][part]
-        total = torch.zeros(len(listed), hidden) if dense is None else dense[listed].float()
-        counts = last - first
-        for k in range(int(counts.max())):
-            more = (counts > k).nonzero().squeeze(1)
-            total[more] += dx[order[first[more] + k]].float()
-        return total
-
-    squares: list[float] = []
-    for part in blocks:
-        squares.extend(np.square(gradient(part).double().numpy()).sum(axis=1).tolist())
-    total = math.fsum(squares) if all(map(math.isfinite, squares)) else math.nan
-    if math.isnan(total):
-        return total
-    for part in blocks:
+    squares = torch.empty(len(rows), dtype=torch.float64)
+    row_squares_reference(rows, starts, order, dx, dense_grad, squares)
+    if not squares.isfinite().all():
+        return math.nan
+    for part in _blocks(rows, hidden):
         listed = rows[part]
         matrices = [x.view(-1, hidden) for x in (hi, lo, m, v)]
         state = hi_rows, lo_rows, m_rows, v_rows = [x[listed] for x in matrices]
-        grad = gradient(part)
+        grad = _row_gradient(part, rows, starts, order, dx, dense_grad)
         _update(hi_rows, lo_rows, m_rows, v_rows, grad, hyper.lr, hyper.weight_decay, hyper)
         for matrix, updated in zip(matrices, state, strict=True):
             matrix[listed] = updated
+    return math.fsum(squares.tolist())
+
+
+def row_squares_reference(
+    rows: Tensor, starts: Tensor, order: Tensor, dx: Tensor, dense_grad: Tensor | None, out: Tensor
+) -> None:
+    """Arguments as ``row_squares.row_squares``'s."""
+    for part in _blocks(rows, dx.shape[1]):
+        grad = _row_gradient(part, rows, starts, order, dx, dense_grad).double().numpy()
+        out[part] = torch.from_numpy(np.square(grad).sum(axis=1))
+
+
+def _blocks(rows: Tensor, hidden: int) -> list[slice]:
+    block = max(1, _CHUNK // hidden)
+    return [slice(u, min(u + block, len(rows))) for u in range(0, len(rows), block)]
+
+
+def _row_gradient(
+    part: slice, rows: Tensor, starts: Tensor, order: Tensor, dx: Tensor, dense_grad: Tensor | None
+) -> Tensor:
+    """FP32 gradients of the listed rows ``part``: first the dense row, then ``dx`` in order."""
+    listed, first, last = rows[part], starts[:-1][part], starts[1:][part]
+    if dense_grad is None:
+        total = torch.zeros(len(listed), dx.shape[1])
+    else:
+        total = dense_grad.view(-1, dx.shape[1])[listed].float()
+    counts = last - first
+    for k in range(int(counts.max())):
+        more = (counts > k).nonzero().squeeze(1)
+        total[more] += dx[order[first[more] + k]].float()
     return total
 
 
@@ -130,7 +150,7 @@ def _update(
     hyper: AdamW,
 ) -> None:
     """One AdamW step of contiguous elements, in place."""
-    g = grad.double()
+    g = (grad.float() * hyper.grad_scale).double()
     first = hyper.beta1 * m.double() + (1 - hyper.beta1) * g
     second = hyper.beta2 * v.double() + (1 - hyper.beta2) * g * g
     denominator = (second / (1 - hyper.beta2**hyper.step)).sqrt() + hyper.eps

@@ -50,6 +50,7 @@ def _update(
     comp2_lo: tl.tensor,
     inv_sqrt_bias2: tl.tensor,
     eps: tl.tensor,
+    grad_scale: tl.tensor,
 ) -> None:
     """One step of the elements ``at``, whose gradient is ``g``."""
     high = tl.load(hi + at, mask=mask).to(tl.int32)
@@ -57,6 +58,7 @@ def _update(
     first = tl.load(m + at, mask=mask)
     second = tl.load(v + at, mask=mask)
     w = ((high << 16) + low).to(tl.float32, bitcast=True)
+    g = g * grad_scale
 
     first = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
     p = comp2 * g
@@ -97,6 +99,7 @@ def _range_kernel(
     comp2_lo: tl.tensor,
     inv_sqrt_bias2: tl.tensor,
     eps: tl.tensor,
+    grad_scale: tl.tensor,
     BLOCK: tl.constexpr,
 ) -> None:
     # Blocks begin at multiples of BLOCK in the array, whatever the range, so that accesses are
@@ -109,7 +112,7 @@ def _range_kernel(
             _update(
                 *(hi, lo, m, v, at, None, g, step_size, decay),
                 *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps),
+                *(inv_sqrt_bias2, eps, grad_scale),
             )
         else:
             mask = (at >= begin) & (at < end)
@@ -117,7 +120,7 @@ def _range_kernel(
             _update(
                 *(hi, lo, m, v, at, mask, g, step_size, decay),
                 *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps),
+                *(inv_sqrt_bias2, eps, grad_scale),
             )
 
 
@@ -208,6 +211,7 @@ def _rows_kernel(
     comp2_lo: tl.tensor,
     inv_sqrt_bias2: tl.tensor,
     eps: tl.tensor,
+    grad_scale: tl.tensor,
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
@@ -225,7 +229,7 @@ def _rows_kernel(
             _update(
                 *(hi, lo, m, v, row * hidden + column, mask, g, step_size, decay),
                 *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps),
+                *(inv_sqrt_bias2, eps, grad_scale),
             )
 
 
@@ -264,24 +268,44 @@ def update_rows(
     constants: tuple[float, ...],
 ) -> None:
     """See :func:`slideformer.kernels.adamw_gpu.adamw_rows_gpu`."""
+    row_squares(counts, rows, starts, order, dx, dense_grad, squares)
+    hidden = dx.shape[1]
+    pieces, options = _pieces(hidden)
+    table = (counts, rows, starts, order if order.numel() else None, dx, dense_grad)
+    _rows_kernel[(len(rows) * pieces,)](*state, *table, squares, hidden, *constants, **options)
+
+
+def row_squares(
+    counts: Tensor,
+    rows: Tensor,
+    starts: Tensor,
+    order: Tensor,
+    dx: Tensor,
+    dense_grad: Tensor | None,
+    squares: Tensor,
+) -> None:
+    """See :func:`slideformer.kernels.adamw_gpu.row_squares_gpu`."""
     capacity, hidden = len(rows), dx.shape[1]
-    columns = min(_COLUMNS, max(32 * _THREAD, triton.next_power_of_2(hidden)))
-    pieces = triton.cdiv(hidden, columns)
     added = order if order.numel() else None
-    options = {
+    if added is None and dense_grad is None:
+        squares.zero_()
+        return
+    pieces, options = _pieces(hidden)
+    shares = torch.empty((capacity, pieces), dtype=torch.float64, device=rows.device)
+    table = (counts, rows, starts, added, dx, dense_grad)
+    _squares_kernel[(capacity * pieces,)](*table, shares, hidden, **options)
+    squares.copy_(shares.sum(1))
+
+
+def _pieces(hidden: int) -> tuple[int, dict[str, Any]]:
+    """Programs of a row, and how they are launched."""
+    columns = min(_COLUMNS, max(32 * _THREAD, triton.next_power_of_2(hidden)))
+    return triton.cdiv(hidden, columns), {
         "COLUMNS": columns,
         "AHEAD": _AHEAD,
         "num_warps": _warps(columns),
         "enable_fp_fusion": False,
     }
-    table = (counts, rows, starts, added, dx, dense_grad)
-    if added is None and dense_grad is None:
-        squares.zero_()
-    else:
-        shares = torch.empty((capacity, pieces), dtype=torch.float64, device=rows.device)
-        _squares_kernel[(capacity * pieces,)](*table, shares, hidden, **options)
-        squares.copy_(shares.sum(1))
-    _rows_kernel[(capacity * pieces,)](*state, *table, squares, hidden, *constants, **options)
 
 
 def _warps(elements: int) -> int:

@@ -29,6 +29,7 @@ from slideformer.kernels.adamw import (
     load_kernels,
     stream_rmw,
 )
+from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.split import join_master, split_master
 
 HYPER = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3)
@@ -147,6 +148,7 @@ def cases(draw: st.DrawFn) -> tuple[State, Tensor, AdamW]:
         eps=draw(st.sampled_from([1e-8, 1e-6, 1e-10])),
         weight_decay=draw(st.floats(0.0, 1.0)),
         step=draw(st.integers(1, 10_000)),
+        grad_scale=draw(st.just(1.0) | st.floats(2**-10, 1.0, width=32)),
     )
     return state, grad, hyper
 
@@ -180,7 +182,8 @@ def test_one_step_of_many_elements_is_within_the_bounds(
 
 def check_one_step(kernels: Kernels, state: State, grad: Tensor, hyper: AdamW) -> None:
     n = len(grad)
-    w, m, v, g = (x.double().numpy() for x in (state.w, state.m, state.v, grad))
+    scaled = grad.float() * hyper.grad_scale
+    w, m, v, g = (x.double().numpy() for x in (state.w, state.m, state.v, scaled))
     m_old, m_new = hyper.beta1 * m, (1 - hyper.beta1) * g
     v_old, v_new = hyper.beta2 * v, (1 - hyper.beta2) * g * g
     bias1, bias2 = 1 - hyper.beta1**hyper.step, 1 - hyper.beta2**hyper.step
@@ -270,6 +273,7 @@ def exact_step(
     inv_sqrt_bias2 = rounded(Fraction((1 - hyper.beta2**hyper.step) ** -0.5))
     step_size = rounded(Fraction(hyper.lr / (1 - hyper.beta1**hyper.step)))
     decay = rounded(Fraction(hyper.lr * hyper.weight_decay))
+    g = rounded(g * Fraction(float(np.float32(hyper.grad_scale))))
     m = fma(beta1, m, fma(comp1, g, fma(beta1_lo, m, rounded(comp1_lo * g))))
     p = rounded(comp2 * g)
     r = fma(comp2_lo, g, fma(comp2, g, -p))
@@ -483,6 +487,44 @@ def test_rows_get_the_dense_update_of_their_summed_gradient(
     assert not state.same_bits(case.state)
 
 
+@pytest.mark.parametrize("dense", [None, *FLOATS])
+@pytest.mark.parametrize("dx_type", FLOATS)
+def test_scaled_gradients_of_rows_are_those_of_a_dense_update(
+    kernels: Kernels, dx_type: torch.dtype, dense: torch.dtype | None
+) -> None:
+    case = make_rows(9, 70, [1, 0, 4, 2], dx_type, dense)
+    scaled = replace(HYPER, grad_scale=0.3)
+    expected, state = case.state.clone(), case.state.clone()
+    for u, row in enumerate(case.rows.tolist()):
+        part = slice(row * 70, (row + 1) * 70)
+        gradient = torch.from_numpy(case.gradient(u)) * 0.3
+        adamw_update(*expected[part], gradient, whole(70, HYPER), HYPER, 1, kernels=kernels)
+    table = (case.rows, case.starts, case.order, case.dx, case.dense_grad)
+    found = adamw_rows(*state, *table, scaled, 2, kernels=kernels)
+    assert state.same_bits(expected)
+    assert found == case.run(kernels, case.state.clone()), "it is that of the gradients as given"
+
+
+@pytest.mark.parametrize("dense", [None, *FLOATS])
+@pytest.mark.parametrize("dx_type", FLOATS)
+def test_squares_of_rows_before_an_update(
+    kernels: Kernels, dx_type: torch.dtype, dense: torch.dtype | None
+) -> None:
+    case = make_rows(9, 1100, [1, 0, 4, 2], dx_type, dense)
+    table = (case.rows, case.starts, case.order, case.dx, case.dense_grad)
+    found = torch.empty(len(case.rows), dtype=torch.float64)
+    row_squares(9, *table, found, 2, kernels=kernels)
+    exact = [float(np.square(case.gradient(u).astype(np.float64)).sum()) for u in range(len(found))]
+    assert found.tolist() == pytest.approx(exact, rel=1e-12)
+    case.dx[int(case.order[0]), 3] = math.inf
+    row_squares(9, *table, found, 2, kernels=kernels)
+    assert found.isfinite().tolist() == [False, True, True, True]
+    with pytest.raises(ValueError, match="rows must ascend"):
+        row_squares(9, case.rows.flip(0), *table[1:], found, 2, kernels=kernels)
+    with pytest.raises(TypeError, match="out is"):
+        row_squares(9, *table, found.float(), 2, kernels=kernels)
+
+
 @pytest.mark.parametrize("dense", [None, torch.bfloat16])
 def test_rows_without_dx(kernels: Kernels, dense: torch.dtype | None) -> None:
     """The rest of the matrix: dense gradients alone, or none, which still decays."""
@@ -643,6 +685,8 @@ def test_wrong_row_tables_are_refused(kernels: Kernels) -> None:
         {"lr": math.inf},
         {"weight_decay": math.nan},
         {"step": 0},
+        {"grad_scale": -1.0},
+        {"grad_scale": math.nan},
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, float]) -> None:

@@ -35,7 +35,7 @@ from slideformer.kernels.adamw import (
     adamw_update,
     default_kernels,
 )
-from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
+from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
 from slideformer.kernels.split import join_master, split_master
 
 State = list[Tensor]
@@ -45,7 +45,7 @@ HYPER = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=
 HYPERS = [
     HYPER,
     AdamW(lr=0.3, beta1=0.0, beta2=0.95, eps=1e-20, weight_decay=0.0, step=1),
-    AdamW(lr=1e-6, beta1=0.95, beta2=0.99, eps=1e-6, weight_decay=1.0, step=70_000),
+    AdamW(0.01, 0.95, 0.99, eps=1e-6, weight_decay=1.0, step=70_000, grad_scale=0.37),
 ]
 FLOATS = [torch.float32, torch.bfloat16]
 MAX = torch.finfo(torch.float32).max
@@ -346,12 +346,17 @@ class Rows:
         """State and squares; what lies behind the valid entries would lead out of all bounds."""
         far = torch.full((spare,), 1 << 50)
         state = copies(self.state, device)
-        table = [torch.cat([x, far]).to(device) for x in (self.rows, self.starts)]
-        table.append(self.order.to(device))
+        index = [torch.cat([x, far]).to(device) for x in (self.rows, self.starts)]
+        index.append(self.order.to(device))
         counts = torch.tensor([len(self.rows)], device=device)
         dense = None if self.dense_grad is None else self.dense_grad.to(device)
-        squares = torch.full((len(table[0]),), 5.0, dtype=dtype, device=device)
-        adamw_rows_gpu(*state, counts, *table, self.dx.to(device), dense, squares, self.hyper)
+        table = (counts, *index, self.dx.to(device), dense)
+        before, squares = (
+            torch.full((len(index[0]),), fill, dtype=dtype, device=device) for fill in (4.0, 5.0)
+        )
+        row_squares_gpu(*table, before)
+        adamw_rows_gpu(*state, *table, squares, self.hyper)
+        assert torch.equal(bits(before), bits(squares)), "known before the update"
         return state, squares.cpu()
 
     def sums_of_squares(self) -> Tensor:
@@ -397,6 +402,17 @@ def test_rows_get_the_bits_of_the_cpu(
     assert_changed(found, case.state)
     torch.testing.assert_close(squares[:4], case.sums_of_squares(), rtol=1e-12, atol=0.0)
     assert squares[4:].tolist() == [0.0] * 3
+    assert float(squares.sum()) == pytest.approx(total, rel=1e-12)
+
+
+def test_scaled_gradients_of_rows_get_the_bits_of_the_cpu(device: torch.device) -> None:
+    hyper = replace(HYPER, grad_scale=0.37)
+    case = replace(make_rows(9, 640, [1, 0, 11, 8], *FLOATS), hyper=hyper)
+    expected, total = case.expected()
+    found, squares = case.found(device)
+    assert_same_bits(found, expected)
+    unscaled, _ = replace(case, hyper=HYPER).found(device)
+    assert_changed(found, unscaled)
     assert float(squares.sum()) == pytest.approx(total, rel=1e-12)
 
 
