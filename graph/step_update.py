@@ -171,6 +171,7 @@ class UpdateWriter:
     def report_norm(self) -> None:
         """Add up the squared gradients of all chunks."""
         memory, reads = self.memory, list(self._squares)
+        names = ",".join(name.removeprefix("norm.") for name in self._norms)
         if self._norms:
             nbytes = 4 * len(self._norms)
             host = memory.buffer("norms_host", nbytes, Tier.PINNED, Role.RESULT)
@@ -183,4 +184,4 @@ class UpdateWriter:
                 cost=Cost(nbytes=nbytes),
             )
             reads.append(host)
-        memory.task("report.norm", TaskKind.CPU, reads=reads)
+        memory.task("report.norm", TaskKind.CPU, reads=reads, resident=names)

@@ -299,12 +299,12 @@ def fill_constants(views: Views, memory: ModelMemory, rope: tuple[Tensor, Tensor
             views[f"mask.{window}"].view(seq_len, seq_len).copy_(mask)
 
 
-def finite(value: float) -> float:
+def finite(value: float, where: str = "") -> float:
     """``value`` if it is finite; otherwise `NonFiniteError`, which fails the step."""
     if not math.isfinite(value):
         raise NonFiniteError(
-            "the gradient is not finite; nothing was updated from it. Lower the learning rate, or "
-            "look at the data of this step"
+            f"{where}the gradient is not finite; nothing was updated from it. Lower the learning "
+            "rate, or look at the data of this step"
         )
     return value
 

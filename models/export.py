@@ -7,10 +7,8 @@ masters in pieces; BF16 needs no conversion at all. Optimizer states are not sav
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +22,13 @@ from torch import Tensor
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.kernels.split import join_master
+from slideformer.models.aside import (
+    AsideFolder,
+    check_output,
+    existing_parent,
+    fsync,
+    remove_orphans,
+)
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
 
@@ -47,37 +52,6 @@ _COMPANIONS = (
 
 _HEADROOM = 64 * 2**20
 """Bytes left free beside the weights: for the companions and the file system's own records."""
-
-
-def check_output(output: Path) -> None:
-    """Check that a checkpoint could be saved as ``output``, without leaving anything behind.
-
-    Raises:
-        CheckpointError: ``output`` is there and not an empty folder, or it could not be created.
-    """
-    output = output.absolute()
-    if output.is_dir():
-        if any(output.iterdir()):
-            raise CheckpointError(
-                f"output folder {output} is not empty: give another one, or empty it first"
-            )
-        if output.is_mount():
-            raise CheckpointError(
-                f"output folder {output} is a mount point and cannot be replaced: give a folder"
-                f" within it, such as {output / 'model'}"
-            )
-    elif output.exists() or output.is_symlink():
-        raise CheckpointError(f"output {output} is not a folder: give another path")
-    parent = _existing_parent(output)
-    probe = parent / f".{output.name}.probe-{os.getpid()}"
-    try:
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"output folder {output} cannot be created in {parent} ({error.strerror or error}):"
-            " give a path that you may write to"
-        ) from error
 
 
 class HuggingFaceWriter:
@@ -109,20 +83,20 @@ class HuggingFaceWriter:
         self._weights = weights
         self._dtype = dtype
         self._bytes = spec.param_count * dtype.itemsize
-        self._aside = self._output.parent / f".{self._output.name}.tmp-{os.getpid()}"
         self._shards = {
             unit.name: f"model-{number:05d}-of-{len(spec.units):05d}.safetensors"
             for number, unit in enumerate(spec.units, start=1)
         }
         self._unwritten = set(self._shards)
-        self._complete = False
-        free = shutil.disk_usage(_existing_parent(self._output)).free
+        remove_orphans(self._output)
+        free = shutil.disk_usage(existing_parent(self._output)).free
         if self._bytes + _HEADROOM > free:
             raise self._no_room(free)
-        with self._cleaned_up():
-            # Left by an earlier process of the same id that was killed.
-            shutil.rmtree(self._aside, ignore_errors=True)
-            self._aside.mkdir(parents=True)
+        try:
+            self._folder = AsideFolder(self._output)
+        except OSError as error:
+            raise self._failed(error) from error
+        self._aside = self._folder.path
 
     def __enter__(self) -> Self:
         return self
@@ -153,41 +127,33 @@ class HuggingFaceWriter:
             )
         self._unwritten.remove(name)
 
-    def finish(self) -> None:
-        """Add index, config and tokenizer, and put the folder in its place.
+    def finish(self) -> Path:
+        """Add index, config and tokenizer, and put the folder in its place; returns where it lies.
+
+        That is the output, or if something came to lie there meanwhile a free name beside it.
 
         Raises:
-            CheckpointError: as :meth:`write_unit`; or something came to lie at the output
-                meanwhile: then the finished folder stays aside, and the message says where.
+            CheckpointError: as :meth:`write_unit`; or the finished folder cannot be moved, and then
+                stays where the message says.
         """
         assert not self._unwritten, f"units not written: {sorted(self._unwritten)}"
         with self._cleaned_up():
             self._write_index()
             self._write_config()
             self._copy_companions()
-            for path in (*self._aside.iterdir(), self._aside):
-                _fsync(path)
-        # From here on nothing is removed: weights that took hours are not deleted because
-        # something took their place.
-        self._complete = True
+            for path in self._aside.rglob("*"):
+                fsync(path)
         try:
-            os.rename(self._aside, self._output)
-        except OSError as error:
+            return self._folder.move()
+        except (OSError, CheckpointError) as error:
             raise CheckpointError(
-                f"the checkpoint is complete but cannot be moved to {self._output}"
-                f" ({error.strerror or error}): it stays in {self._aside}"
+                f"the checkpoint is complete but cannot be moved to {self._output} ({error}): it"
+                f" stays in {self._aside}"
             ) from error
-        _fsync(self._output.parent)
 
     def abort(self) -> None:
         """Remove what has been written, unless :meth:`finish` completed it."""
-        if not self._complete:
-            # Moved first: a thread that still writes can then add no file while this removes them.
-            doomed = self._aside.with_name(f"{self._aside.name}.removed")
-            with contextlib.suppress(OSError):
-                os.rename(self._aside, doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
-            shutil.rmtree(self._aside, ignore_errors=True)
+        self._folder.abort()
 
     def _pieces(self, unit: UnitSpec) -> Iterator[Tensor]:
         """All values of a unit in the order of its parameters, padding left out."""
@@ -245,13 +211,15 @@ class HuggingFaceWriter:
             yield
         except OSError as error:
             self.abort()
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                free = shutil.disk_usage(_existing_parent(self._output)).free
-                raise self._no_room(free) from error
-            raise CheckpointError(f"cannot write checkpoint {self._output}: {error}") from error
+            raise self._failed(error) from error
         except BaseException:
             self.abort()
             raise
+
+    def _failed(self, error: OSError) -> CheckpointError:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return self._no_room(shutil.disk_usage(existing_parent(self._output)).free)
+        return CheckpointError(f"cannot write checkpoint {self._output}: {error}")
 
     def _no_room(self, free: int) -> CheckpointError:
         return CheckpointError(
@@ -263,16 +231,3 @@ class HuggingFaceWriter:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:,.1f} MiB"
-
-
-def _existing_parent(path: Path) -> Path:
-    """The nearest folder above ``path`` that exists; of a file in the way, the file."""
-    return next(parent for parent in path.parents if parent.exists())
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -171,7 +171,12 @@ class HeadOps:
         squares = [views[n].view(torch.float64) for n in task.reads if n != "norms_host"]
         norms = [views[n].view(torch.float32) for n in task.reads if n == "norms_host"]
 
+        chunks = str(task.args["resident"]).split(",")
+
         def run(context: StepContext) -> None:
+            for norm in norms:
+                for chunk, value in zip(chunks, norm.tolist(), strict=True):
+                    finite(value, f"update.{chunk}: ")
             every = [*squares, *(norm.double() ** 2 for norm in norms)]
             total = float(torch.cat(every).sum())
             context.results.gradient_norm.set_result(finite(total) ** 0.5)

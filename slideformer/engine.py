@@ -13,6 +13,7 @@ together and decides nothing: placement is the planner's, order the policy's.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections import deque
 from collections.abc import Callable
@@ -26,10 +27,8 @@ import torch
 from transformers import PretrainedConfig
 
 from slideformer.config import EngineConfig
-from slideformer.graph.errors import (
-    CheckpointError,
-    SlideFormerError,
-)
+from slideformer.determinism import Determinism
+from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
 from slideformer.kernels.adamw import AdamW
@@ -124,11 +123,14 @@ class Engine:
         self._steps = 0
         self._open: deque[Future[None]] = deque()
         self._failed: BaseException | None = None
+        self._closed = False
         self._allocate()
+        self._determinism = Determinism(config.deterministic)
         try:
             self._fill(initial)
             self._start()
         except BaseException:
+            self._determinism.restore()
             self._arenas.close()
             raise
 
@@ -163,12 +165,6 @@ class Engine:
 
     def _start(self) -> None:
         config, cuda = self.config, self._device.type == "cuda"
-        if config.deterministic:
-            # cuBLAS reads its setting when it is first used.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
-            # Every element that is read is written before; filling would cost a pass over memory.
-            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         memory = ModelMemory(self.spec, self._decoder, self.plan, self._states)
         threads = config.threads or default_threads()
         bindings = {
@@ -196,9 +192,12 @@ class Engine:
         """Train on a batch; returns before it is done, unless two steps are open already.
 
         ``lr`` replaces the configured learning rate for this step. Raises what failed an earlier
-        step, and `DataError` for a batch that does not fit or has no target, which then is no step.
+        step; `DataError` for a batch that does not fit or has no target, `ConfigError` for a rate
+        that cannot work: then it is no step.
         """
         config = self.config
+        if lr is not None and not (math.isfinite(lr) and lr >= 0):
+            raise ConfigError(f"lr is {lr} for this step; give a finite number, 0 or more")
         batch.check((config.batch_size, config.seq_len), self.spec.vocab)
         optimizer = AdamW(
             lr=config.lr if lr is None else lr,
@@ -258,6 +257,8 @@ class Engine:
             self._wait_oldest()
         if self._failed is not None:
             raise self._failed
+        if self._closed:
+            raise SlideFormerError("the engine is closed; make a new one to go on")
         done = self._scheduler.submit(self._graphs[graph], self._operations[graph], context)
         self._open.append(done)
         return done
@@ -290,12 +291,13 @@ class Engine:
         """What decides the rounding: to compare if two runs of one config differ in bits."""
         return numerics_of(self.plan, self._device)
 
-    def save(self, output: Path | str) -> None:
+    def save(self, output: Path | str) -> Path:
         """Write a Hugging Face checkpoint with the weights after all submitted steps.
 
-        The folder appears whole or not at all. Raises `CheckpointError`: if it cannot be written,
-        and then the run can go on and save elsewhere; and after a failed step, as weights that are
-        part old and part new are not saved.
+        The folder appears whole or not at all. Returns where it lies: at ``output``, or if
+        something came to lie there meanwhile, beside it. Raises `CheckpointError`: if it cannot be
+        written, and then the run can go on and save elsewhere; and after a failed step, as weights
+        that are part old and part new are not saved.
         """
         masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
         for name in self.plan.resident:
@@ -316,11 +318,13 @@ class Engine:
                 ) from error
             if saving.errors:
                 raise saving.errors[0]
-            writer.finish()
+            return writer.finish()
 
     def close(self) -> None:
         """Wait for what is in flight and give all memory back."""
+        self._closed = True
         self._scheduler.close()
+        self._determinism.restore()
         self._arenas.close()
 
     def __enter__(self) -> Self:

@@ -13,16 +13,13 @@ from __future__ import annotations
 import json
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import FrameType, TracebackType
-from typing import TYPE_CHECKING, Protocol, Self, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 from transformers import AutoTokenizer
 
@@ -31,10 +28,11 @@ from slideformer.engine import Engine, StepHandle
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.interrupt import Interrupt
+from slideformer.models.aside import check_output
 from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.reading import is_plain_text
-from slideformer.models.export import check_output
 from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.schedule import Schedule, learning_rates
@@ -139,7 +137,7 @@ class Trainer:
         run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
         try:
             engine = Engine(config, on_plan=run.prepare)
-            with _Interrupt(config.output) as interrupt:
+            with Interrupt(f"to {config.output}") as interrupt:
                 try:
                     run.train(engine, interrupt)
                     engine.save(config.output)
@@ -185,7 +183,7 @@ class _Run:
         if self._progress is not None:
             self._progress.start(RunStart(config, self._spec, plan, steps))
 
-    def train(self, engine: Engine, interrupt: _Interrupt) -> None:
+    def train(self, engine: Engine, interrupt: Interrupt) -> None:
         """Run steps until there are enough, the data ends, or the user asks to stop."""
         self._done_at = time.perf_counter()
         unread: StepHandle | None = None
@@ -295,45 +293,3 @@ def _write_text(path: Path, text: str) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
     aside.replace(path)
-
-
-class _Interrupt:
-    """Ctrl-C inside a ``with`` block: the first sets ``asked``, the second raises.
-
-    Python handles signals in its main thread only; in another one this does nothing.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.asked = False
-        self.forced = False
-        self._output = output
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> Self:
-        if self._main:
-            self._before = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._before)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
-            self.forced = True
-            raise KeyboardInterrupt
-        self.asked = True
-        # Not from here: this thread may be in the middle of writing to the same stream.
-        threading.Thread(target=self._announce).start()
-
-    def _announce(self) -> None:
-        logger.warning(
-            "Ctrl-C: finishing the steps in flight, then saving to %s; a second one leaves at once "
-            "and saves nothing",
-            self._output,
-        )

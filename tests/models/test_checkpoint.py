@@ -24,8 +24,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from slideformer.graph.errors import CheckpointError
 from slideformer.kernels.split import split_master
 from slideformer.models import checkpoint, export
+from slideformer.models.aside import check_output
 from slideformer.models.checkpoint import check_weights, init_random, load_weights
-from slideformer.models.export import HuggingFaceWriter, check_output
+from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import read_model_config
 from slideformer.models.units import EMBED_KEY, HEAD_KEY, model_spec
 from tests.models.tiny import (
@@ -573,33 +574,26 @@ def test_the_output_appears_whole(folder: Folder, tmp_path: Path) -> None:
         assert (tmp_path / "out" / "config.json").exists()
 
 
-def test_finished_weights_survive_a_taken_output(folder: Folder, tmp_path: Path) -> None:
+def test_finished_weights_survive_a_taken_output(
+    folder: Folder, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     source = folder()
     masters, stored = load(source)
     spec = model_spec(read_model_config(source))
     output = tmp_path / "out"
+    (tmp_path / "out-1").touch()
     with HuggingFaceWriter(source, output, spec, masters, stored) as writer:
         for unit in spec.units:
             writer.write_unit(unit.name)
         output.mkdir()
         (output / "notes.txt").write_text("mine")
-        with pytest.raises(CheckpointError, match="is complete but cannot be moved") as caught:
-            writer.finish()
-    assert (output / "notes.txt").read_text() == "mine"
-    aside = Path(str(caught.value).rpartition(" ")[2])
-    saved = AutoModelForCausalLM.from_pretrained(aside).state_dict()
+        found = writer.finish()
+    assert found == tmp_path / "out-2"
+    assert f"{output} is taken by now; what was to be saved there is {found}" in caplog.text
+    assert [path.name for path in output.iterdir()] == ["notes.txt"]
+    saved = AutoModelForCausalLM.from_pretrained(found).state_dict()
     original = AutoModelForCausalLM.from_pretrained(source).state_dict()
     assert all(torch.equal(saved[key], original[key]) for key in original)
-
-
-def test_the_rest_of_a_killed_process_is_removed(folder: Folder, tmp_path: Path) -> None:
-    source = folder()
-    masters, stored = load(source)
-    aside = tmp_path / f".out.tmp-{os.getpid()}"
-    aside.mkdir()
-    (aside / "model-00001-of-00006.safetensors").touch()
-    write(source, tmp_path / "out", masters, stored)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 
 
 def test_a_source_that_vanished_is_named(folder: Folder, tmp_path: Path) -> None:

@@ -386,7 +386,7 @@ def test_a_resident_unit_with_a_bad_gradient_fails_the_step_and_stays_as_it_was(
         made.step(make_batch(0)).wait()
         spoil(made, "L01")
         before = raw_state(made)
-        with pytest.raises(NonFiniteError, match="the gradient is not finite"):
+        with pytest.raises(NonFiniteError, match=r"update\.norm\.c0: the gradient is not finite"):
             made.step(make_batch(1)).gradient_norm()
         after = raw_state(made)
         assert all(unchanged(before, after, f"L{i:02d}") for i in range(3))
@@ -408,8 +408,26 @@ def test_a_closed_engine_can_be_closed_again_and_does_not_train(folder: Path) ->
     made = Engine(config_for(folder))
     made.close()
     made.close()
-    with pytest.raises(RuntimeError, match="closed"):
-        made.step(make_batch(0))
+    for attempt in (made.step, made.evaluate):
+        with pytest.raises(SlideFormerError, match="the engine is closed; make a new one"):
+            attempt(make_batch(0))
+
+
+@pytest.mark.parametrize("lr", [float("nan"), float("inf"), -1e-5])
+def test_a_rate_that_cannot_work_is_no_step(engine: Engine, lr: float) -> None:
+    with pytest.raises(ConfigError, match=f"lr is {lr} for this step; give a finite number"):
+        engine.step(make_batch(0), lr=lr)
+    assert engine.step(make_batch(0)).number == 1
+
+
+def test_deterministic_kernels_are_for_the_engine_alone(folder: Path) -> None:
+    before = torch.are_deterministic_algorithms_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    with Engine(config_for(folder, deterministic=True)) as made:
+        assert torch.are_deterministic_algorithms_enabled()
+        made.step(make_batch(0)).wait()
+    assert torch.are_deterministic_algorithms_enabled() is before
+    assert torch.utils.deterministic.fill_uninitialized_memory is fill  # type: ignore[attr-defined]
 
 
 def test_a_close_waits_for_open_steps(folder: Path) -> None:

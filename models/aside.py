@@ -1,0 +1,200 @@
+"""Folders that appear whole or not at all: written aside, made durable, then renamed.
+
+A folder aside is hidden beside its target, ``.NAME.tmp-PID``, and locked by its owner (``flock``)
+for as long as the owner lives. One without a living owner was left by a process that was killed;
+whoever writes to the same target next removes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import itertools
+import logging
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from slideformer.graph.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def check_output(output: Path) -> None:
+    """Check that a checkpoint could be saved as ``output``, without leaving anything behind.
+
+    Raises:
+        CheckpointError: ``output`` is there and not an empty folder, or it could not be created.
+    """
+    output = output.absolute()
+    if output.is_dir():
+        if any(output.iterdir()):
+            raise CheckpointError(
+                f"output folder {output} is not empty: give another one, or empty it first"
+            )
+        if output.is_mount():
+            raise CheckpointError(
+                f"output folder {output} is a mount point and cannot be replaced: give a folder"
+                f" within it, such as {output / 'model'}"
+            )
+    elif output.exists() or output.is_symlink():
+        raise CheckpointError(f"output {output} is not a folder: give another path")
+    parent = existing_parent(output)
+    probe = parent / f".{output.name}.probe-{os.getpid()}"
+    try:
+        probe.mkdir()
+        probe.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"output folder {output} cannot be created in {parent} ({error.strerror or error}):"
+            " give a path that you may write to"
+        ) from error
+
+
+def free_name(output: Path) -> Path:
+    """``output``, or if a checkpoint cannot be put there the first of ``output-1``, … that is free.
+
+    Raises:
+        CheckpointError: nothing can be created beside it.
+    """
+    number, candidate = 0, output
+    while True:
+        try:
+            check_output(candidate)
+        except CheckpointError:
+            if not os.path.lexists(candidate):
+                raise
+            number += 1
+            candidate = output.with_name(f"{output.name}-{number}")
+        else:
+            return candidate
+
+
+class AsideFolder:
+    """A new, empty, locked folder ``path`` beside ``output``, until `move` or `abort`."""
+
+    def __init__(self, output: Path) -> None:
+        """Raises `OSError` if it cannot be made."""
+        self.output = output.absolute()
+        remove_orphans(self.output)
+        self._over = False
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        name = f".{self.output.name}.tmp-{os.getpid()}"
+        for number in itertools.count():
+            self.path = self.output.parent / (f"{name}-{number}" if number else name)
+            with contextlib.suppress(FileExistsError):  # this process's own, for another thread
+                self.path.mkdir()
+                self._lock = _lock_new(self.path)
+                if self._lock >= 0:
+                    break
+
+    def move(self) -> Path:
+        """Make the contents durable and put the folder in its place; returns where it lies.
+
+        If something took that place meanwhile, it goes beside it under a free name, and a warning
+        says so: what took hours is not thrown away. The files must have been fsynced.
+
+        Raises:
+            OSError: nothing can be renamed here; the folder stays aside then, with its contents.
+        """
+        for folder in (*(p for p in self.path.rglob("*") if p.is_dir()), self.path):
+            fsync(folder)
+        self._over = True
+        target = self.output
+        while True:
+            try:
+                os.rename(self.path, target)
+            except OSError:
+                following = free_name(target)
+                if following == target:
+                    raise
+                target = following
+            else:
+                break
+        if target != self.output:
+            logger.warning("%s is taken by now; what was to be saved there is %s", self.output,
+                           target)  # fmt: skip
+        fsync(target.parent)
+        os.close(self._lock)
+        return target
+
+    def abort(self) -> None:
+        """Remove it, unless it was moved."""
+        if self._over:
+            return
+        self._over = True
+        # Moved first: a thread that still writes can then add no file while this removes them.
+        doomed = self.path.with_name(f"{self.path.name}.removed")
+        with contextlib.suppress(OSError):
+            os.rename(self.path, doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+        shutil.rmtree(self.path, ignore_errors=True)
+        os.close(self._lock)
+
+
+def remove_orphans(output: Path) -> None:
+    """Remove the folders aside of ``output`` whose owners were killed."""
+    for path in _asides(output.absolute()):
+        try:
+            lock = _lock(path)
+        except OSError:  # no locks on this file system, or no access: not ours to remove
+            continue
+        if lock >= 0:
+            logger.info("removing %s, left by a run that was killed", path)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(lock)
+
+
+def _asides(output: Path) -> Iterator[Path]:
+    prefix = f".{output.name}.tmp-"
+    if output.parent.is_dir():
+        yield from [p for p in output.parent.iterdir() if p.name.startswith(prefix) and p.is_dir()]
+
+
+def _lock(path: Path) -> int:
+    """A descriptor that holds the lock of a folder, or -1 if another has it or the folder is gone.
+
+    The lock is released when the descriptor is closed, at the latest by the end of the process.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return -1
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between opening and locking it may have been removed, and made anew.
+        if os.path.samestat(os.fstat(descriptor), path.stat()):
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    except BaseException:
+        os.close(descriptor)
+        raise
+    os.close(descriptor)
+    return -1
+
+
+def _lock_new(path: Path) -> int:
+    """`_lock` of a folder just made, without the lock where the file system has none."""
+    try:
+        return _lock(path)
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+
+def existing_parent(path: Path) -> Path:
+    """The nearest folder above ``path`` that exists; of a file in the way, the file."""
+    return next(parent for parent in path.absolute().parents if parent.exists())
+
+
+def fsync(path: Path) -> None:
+    """Make a file or folder durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
