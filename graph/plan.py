@@ -83,6 +83,7 @@ class MemoryPlan:
 
     ``rows`` × ``seq_len`` tokens make a step, in micro-batches of ``micro_rows`` rows. The output
     matrix is processed in ``vocab_chunks`` chunks of rows against tiles of ``head_tile`` tokens.
+    In a ``packed`` run a row may hold several documents, which do not see each other.
 
     ``window`` layer-sized weight slots are on the GPU; units cross PCIe and are updated in chunks
     of at most ``chunk_numel`` elements. Boundaries (layer inputs) live in ``boundary_slots`` GPU
@@ -109,6 +110,7 @@ class MemoryPlan:
     chunk_numel: int
     offloaded: int
     staging_slots: int
+    packed: bool = False
     resident: frozenset[str] = frozenset()
     kept: int = 0
     spilled: int = 0

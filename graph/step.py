@@ -104,6 +104,7 @@ class _LayerWriter:
         self._train = train
         self._offloaded = self.plan.offloaded if train else 0
         self._micro = range(self.plan.micro_batches)
+        self._layout = [*memory.constants, *(["documents"] if self.plan.packed else [])]
         self._efficiency = efficiency(self.plan.micro_tokens)
         layers = len(self.spec.layers)
         self._keeping = self.plan.keeps(layers) if train else frozenset()
@@ -133,7 +134,7 @@ class _LayerWriter:
         memory.task(
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
-            reads=[*weights, x, *memory.constants],
+            reads=[*weights, x, *self._layout],
             writes=[out, *kept],
             cost=Cost(flops=self._flops(unit), efficiency=self._efficiency),
             unit=unit.name,
@@ -155,6 +156,7 @@ class _LayerWriter:
     def _stage_batch(self) -> None:
         memory = self.memory
         inputs = {"targets": 8 * self.plan.tokens}
+        inputs |= {"documents": memory.documents_nbytes} if self.plan.packed else {}
         if memory.resident("embed"):
             inputs |= {"ids": 8 * self.plan.tokens}
             inputs |= {"index": memory.index_nbytes} if self._train else {}
@@ -220,7 +222,7 @@ class _LayerWriter:
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,
-                    reads=[*weights, x, dx, *kept, *memory.constants] + (accumulators if m else []),
+                    reads=[*weights, x, dx, *kept, *self._layout] + (accumulators if m else []),
                     writes=[dx, *kept, *accumulators],
                     cost=Cost(
                         flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept)),

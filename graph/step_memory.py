@@ -190,12 +190,15 @@ class StepMemory:
 
     @cached_property
     def constants(self) -> list[str]:
-        """Made before the first step: cosines and sines, FP32 [2, seq_len, head_dim], and masks."""
+        """Made before the first step: cosines and sines, FP32 [2, seq_len, head_dim], and masks.
+
+        Packed runs have no masks, as their documents differ from step to step.
+        """
         seq_len = self.plan.seq_len
         nbytes = 8 * seq_len * self.spec.head_dim
         names = [self.buffer("rope", nbytes, Tier.GPU, Role.CONSTANT, carried=True)]
         for window in self.spec.windows:
-            if window < seq_len:
+            if window < seq_len and not self.plan.packed:
                 mask = f"mask.{window}"
                 square = seq_len * seq_len
                 names.append(self.buffer(mask, square, Tier.GPU, Role.CONSTANT, carried=True))
@@ -203,6 +206,11 @@ class StepMemory:
 
     # -- inputs and the loss
     # --------------------------------------------------------------------------------
+
+    @property
+    def documents_nbytes(self) -> int:
+        """Bytes of a packed step's positions and document starts, int32 [2·T + micro-batches]."""
+        return 4 * (2 * self.plan.tokens + self.plan.micro_batches)
 
     @property
     def index_nbytes(self) -> int:

@@ -35,7 +35,7 @@ class PlanRequest:
 
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile); ``predict`` simulates a step under the policy that will run it.
-    ``micro_rows`` and ``window`` fix what is otherwise chosen.
+    ``micro_rows`` and ``window`` fix what is otherwise chosen; ``packed`` is that of the plan.
     """
 
     spec: ModelSpec
@@ -48,6 +48,7 @@ class PlanRequest:
     predict: Callable[[TaskGraph], Prediction]
     micro_rows: int | None = None
     window: int | None = None
+    packed: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -101,6 +101,7 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     offloaded=len(spec.layers),
                     # All chunks of a layer leave at once, while the next one is differentiated.
                     staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk)),
+                    packed=request.packed,
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )
 

@@ -1,8 +1,10 @@
-"""Causal self-attention and its gradient, through PyTorch's fused scaled-dot-product attention.
+"""Causal self-attention and its gradient, through PyTorch's fused kernels.
 
 Sequences are padded on the right only, so a causal mask already hides every padded key from every
 real query; no padding mask exists. A layer whose window is shorter than the sequence takes a
-boolean mask instead. Projections, norms and rotary embedding belong to the layer; determinism and
+boolean mask instead. Rows that hold several documents take no mask: flash attention over sequences
+of different lengths (Dao, 2023, arXiv 2307.08691) where there is one, elsewhere each document is
+attended to by itself. Projections, norms and rotary embedding belong to the layer; determinism and
 the choice of backend are PyTorch's global settings.
 """
 
@@ -11,6 +13,11 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from slideformer.models.documents import Documents
+
+Mask = Tensor | Documents | None
+"""What a query may see of the keys before it: where a boolean mask says so, its document, all."""
 
 
 def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tensor | None:
@@ -25,13 +32,17 @@ def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
     return full.tril_().triu_(1 - window)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None) -> Tensor:
-    """softmax(scale · q kᵀ + causal or window mask) v, head by head.
+def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask) -> Tensor:
+    """softmax(scale · q kᵀ + causal, window or document mask) v, head by head.
 
     ``q`` is [B, S, H, D], ``k`` and ``v`` [B, S, K, D] with K a divisor of H: query heads
     i·H/K … (i+1)·H/K − 1 share key head i (grouped-query attention, Ainslie et al., 2023). Any
     strides with a contiguous last axis. Returns [B, S, H, D].
     """
+    if isinstance(mask, Documents):
+        attend = _varlen if _has_varlen(q) else _one_by_one
+        tokens = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask)
+        return tokens.view(q.shape)
     groups = q.shape[2] // k.shape[2]
     # On CUDA only the half-precision kernels without a mask read shared heads in place; the others
     # would fall back to one that materialises all scores.
@@ -51,15 +62,51 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | N
     return out.transpose(1, 2)
 
 
+def _has_varlen(q: Tensor) -> bool:
+    """Whether flash attention takes these heads; it wants multiples of 8 elements, up to 256."""
+    half = q.dtype in (torch.bfloat16, torch.float16)
+    return q.device.type != "cpu" and half and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+
+
+def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
+    """All documents in one kernel; ``q`` [T, H, D], ``k`` and ``v`` [T, K, D]."""
+    longest, window = max(documents.lengths), documents.window
+    windowed = window is not None and window < longest
+    out: Tensor = torch.ops.aten._flash_attention_forward(
+        q,
+        k,
+        v,
+        documents.starts,
+        documents.starts,
+        longest,
+        longest,
+        0.0,  # dropout
+        not windowed,  # causal; a window's right edge of 0 says the same
+        False,
+        scale=scale,
+        window_size_left=window - 1 if windowed and window is not None else None,
+        window_size_right=0 if windowed else None,
+    )[0]
+    return out
+
+
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
+    """The same, one document after another."""
+    parts = (t.unsqueeze(0).split(documents.lengths, dim=1) for t in (q, k, v))
+    outputs = [
+        attention(*part, scale=scale, mask=window_mask(length, documents.window, q.device))
+        for length, *part in zip(documents.lengths, *parts, strict=True)
+    ]
+    return torch.cat(outputs, dim=1)[0]
+
+
 class RecordedAttention:
     """One attention forward, kept for its backward: the only autograd graph in a decoder layer.
 
     Holds the inputs, the output and what the kernel saved; drop the object to free them.
     """
 
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Tensor | None
-    ) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
         with torch.enable_grad():
             self._inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))

@@ -22,9 +22,9 @@ from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
-from slideformer.models.attention import window_mask
 from slideformer.models.context import SaveContext, StepContext
 from slideformer.models.families import DecoderConfig
+from slideformer.models.layouts import Layout, layer_layout, step_documents
 from slideformer.models.state import UnitState
 
 Operation = Callable[[Any], object]
@@ -135,8 +135,10 @@ class StreamOps:
 
     def stage(self, task: Task, views: Views) -> Operation:
         """Put a step's targets, and what a resident embedding needs, into pinned memory."""
-        staged = {name: views[name].view(torch.int64) for name in task.writes}
-        tokens = self._memory.plan.tokens
+        memory, packed = self._memory, "documents_host"
+        tokens = memory.plan.tokens
+        staged = {name: views[name].view(torch.int64) for name in task.writes if name != packed}
+        documents = step_documents(memory, views[packed]) if packed in task.writes else None
 
         def run(context: StepContext) -> None:
             staged["targets_host"].copy_(context.targets)
@@ -144,6 +146,8 @@ class StreamOps:
                 staged["ids_host"].copy_(context.input_ids)
             if "index_host" in staged:
                 staged["index_host"].copy_(context.training()[0].packed(tokens))
+            if documents is not None:
+                context.packed().write(documents)
 
         return run
 
@@ -195,19 +199,22 @@ class StreamOps:
 
     def forward(self, task: Task, views: Views) -> Operation:
         """One layer forward on one micro-batch."""
-        unit, weights, rope, mask = self._layer(task, views)
+        unit, weights, layout = self._layer(task, views)
         cfg = self._memory.decoder
         x = self._memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         out = self._memory.boundary(views[task.writes[0]])
         kept = self._kept(task, views)
-        return without_grad(
-            lambda _: layer.forward(x, weights, cfg, rope, mask=mask, out=out, gate_up=kept)
-        )
+
+        def run(context: StepContext) -> None:
+            rope, mask = layout(context)
+            layer.forward(x, weights, cfg, rope, mask=mask, out=out, gate_up=kept)
+
+        return without_grad(run)
 
     def backward(self, task: Task, views: Views) -> Operation:
         """One layer recomputed and differentiated on one micro-batch."""
         memory = self._memory
-        unit, weights, rope, mask = self._layer(task, views)
+        unit, weights, layout = self._layer(task, views)
         cfg, accumulate = memory.decoder, int(task.args["micro"]) > 0
         x = memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         dx = memory.boundary(views[_only(task.reads, "x.dx.")])
@@ -217,9 +224,10 @@ class StreamOps:
         # is written; it would get into the norm and, by the update, into the padding of the master.
         gaps = [] if accumulate else padding(flat, unit)
 
-        def run(_: StepContext) -> None:
+        def run(context: StepContext) -> None:
             for gap in gaps:
                 gap.zero_()
+            rope, mask = layout(context)
             layer.backward(
                 x,
                 dx,
@@ -241,19 +249,11 @@ class StreamOps:
             return None
         return views[names[0]].view(self._memory.dtype).view(self._memory.plan.micro_tokens, -1)
 
-    def _layer(
-        self, task: Task, views: Views
-    ) -> tuple[UnitSpec, dict[str, Tensor], tuple[Tensor, Tensor], Tensor | None]:
+    def _layer(self, task: Task, views: Views) -> tuple[UnitSpec, dict[str, Tensor], Layout]:
         memory = self._memory
         unit = memory.spec.unit(str(task.args["unit"]))
         weights = operands(memory.weights(views, task.reads, unit.name), unit)
-        cos, sin = rope_views(views["rope"], memory)
-        window = memory.decoder.windows[memory.spec.layers.index(unit)]
-        size = memory.plan.seq_len
-        mask = None
-        if window is not None and window < size:
-            mask = views[f"mask.{window}"].view(torch.bool).view(size, size)
-        return unit, weights, (cos, sin), mask
+        return unit, weights, layer_layout(memory, task, views, unit)
 
     def download_master(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a resident unit's master down, to be saved."""
@@ -279,24 +279,6 @@ class StreamOps:
                 context.errors.append(error)
 
         return run
-
-
-def rope_views(view: Tensor, memory: ModelMemory) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, FP32 [seq_len, head_dim] each, in their buffer."""
-    tables = view.view(torch.float32).view(2, memory.plan.seq_len, memory.spec.head_dim)
-    return tables[0], tables[1]
-
-
-def fill_constants(views: Views, memory: ModelMemory, rope: tuple[Tensor, Tensor]) -> None:
-    """Write the tables and masks that all steps share into their buffers."""
-    for target, source in zip(rope_views(views["rope"], memory), rope, strict=True):
-        target.copy_(source)
-    seq_len = memory.plan.seq_len
-    for window in memory.spec.windows:
-        if window < seq_len:
-            mask = window_mask(seq_len, window, views["rope"].device)
-            assert mask is not None
-            views[f"mask.{window}"].view(seq_len, seq_len).copy_(mask)
 
 
 def finite(value: float, where: str = "") -> float:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from slideformer.graph.errors import CheckpointError
 from slideformer.kernels.adamw import AdamW
+from slideformer.models.documents import StepDocuments
 from slideformer.models.export import HuggingFaceWriter
 
 
@@ -107,7 +108,7 @@ class StepContext:
     """One step or evaluation: ``input_ids``, ``targets`` int64 [T] on the host, −100 = ignore.
 
     ``scale`` is one over the number of target tokens. ``used`` and ``optimizer`` are set for a
-    training step.
+    training step, ``documents`` in a packed run.
     """
 
     input_ids: Tensor
@@ -116,12 +117,18 @@ class StepContext:
     results: StepResults
     used: UsedRows | None = None
     optimizer: AdamW | None = None
+    documents: StepDocuments | None = None
 
     def training(self) -> tuple[UsedRows, AdamW]:
         """What only a training step has."""
         assert self.used is not None
         assert self.optimizer is not None
         return self.used, self.optimizer
+
+    def packed(self) -> StepDocuments:
+        """What only a step of a packed run has."""
+        assert self.documents is not None
+        return self.documents
 
 
 @dataclass(frozen=True)

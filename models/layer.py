@@ -22,7 +22,7 @@ from torch import Tensor
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
-from slideformer.models.attention import RecordedAttention, attention
+from slideformer.models.attention import Mask, RecordedAttention, attention
 from slideformer.models.gradients import product_, store_
 
 if TYPE_CHECKING:  # the arithmetic runs without transformers
@@ -32,7 +32,7 @@ Operands = Mapping[str, Tensor]
 """Operand name → tensor; the names are those of :func:`forward`."""
 
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary embedding, each FP32 [S, D]."""
+"""Cosines and sines of the rotary embedding, each FP32 [S, D] or [B, S, D]."""
 
 
 def forward(
@@ -41,7 +41,7 @@ def forward(
     cfg: DecoderConfig,
     rope: Rope,
     *,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     out: Tensor | None = None,
     gate_up: Tensor | None = None,
 ) -> Tensor:
@@ -51,7 +51,7 @@ def forward(
     ``qkv.weight`` [(H+2K)·D, h], ``o.weight`` [h, H·D], ``gate_up.weight`` [2I, h] (gate rows
     first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
     ``k_norm.weight`` [D] and the biases ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``.
-    ``mask`` is that of :func:`slideformer.models.attention.window_mask`. ``out``, contiguous and
+    ``mask`` is that of :func:`slideformer.models.attention.attention`. ``out``, contiguous and
     distinct from ``x``, receives the result. ``gate_up`` [B·S, 2I] receives the MLP's projections,
     for :func:`backward` to use instead of computing them again.
     """
@@ -84,7 +84,7 @@ def backward(
     rope: Rope,
     *,
     accumulate: bool,
-    mask: Tensor | None = None,
+    mask: Mask = None,
     gate_up: Tensor | None = None,
 ) -> None:
     """From the gradient of the output to those of the input and of every operand.
@@ -241,20 +241,28 @@ def _heads_backward(
 
 
 def workspace_bytes(
-    cfg: DecoderConfig, tokens: int, dtype_bytes: int, seq_len: int | None = None
+    cfg: DecoderConfig,
+    tokens: int,
+    dtype_bytes: int,
+    seq_len: int | None = None,
+    *,
+    packed: bool = False,
 ) -> int:
     """Most bytes of temporaries that exist at once in :func:`forward` or :func:`backward` on a GPU.
 
     For a micro-batch of ``tokens`` tokens in sequences of ``seq_len`` (default: one sequence),
-    computed in a dtype of ``dtype_bytes``. Arguments are not temporaries, and the workspace that
-    cuBLAS keeps for good is not counted.
+    computed in a dtype of ``dtype_bytes``; ``packed``: with several documents in a row. Arguments
+    are not temporaries, and the workspace that cuBLAS keeps for good is not counted.
     """
     seq_len = tokens if seq_len is None else seq_len
     h, i = cfg.hidden, cfg.intermediate
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    windowed = any(window is not None and window < seq_len for window in cfg.windows)
-    shared = not windowed and dtype_bytes < 4  # as in attention()
+    varlen = packed and dtype_bytes < 4  # as in attention(): takes windows and shared heads
+    windowed = not varlen and any(w is not None and w < seq_len for w in cfg.windows)
+    shared = not windowed and dtype_bytes < 4
     copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
+    if packed and not varlen:  # documents one by one, put together again
+        copies += 2 * q + 2 * kv
     forward_peak = max(
         h + q + 2 * kv,  # normed input, heads
         q + 2 * kv + copies + q,  # heads, keys and values copied per query head, attended
@@ -282,5 +290,6 @@ def workspace_bytes(
     rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
     # A boolean mask becomes an additive one of the compute dtype inside attention.
     mask = seq_len * seq_len * dtype_bytes if windowed else 0
+    rope = 2 * 4 * cfg.head_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    return tokens * (per_token + 4 * rows) + mask + 12 * 2**20
+    return tokens * (per_token + 4 * rows + rope) + mask + 12 * 2**20

@@ -120,7 +120,9 @@ class EngineConfig(BaseModel):
     batch_size: Count = 8
     """Rows per optimizer step."""
     seq_len: int = Field(default=1024, strict=True, ge=2)
-    """Tokens per row; longer rows are truncated, shorter ones padded."""
+    """Tokens per row; longer documents are cut, shorter ones padded."""
+    packing: bool = Field(default=False, strict=True)
+    """Whether a row holds as many documents as fit; none sees another."""
     lr: Number = Field(default=1e-5, ge=0)
     """Learning rate."""
     beta1: Number = Field(default=0.9, ge=0, lt=1)

@@ -35,13 +35,15 @@ from slideformer.kernels.adamw import AdamW
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.planner import plan_graphs
-from slideformer.models.bindings import ModelMemory, StreamOps, fill_constants
+from slideformer.models.bindings import ModelMemory, StreamOps
 from slideformer.models.checkpoint import check_weights, init_random, load_weights
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
+from slideformer.models.documents import StepDocuments
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head_ops import HeadOps
+from slideformer.models.layouts import fill_constants
 from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
 from slideformer.models.state import UnitState
@@ -198,7 +200,7 @@ class Engine:
         config = self.config
         if lr is not None and not (math.isfinite(lr) and lr >= 0):
             raise ConfigError(f"lr is {lr} for this step; give a finite number, 0 or more")
-        batch.check((config.batch_size, config.seq_len), self.spec.vocab)
+        batch.check((config.batch_size, config.seq_len), self.spec.vocab, packed=self.plan.packed)
         optimizer = AdamW(
             lr=config.lr if lr is None else lr,
             beta1=config.beta1,
@@ -218,7 +220,8 @@ class Engine:
 
         Raises as `step` does.
         """
-        batch.check((self.config.batch_size, self.config.seq_len), self.spec.vocab)
+        config = self.config
+        batch.check((config.batch_size, config.seq_len), self.spec.vocab, packed=self.plan.packed)
         results = StepResults()
         results.gradient_norm.set_exception(
             SlideFormerError("an evaluation has no gradients and so no norm; read its loss")
@@ -234,6 +237,8 @@ class Engine:
         used: UsedRows | None,
         optimizer: AdamW | None,
     ) -> StepHandle:
+        plan = self.plan
+        documents = StepDocuments.of(batch.documents(), plan.micro_batches) if plan.packed else None
         context = StepContext(
             batch.input_ids.reshape(-1),
             batch.targets.reshape(-1),
@@ -241,6 +246,7 @@ class Engine:
             results,
             used,
             optimizer,
+            documents,
         )
         done = self._submit(graph, context)
 

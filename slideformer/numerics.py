@@ -29,7 +29,7 @@ def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:
         "head_tile": plan.head_tile,
         "kept": plan.kept,
         "spilled": plan.spilled,
-        "attention": "sdpa",
+        "attention": "documents" if plan.packed else "sdpa",
         "kernels": kernel_build(),
         "device": name,
         "torch": str(torch.__version__),

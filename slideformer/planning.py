@@ -62,7 +62,7 @@ def plan_for(
 
     def workspace(rows: int, vocab_rows: int, tile: int) -> int:
         tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
-        layers = workspace_bytes(decoder, tokens, size, seq_len)
+        layers = workspace_bytes(decoder, tokens, size, seq_len, packed=config.packing)
         head = head_workspace_bytes(vocab_rows, tile, tokens, size)
         return max(layers, head + tokens * spec.hidden * size)
 
@@ -84,6 +84,7 @@ def plan_for(
             predict=predict,
             micro_rows=config.micro_batch,
             window=config.window,
+            packed=config.packing,
         )
     )
 

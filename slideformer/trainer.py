@@ -177,7 +177,9 @@ class _Run:
         dataset = TokenDataset.from_file(config.data, self._tokenizer, config.seq_len)
         dataset.check_vocabulary(self._spec.vocab)
         epochs = None if config.steps else config.epochs or 1
-        self._stream = BatchStream(dataset, config.batch_size, config.seed, epochs)
+        self._stream = BatchStream(
+            dataset, config.batch_size, config.seed, epochs, packing=config.packing
+        )
         steps = config.steps or self._stream.steps or 0
         self._rates = learning_rates(config, steps, self._schedule)
         if self._progress is not None:

@@ -156,7 +156,7 @@ def train(
 
 PLANNED = (
     *("model", "gpu_memory", "cpu_memory", "batch_size", "seq_len"),
-    *("compute", "policy", "micro_batch", "window"),
+    *("packing", "compute", "policy", "micro_batch", "window"),
 )
 """Settings that decide a plan."""
 

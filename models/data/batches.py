@@ -1,8 +1,9 @@
-"""Batches for training: pads rows, shifts targets, shuffles by (seed, epoch), resumes anywhere.
+"""Batches for training: fills rows, shifts targets, shuffles by (seed, epoch), resumes anywhere.
 
-The batch of step ``k`` is a pure function of the data set, the batch size, the seed and ``k``. One
-batch costs a few numpy gathers, so it can be drawn in a thread while a step runs. Tensors are plain
-CPU tensors; pinning them and moving them is the caller's.
+A row holds one document, or as many as fit. The batch of step ``k`` is a pure function of the data
+set, the packing, the batch size, the seed and ``k``. One batch costs a few numpy gathers, so it can
+be drawn in a thread while a step runs. Tensors are plain CPU tensors; pinning them and moving them
+is the caller's.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.data.packing import Rows, one_each, pack
 
 IGNORED_TARGET = -100  # the index that cross entropy in PyTorch ignores
 
@@ -27,7 +29,9 @@ class Batch:
     input_ids: int64 [B, S], padded on the right. targets: int64 [B, S]; ``targets[b, t]`` is the
     token at ``t + 1`` if it is learnt, else -100, and the last column is -100. real_tokens: tokens
     that are not padding. target_tokens: targets that are not -100. rows: rows that hold a record;
-    the others, at the end of an epoch, are padding throughout.
+    the others, at the end of an epoch, are padding throughout. positions: int64 [B, S], each
+    token's position in its document, for rows of several documents; a row starts with a 0, and so
+    does what pads it.
     """
 
     input_ids: torch.Tensor
@@ -35,9 +39,13 @@ class Batch:
     real_tokens: int
     target_tokens: int
     rows: int
+    positions: torch.Tensor | None = None
 
-    def check(self, shape: tuple[int, int], vocab: int) -> None:
-        """Raise `DataError` unless a step of ``shape`` for a vocabulary of that size can use it."""
+    def check(self, shape: tuple[int, int], vocab: int, *, packed: bool) -> None:
+        """Raise `DataError` unless a step of ``shape`` for a vocabulary of that size can use it.
+
+        ``packed``: whether the step can tell several documents of a row apart.
+        """
         if tuple(self.input_ids.shape) != shape or tuple(self.targets.shape) != shape:
             raise DataError(
                 f"the batch is {tuple(self.input_ids.shape)} with targets "
@@ -63,41 +71,95 @@ class Batch:
                 f"the batch says it has {self.target_tokens} targets, but {len(learnt)} are not "
                 f"{IGNORED_TARGET}; count those"
             )
+        if self.positions is not None:
+            self._check_positions(shape, packed)
+
+    def _check_positions(self, shape: tuple[int, int], packed: bool) -> None:
+        assert self.positions is not None
+        if not packed:
+            raise DataError(
+                "the batch has positions, so its rows may hold several documents; this engine was "
+                "planned for one a row: set packing to true"
+            )
+        positions, dtype = self.positions, self.positions.dtype
+        if tuple(positions.shape) != shape or dtype != torch.int64:
+            raise DataError(
+                f"the batch has positions of {tuple(positions.shape)}, {dtype}; they must be "
+                f"{shape}, torch.int64"
+            )
+        starts = positions == 0
+        if not (starts[:, 0].all() and (starts[:, 1:] | (positions.diff(dim=1) == 1)).all()):
+            raise DataError(
+                "the batch has positions that do not count up from 0 in each document; start every "
+                "row and every document with 0"
+            )
+
+    def documents(self) -> torch.Tensor:
+        """The positions, int64 [B, S]; without any, a row is one document."""
+        if self.positions is not None:
+            return self.positions
+        return torch.arange(self.input_ids.shape[1]).expand_as(self.input_ids)
 
 
-def make_batch(dataset: TokenDataset, rows: NDArray[np.int64], batch_size: int) -> Batch:
-    """The batch of the given row numbers, int64 [n] with n ≤ ``batch_size``, in their order."""
+def make_batch(dataset: TokenDataset, rows: Rows, batch_size: int, *, packed: bool) -> Batch:
+    """The batch of up to ``batch_size`` rows of documents; ``packed``: with positions."""
     assert len(rows) <= batch_size
-    starts = dataset.offsets[rows]
-    lengths = dataset.offsets[rows + 1] - starts
-    columns = np.arange(dataset.seq_len)
-    real = columns < lengths[:, None]
-    at = np.where(real, starts[:, None] + columns, 0)
-    input_ids = np.full((batch_size, dataset.seq_len), dataset.pad_id, dtype=np.int64)
-    targets = np.full((batch_size, dataset.seq_len), IGNORED_TARGET, dtype=np.int64)
-    if dataset.tokens:
-        input_ids[: len(rows)] = np.where(real, dataset.ids[at], dataset.pad_id)
-        learnt = (real & dataset.labels[at])[:, 1:]
-        targets[: len(rows), :-1] = np.where(learnt, input_ids[: len(rows), 1:], IGNORED_TARGET)
+    shape = (batch_size, dataset.seq_len)
+    lengths = dataset.offsets[rows.documents + 1] - dataset.offsets[rows.documents]
+    ends = np.concatenate(([0], np.cumsum(lengths)))  # of documents, in the batch's tokens
+    filled = np.diff(ends[rows.starts])
+    # Of each token: its position in its document, its place in the data set and in the batch.
+    position = _counted(lengths)
+    at = position + np.repeat(dataset.offsets[rows.documents], lengths)
+    row = np.repeat(np.arange(len(rows)), filled)
+    target = row * dataset.seq_len + _counted(filled)
+
+    input_ids = np.full(shape, dataset.pad_id, dtype=np.int64)
+    targets = np.full(shape, IGNORED_TARGET, dtype=np.int64)
+    input_ids.reshape(-1)[target] = dataset.ids[at]
+    learnt = dataset.labels[at] & (position > 0)
+    targets.reshape(-1)[target[learnt] - 1] = dataset.ids[at[learnt]]
+    positions = None
+    if packed:
+        padding = np.zeros((batch_size, 1), dtype=np.int64)
+        padding[: len(rows), 0] = filled
+        columns = np.arange(dataset.seq_len)
+        positions = torch.from_numpy(columns - np.where(columns < padding, 0, padding))
+        positions.view(-1)[torch.from_numpy(target)] = torch.from_numpy(position)
     return Batch(
         input_ids=torch.from_numpy(input_ids),
         targets=torch.from_numpy(targets),
-        real_tokens=int(lengths.sum()),
-        target_tokens=int(np.count_nonzero(targets != IGNORED_TARGET)),
+        real_tokens=len(target),
+        target_tokens=int(np.count_nonzero(learnt)),
         rows=len(rows),
+        positions=positions,
     )
+
+
+def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """0 … n − 1 for each length n, one after another."""
+    starts = np.cumsum(lengths) - lengths
+    counted: NDArray[np.int64] = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
+    return counted
 
 
 class BatchStream(Iterator[Batch]):
     """Batches of a data set, shuffled anew each epoch, for ``epochs`` epochs or without end.
 
-    Each epoch shows every row once; its last batch may be partly padding. Not thread-safe: one
-    thread at a time may draw. Raises ConfigError for sizes below one or a negative seed, DataError
-    for a data set without rows.
+    Each epoch shows every document once; its last batch may be partly padding. With ``packing`` the
+    documents of a row are the same in every epoch, and the order of rows changes. Not thread-safe:
+    one thread at a time may draw. Raises ConfigError for sizes below one or a negative seed,
+    DataError for a data set without rows.
     """
 
     def __init__(
-        self, dataset: TokenDataset, batch_size: int, seed: int, epochs: int | None = None
+        self,
+        dataset: TokenDataset,
+        batch_size: int,
+        seed: int,
+        epochs: int | None = None,
+        *,
+        packing: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"a batch size of {batch_size} is too small; use 1 or more")
@@ -112,7 +174,10 @@ class BatchStream(Iterator[Batch]):
         self._seed = seed
         self._step = 0
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
-        self.steps_per_epoch = -(-len(dataset) // batch_size)
+        self._packing = packing
+        lengths = np.diff(dataset.offsets)
+        self._rows = pack(lengths, dataset.seq_len) if packing else one_each(len(dataset))
+        self.steps_per_epoch = -(-len(self._rows) // batch_size)
         self.steps = None if epochs is None else epochs * self.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
@@ -120,8 +185,9 @@ class BatchStream(Iterator[Batch]):
         assert step >= 0
         epoch, index = divmod(step, self.steps_per_epoch)
         first = index * self._batch_size
-        rows = self._epoch_order(epoch)[first : first + self._batch_size]
-        return make_batch(self._dataset, rows, self._batch_size)
+        order = self._epoch_order(epoch)[first : first + self._batch_size]
+        rows = self._rows.take(order)
+        return make_batch(self._dataset, rows, self._batch_size, packed=self._packing)
 
     def __next__(self) -> Batch:
         if self.steps is not None and self._step >= self.steps:
@@ -161,6 +227,7 @@ class BatchStream(Iterator[Batch]):
             "seq_len": self._dataset.seq_len,
             "batch_size": self._batch_size,
             "seed": self._seed,
+            "packing": int(self._packing),
         }
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
@@ -169,6 +236,6 @@ class BatchStream(Iterator[Batch]):
             # Raw bits of a bit generator are the same in every version of numpy; those of
             # Generator.permutation are not promised to be.
             bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-            order = np.argsort(bits.random_raw(len(self._dataset)), kind="stable")
+            order = np.argsort(bits.random_raw(len(self._rows)), kind="stable")
             self._order = (epoch, order)
         return order

@@ -89,6 +89,7 @@ def test_defaults() -> None:
         "cpu_memory": None,
         "batch_size": 8,
         "seq_len": 1024,
+        "packing": False,
         "steps": None,
         "epochs": None,
         "lr": 1e-5,

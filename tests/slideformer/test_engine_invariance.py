@@ -1,8 +1,8 @@
 """Within one numerics key, trained weights are the same bits whatever lies or runs where and when.
 
-The numerics are micro-batch, vocabulary chunks, head tile and compute dtype. Hypothesis draws all
-the rest: policy, window, update chunks, offloaded boundaries, kept and spilled projections,
-resident units, gradient slots and threads.
+The numerics are micro-batch, vocabulary chunks, head tile, packing and compute dtype. Hypothesis
+draws all the rest: policy, window, update chunks, offloaded boundaries, kept and spilled
+projections, resident units, gradient slots and threads.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from tests.support.engines import (
     different,
     engine_with,
     make_batch,
+    packed_batch,
     state_of,
     write_model,
 )
 
 LAYERS = 3
 BATCHES = [make_batch(0), make_batch(1, lengths=[16, 7, 0, 12]), make_batch(2)]
+PACKED = [
+    BATCHES[0],
+    packed_batch(1, [[9, 7], [5, 2, 1, 8], [3], [16]]),
+    packed_batch(2, [[], [16], [1, 1, 14], [4, 4, 4]]),
+]
 NUMERICS: dict[str, dict[str, Any]] = {
     "two micro-batches": {},
     "one micro-batch": {"micro_rows": 4},
     "tiles": {"head_tile": 5},
     "vocabulary chunks": {"vocab_chunks": 3},
+    "packed": {"packed": True},
 }
 
 
@@ -53,11 +60,12 @@ def train(
 ) -> Outcome:
     """Three steps and two evaluations, all submitted before the first is read."""
     config = config_for(folder, compute="bf16", policy=policy, threads=threads, weight_decay=0.1)
+    batches = PACKED if numerics.get("packed") else BATCHES
     with engine_with(config, **numerics, **plan) as engine:
-        steps = [engine.step(BATCHES[0])]
-        evaluations = [engine.evaluate(BATCHES[1])]
-        steps += [engine.step(batch) for batch in BATCHES[1:]]
-        evaluations += [engine.evaluate(BATCHES[1])]
+        steps = [engine.step(batches[0])]
+        evaluations = [engine.evaluate(batches[1])]
+        steps += [engine.step(batch) for batch in batches[1:]]
+        evaluations += [engine.evaluate(batches[1])]
         return Outcome(
             state_of(engine),
             [step.loss() for step in steps],

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,6 +22,9 @@ from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step import compile_step
 from slideformer.models.data.batches import Batch
+from slideformer.models.data.batches import make_batch as make_rows
+from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.data.packing import Rows
 from tests.models.tiny import joined, save, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
@@ -51,6 +55,22 @@ def make_batch(
     real = sum(lengths or [SEQ_LEN] * ROWS)
     count = int((targets != -100).sum())
     return Batch(ids, targets, real, count, ROWS)
+
+
+def packed_batch(
+    seed: int, documents: Sequence[Sequence[int]], *, vocab: int = 301, seq_len: int = SEQ_LEN
+) -> Batch:
+    """Rows of random documents of these lengths, padded on the right."""
+    generator = np.random.default_rng(seed)
+    lengths = [length for row in documents for length in row]
+    dataset = TokenDataset(
+        generator.integers(1, vocab, sum(lengths), dtype=np.int32),
+        np.cumsum([0, *lengths]),
+        generator.random(sum(lengths)) < 0.8,
+        seq_len=seq_len,
+    )
+    rows = Rows(np.arange(len(lengths)), np.cumsum([0, *map(len, documents)]))
+    return make_rows(dataset, rows, len(documents), packed=True)
 
 
 def config_for(folder: Path, **changes: Any) -> EngineConfig:

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.models.data.batches import IGNORED_TARGET, Batch, BatchStream, make_batch
 from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.data.packing import Rows
 
 PAD = 999
-Rows = list[list[tuple[int, bool]]]
+Records = list[list[tuple[int, bool]]]
 
 
-def dataset_of(rows: Rows, seq_len: int = 6) -> TokenDataset:
+def dataset_of(rows: Records, seq_len: int = 6) -> TokenDataset:
     flat = [token for row in rows for token in row]
     return TokenDataset(
         np.array([token for token, _ in flat], dtype=np.int32),
@@ -53,7 +54,7 @@ def test_targets_are_shifted_and_padding_is_ignored() -> None:
             [(n, True) for n in range(10, 16)],
         ]
     )
-    batch = make_batch(dataset, np.array([3, 0, 1, 2]), 5)
+    batch = make_batch(dataset, Rows(np.array([3, 0, 1, 2]), np.arange(5)), 5, packed=False)
     ignored = IGNORED_TARGET
     assert batch.input_ids.tolist() == [
         [10, 11, 12, 13, 14, 15],
@@ -80,7 +81,7 @@ def test_targets_are_shifted_and_padding_is_ignored() -> None:
     batch_size=st.integers(1, 5),
     seed=st.integers(0, 2**40),
 )
-def test_an_epoch_shows_every_row_once(rows: Rows, batch_size: int, seed: int) -> None:
+def test_an_epoch_shows_every_row_once(rows: Records, batch_size: int, seed: int) -> None:
     dataset = dataset_of(rows)
     shown = []
     for batch in BatchStream(dataset, batch_size, seed, epochs=1):
