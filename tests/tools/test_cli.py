@@ -111,6 +111,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "cpu_memory": "100 GB",
         "batch_size": 6,
         "seq_len": 9,
+        "packing": True,
         "lr": 1e-3,
         "beta1": 0.5,
         "beta2": 0.6,
