@@ -141,8 +141,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr(Trainer, "train", capture)
-    arguments = [f"{flag_name(n)}={v}" for n, v in given.items() if n != "deterministic"]
-    code, _, err = call("train", *arguments, "--deterministic")
+    arguments = [f"{flag_name(n)}={v}" for n, v in given.items() if v is not True]
+    code, _, err = call("train", *arguments, "--deterministic", "--packing")
     assert code == 0, err
     assert seen == [load_config(None, given)]
 
