@@ -5,7 +5,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.14 python3.13 python3.12 pytho
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint typecheck unit clean
+.PHONY: demo test lint typecheck unit test-browser clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m slideformer.tools.demo
@@ -21,7 +21,12 @@ typecheck: $(VENV)/.installed-dev
 
 # GPU tests run where there is a CUDA device and are skipped elsewhere.
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -m "not browser"
+
+test-browser: $(VENV)/.installed-dev
+	@{ command -v chromium || command -v google-chrome; } >/dev/null && command -v chromedriver >/dev/null || \
+		{ echo "error: the browser tests need Chromium and chromedriver (on Debian: apt install chromium chromium-driver)" >&2; exit 1; }
+	$(BIN)/python -m pytest -q -m browser
 
 $(BIN)/python:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11 or newer found; set PYTHON=/path/to/python3" >&2; exit 1; }

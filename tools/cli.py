@@ -181,7 +181,3 @@ app.command()(simulate)
 app.command()(bench)
 app.add_typer(graph_app, name="graph")
 app.add_typer(policies_app, name="policies")
-
-
-if __name__ == "__main__":
-    app()

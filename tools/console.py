@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -60,6 +61,7 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
     leaves with 130 and at once: threads in the middle of something are not waited for. Errors of
     the command line's own parser pass.
     """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except SlideFormerError as error:

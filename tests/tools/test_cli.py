@@ -334,7 +334,7 @@ def interrupted(run: Run, times: int) -> tuple[int, str]:
     """Exit code and stderr of a long run that gets SIGINT during its third step."""
     # Steps long enough that both signals arrive within one.
     arguments = run.arguments(steps="100000", batch_size="256")
-    command = [sys.executable, "-m", "slideformer.tools.cli", *arguments]
+    command = [sys.executable, "-m", "slideformer.tools", *arguments]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         seen = []
@@ -364,6 +364,22 @@ def test_a_second_ctrl_c_leaves_with_130_and_no_checkpoint(run: Run) -> None:
     assert "Traceback" not in err
     assert err.splitlines()[-1] == "error: interrupted"
     assert sorted(path.name for path in run.folder.iterdir()) == ["text.txt"]
+
+
+@pytest.mark.parametrize("loading", ["slideformer.tools.console", "numpy", "typer"])
+def test_ctrl_c_while_the_program_is_loading(loading: str) -> None:
+    command = [sys.executable, "-X", "importtime", "-m", "slideformer.tools", "plan", "--help"]
+    with subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if line.rpartition("|")[2].strip() == loading:
+                process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=60) == 130
+    assert lines[-1] == "error: interrupted\n"
 
 
 # -- plan ----------------------------------------------------------------------------------------

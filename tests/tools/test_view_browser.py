@@ -1,0 +1,270 @@
+"""The page of a graph in headless Chromium, used with mouse and keys as a reader would.
+
+Pages are those that ``slideformer graph view`` writes, opened from disk. `make test-browser` runs
+these tests and fails where there is no Chromium.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import WebDriverWait
+from typer.testing import CliRunner
+
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.serialise import from_json, to_json
+from slideformer.graph.step import compile_step
+from slideformer.measure import shape_config
+from slideformer.models.units import model_spec
+from slideformer.simulation import simulate
+from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.view_cli import read_trace
+from tests.support.browser import chromium, chromium_driver
+from tests.support.specs import small_plan, small_spec
+
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(chromium() is None, reason="needs Chromium and its driver"),
+]
+
+PATIENCE = 180
+"""Seconds after which a page counts as hung, on a busy machine without a GPU."""
+
+
+class Page:
+    """An open page."""
+
+    def __init__(self, driver: webdriver.Chrome) -> None:
+        self.driver = driver
+
+    def open(self, path: Path) -> None:
+        """Load a file and wait until it is drawn."""
+        self.driver.get(path.as_uri())
+        self.until(lambda: self.run("return document.body.dataset.ready") == "yes")
+
+    def until(self, happened: Callable[[], Any]) -> None:
+        """Wait for something."""
+        WebDriverWait(self.driver, PATIENCE, poll_frequency=0.1).until(lambda _: happened())
+
+    def run(self, script: str, *arguments: Any) -> Any:
+        """What a piece of JavaScript returns."""
+        return self.driver.execute_script(script, *arguments)
+
+    def search(self, text: str) -> None:
+        """Type into the search box and press Enter."""
+        box = self.driver.find_element(By.ID, "search")
+        box.clear()
+        box.send_keys(text, Keys.ENTER)
+
+    @property
+    def heading(self) -> str:
+        """The name of the task whose details are shown."""
+        found = self.driver.find_elements(By.CSS_SELECTOR, "#details h1")
+        return found[0].text if found else ""
+
+    @property
+    def details(self) -> str:
+        """All that is said of a task."""
+        return self.driver.find_element(By.ID, "details").text
+
+    def click_into(self, plot: str, x: float, y: str | float) -> None:
+        """Click at a point of a plot, in the plot's own units."""
+        element = self.driver.find_element(By.ID, plot)
+        self.driver.execute_script("arguments[0].scrollIntoView()", element)
+        left, top = self.run(
+            """
+            const plot = document.getElementById(arguments[0]);
+            const box = plot.querySelector(".nsewdrag").getBoundingClientRect();
+            const {xaxis, yaxis} = plot._fullLayout;
+            return [box.left + xaxis.d2p(arguments[1]), box.top + yaxis.d2p(arguments[2])];
+            """,
+            plot,
+            x,
+            y,
+        )
+        actions = ActionChains(self.driver)
+        actions.w3c_actions.pointer_action.move_to_location(round(left), round(top))
+        actions.pause(0.3).click().perform()
+
+    def complaints(self) -> list[str]:
+        """Errors in the console, exceptions that nobody caught among them."""
+        entries = self.driver.get_log("browser")
+        return [entry["message"] for entry in entries if entry["level"] == "SEVERE"]
+
+
+@pytest.fixture(scope="module")
+def driver() -> Iterator[webdriver.Chrome]:
+    """A browser without a network."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(chromium())
+    for flag in (
+        "--headless=new",
+        "--no-sandbox",  # which root has to do without
+        "--disable-dev-shm-usage",
+        "--enable-unsafe-swiftshader",
+        "--window-size=1600,1300",
+        "--host-resolver-rules=MAP * ~NOTFOUND",
+    ):
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    service = webdriver.ChromeService(chromium_driver())
+    started = webdriver.Chrome(options=options, service=service)
+    yield started
+    started.quit()
+
+
+@pytest.fixture
+def page(driver: webdriver.Chrome) -> Iterator[Page]:
+    """The browser, whose console must stay free of errors."""
+    driver.get("about:blank")
+    opened = Page(driver)
+    opened.complaints()  # those of the test before are its own
+    yield opened
+    assert opened.complaints() == []
+
+
+def view(folder: Path, graph: TaskGraph, *flags: str) -> Path:
+    """The page of a graph, as the command writes it."""
+    step, path = folder / "step.json", folder / "step.html"
+    step.write_text(to_json(graph))
+    call("view", str(step), "-o", str(path), *flags)
+    return path
+
+
+def call(*arguments: str) -> None:
+    """Run a ``graph`` command that succeeds."""
+    result = CliRunner().invoke(graph_app, arguments)
+    assert result.exit_code == 0, result.exception
+
+
+GRAPH = compile_step(small_spec(), small_plan())
+MACHINE = ("--machine", "rtx3090")
+
+
+def drawn_bars(page: Page) -> dict[str, tuple[float, float, str]]:
+    """Start, duration and row of each task in the timeline, by name."""
+    bars = page.run(
+        """
+        const [bars] = document.getElementById("timeline").data;
+        return bars.x.map((long, i) =>
+          [tasks[bars.customdata[i]].name, bars.base[i], long, bars.y[i]]);
+        """
+    )
+    return {name: (start, seconds, row) for name, start, seconds, row in bars}
+
+
+def test_search_finds_a_task_and_its_details_lead_on(page: Page, tmp_path: Path) -> None:
+    page.open(view(tmp_path, GRAPH, *MACHINE))
+    task = GRAPH.tasks[GRAPH.index["bwd.L01.m0"]]
+    page.search("bwd.L01.m0")
+    assert page.heading == task.name
+    for name in (*task.reads, *task.writes):
+        assert name in page.details
+    waits = [GRAPH.tasks[p].name for p in GRAPH.edges.predecessors[GRAPH.index[task.name]]]
+    assert f"waits for ({len(waits)})" in page.details.lower()
+    assert all(name in page.details for name in waits)
+    timeline = simulate(GRAPH, "rtx3090")
+    [span] = [s for s in timeline.spans if s.task == task.name]
+    reason = max(timeline.waited_for(span), key=lambda s: s.stopped).task
+    assert f"started when this was done: {reason}" in page.details
+    page.driver.find_element(By.LINK_TEXT, waits[0]).click()
+    assert page.heading == waits[0]
+    page.search("L02")
+    assert "L02" in page.heading
+    page.search("no such task")
+    assert "no task has this" in page.details
+
+
+def test_a_click_on_a_bar_or_a_node_shows_its_task(page: Page, tmp_path: Path) -> None:
+    page.open(view(tmp_path, GRAPH, *MACHINE))
+    long = max((s for s in simulate(GRAPH, "rtx3090").spans), key=lambda s: s.seconds)
+    page.click_into("timeline", (long.started + long.stopped) / 2, long.lane.value)
+    page.until(lambda: page.heading == long.task)
+    for name in ("fwd.L01.m0", "bwd.L01.m0"):
+        x, y = page.run("const t = tasks[byName.get(arguments[0])]; return [t.x, t.y];", name)
+        page.click_into("graph", x, y)
+        page.until(lambda name=name: page.heading == name)
+
+
+def test_timeline_and_memory_are_those_of_the_file(page: Page, tmp_path: Path) -> None:
+    path = view(tmp_path, GRAPH, *MACHINE, "--gpu-memory", "1GiB")
+    page.open(path)
+    graph = from_json((tmp_path / "step.json").read_text())
+    timeline = simulate(graph, "rtx3090")
+    stop = timeline.makespan / 8  # what is narrower than a pixel is drawn once one zooms in
+    page.run("Plotly.relayout('timeline', {'xaxis.range': [0, arguments[0]]})", stop)
+    followed = "return document.getElementById('memory').layout.xaxis.range[1]"
+    page.until(lambda: page.run(followed) == pytest.approx(stop))
+    drawn = drawn_bars(page)
+    early = [s for s in timeline.spans if s.stopped < stop and s.seconds > stop / 1000]
+    assert early
+    for span in early:
+        start, seconds, row = drawn[span.task]
+        assert (start, seconds) == pytest.approx((span.started, span.seconds))
+        assert row == span.lane
+    shapes = len(page.driver.find_elements(By.CSS_SELECTOR, "#timeline .bars .point"))
+    assert shapes == len(drawn)
+    lines = page.run(
+        "return document.getElementById('memory').data.map((c) => [c.name, [...c.x], [...c.y]]);"
+    )
+    curves = {name: list(zip(times, levels, strict=True)) for name, times, levels in lines}
+    for tier, peak in timeline.peaks().items():
+        live = timeline.live(tier)
+        assert curves[tier.value] == [*live, (timeline.makespan, live[-1][1])]
+        assert {level for _, level in curves[f"{tier.value} places"]} == {peak}
+    assert {level for _, level in curves["gpu budget"]} == {1 << 30}
+
+
+def test_a_trace_stands_below_the_prediction_with_the_largest_differences(
+    page: Page, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace.json"
+    (tmp_path / "step.json").write_text(to_json(GRAPH))
+    call("trace", str(tmp_path / "step.json"), "-o", str(trace), "--machine", "h200")
+    page.open(view(tmp_path, GRAPH, *MACHINE, "--trace", str(trace)))
+    rows = page.run(
+        "return [...document.querySelectorAll('#timeline .ytick text')]"
+        ".map((t) => [t.getBoundingClientRect().top, t.textContent]);"
+    )
+    told = [label for _, label in sorted(rows)]
+    lanes = [label.split()[0] for label in told[: len(told) // 2]]
+    assert told == [f"{lane} {world}" for world in ("predicted", "measured") for lane in lanes]
+    predicted = {s.task: s.seconds for s in simulate(GRAPH, "rtx3090").spans}
+    measured = {s.task: s.seconds for s in read_trace(trace, GRAPH).spans}
+    gaps = sorted((abs(predicted[n] - measured[n]) for n in predicted), reverse=True)
+    listed = [link.text for link in page.driver.find_elements(By.CSS_SELECTOR, "#differences a")]
+    assert len(listed) == len(set(listed)) == 20
+    assert [abs(predicted[n] - measured[n]) for n in listed] == pytest.approx(gaps[:20])
+    page.driver.find_element(By.CSS_SELECTOR, "#differences a").click()
+    assert page.heading == listed[0]
+
+
+def test_the_largest_model_stays_usable(page: Page, tmp_path: Path) -> None:
+    """A step of 123 billion parameters in 88 layers: thousands of tasks."""
+    plan = small_plan(
+        rows=32, seq_len=1024, micro_rows=8, offloaded=88, chunk_numel=1 << 28, vocab_chunks=4
+    )
+    graph = compile_step(model_spec(shape_config("mistral-large-123b")), plan)
+    assert len(graph.tasks) > 3000
+    path = view(tmp_path, graph, "--machine", "rtx4090")
+    assert path.stat().st_size < 20 << 20
+    page.open(path)
+    name = "bwd.L44.m2"
+    page.search(name)
+    assert page.heading == name
+    shapes = "return document.querySelectorAll('#timeline .bars .point').length"
+    assert page.run(shapes) < 3000, "narrower than a pixel: merged until one zooms in"
+    span = next(s for s in simulate(graph, "rtx4090").spans if s.task == name)
+    around = [span.started - span.seconds, span.stopped + span.seconds]
+    page.run("Plotly.relayout('timeline', {'xaxis.range': arguments[0]})", around)
+    page.until(lambda: len(drawn_bars(page)) < 100)
+    assert drawn_bars(page)[name][:2] == pytest.approx((span.started, span.seconds))
+    page.click_into("timeline", (span.started + span.stopped) / 2, "compute")
+    assert page.heading == name
