@@ -8,6 +8,7 @@
     ├── DataError            a training file cannot be read
     ├── UnsupportedModelError  the model's family does not fit
     ├── DeviceError          the requested device is not usable
+    ├── StoreError           storage on NVMe failed
     ├── PolicyError          a scheduling policy broke its contract
     ├── TaskError            a task of a running graph failed
     └── NonFiniteError       a gradient or loss is not finite
@@ -49,6 +50,10 @@ class UnsupportedModelError(SlideFormerError):
 
 class DeviceError(SlideFormerError):
     """The requested device does not exist or cannot be used."""
+
+
+class StoreError(SlideFormerError):
+    """A folder or file on NVMe cannot be used any more; the message names it and the extent."""
 
 
 class PolicyError(SlideFormerError):

@@ -25,10 +25,15 @@ class Compute(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Budgets:
-    """Most bytes that may be used: of the GPU (with context) and of the host (all processes)."""
+    """Most bytes that may be used: of the GPU (with context), the host (all processes), NVMe.
+
+    ``nvme_writes`` bounds the bytes that a step may write to NVMe; None does not.
+    """
 
     gpu: int
     host: int
+    nvme: int = 0
+    nvme_writes: int | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +101,9 @@ class MemoryPlan:
     them. The last ``kept`` layers keep their MLP's projections on the GPU from forward to backward,
     ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
 
+    The moments of ``nvme_moments`` streamed layers are on NVMe, and of ``nvme_lo`` of those the
+    masters' lower halves too; chunks of them pass through ``nvme_slots`` slots in host memory.
+
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
 
@@ -114,6 +122,9 @@ class MemoryPlan:
     resident: frozenset[str] = frozenset()
     kept: int = 0
     spilled: int = 0
+    nvme_moments: int = 0
+    nvme_lo: int = 0
+    nvme_slots: int = 4
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()

@@ -70,7 +70,8 @@ def _write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     memory = StepMemory(spec, plan, "save")
     for unit in spec.units:
         chunks = memory.chunks[unit.name]
-        weights = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
+        weights = [name for c in chunks for name in memory.owned(c)]
+        weights += memory.stored.read_lo(unit)
         if memory.resident(unit.name):
             staged = memory.buffer(
                 f"saved.{unit.name}", 4 * unit.numel, Tier.PINNED, Role.WEIGHT, slot="saved"

@@ -1,6 +1,7 @@
 """The slots and buffers of a step: what is shared by all its parts, weights, state and inputs.
 
-Activations are in ``step_activations.py``, gradients in ``step_gradients.py``.
+Activations are in ``step_activations.py``, gradients in ``step_gradients.py``, what is on NVMe in
+``step_nvme.py``.
 
 Slots (the same names and sizes in every graph of a run, so that graphs can follow one another):
 
@@ -10,7 +11,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     kept.k                GPU      an MLP's projections kept from forward to backward
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
-                          (both on the GPU for a resident unit)
+                          (both on the GPU for a resident unit; less what is on NVMe)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
     xh.U, kh.U            pinned   offloaded boundaries, spilled projections
 """
@@ -29,6 +30,7 @@ from slideformer.graph.placing import Visit
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_activations import Activations
 from slideformer.graph.step_gradients import Gradients
+from slideformer.graph.step_nvme import LO, MOMENTS, StoredState
 from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_NBYTES = 10
@@ -50,6 +52,7 @@ class StepMemory:
         self.task = self._builder.task
         self.activations = Activations(self)
         self.gradients = Gradients(self)
+        self.stored = StoredState(self)
 
     @cached_property
     def chunks(self) -> Mapping[str, tuple[Chunk, ...]]:
@@ -117,8 +120,13 @@ class StepMemory:
         return self._owned(chunk, "hi", 2, Tier.PINNED, Role.WEIGHT)
 
     def state(self, chunk: Chunk) -> str:
-        """Lower halves and moments of a chunk, 10 bytes per element."""
-        return self._owned(chunk, "state", STATE_NBYTES, Tier.CPU, Role.OPTIMIZER)
+        """Lower halves and moments of a chunk, 10 bytes per element, or 2 without the moments."""
+        size = 2 if self.stored.has(MOMENTS, chunk.unit) else STATE_NBYTES
+        return self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)
+
+    def owned(self, chunk: Chunk) -> list[str]:
+        """What a chunk owns in memory: upper halves, and of its state what is not on NVMe."""
+        return [self.hi(chunk), *([] if self.stored.has(LO, chunk.unit) else [self.state(chunk)])]
 
     def _owned(self, chunk: Chunk, kind: str, size: int, tier: Tier, role: Role) -> str:
         return self.buffer(

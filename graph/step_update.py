@@ -57,7 +57,7 @@ class UpdateWriter:
         for chunk, staged in memory.gradients.stage_gradients(chunks, accumulators):
             gradient = memory.gradients.download_gradient(chunk, staged)
             name = f"{chunk.unit}.{chunk.label}"
-            owned = [memory.hi(chunk), memory.state(chunk)]
+            owned = [*memory.owned(chunk), *memory.stored.read(chunk)]
             memory.task(
                 f"update.{name}",
                 TaskKind.CPU_UPDATE,
@@ -68,6 +68,7 @@ class UpdateWriter:
                 begin=chunk.begin,
                 end=chunk.end,
             )
+            memory.stored.write(chunk)
 
     def _update_on_gpu(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
         memory, unit = self.memory, chunks[0].unit

@@ -14,6 +14,7 @@ from slideformer.graph.plan import (
     efficiency,
     forward_flops,
 )
+from slideformer.memory.nvme_needs import nvme_seconds
 
 OVERLAP_LOSS = 0.12
 """Share of the second busiest lane that even a good order leaves exposed."""
@@ -56,7 +57,7 @@ def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
 
 
 def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
-    """Seconds of work of the H2D, D2H and CPU lanes."""
+    """Seconds of work of all other lanes."""
     size = plan.compute.nbytes
     resident = sum(spec.unit(name).numel for name in plan.resident)
     streamed = spec.param_count - resident
@@ -72,7 +73,12 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     idle += 6 * spec.vocab * spec.hidden * plan.tokens / rate
     if spec.head.name in plan.resident:  # then it is the last layer's
         idle += 3 * forward_flops(spec, spec.layers[0], plan.rows, plan.seq_len) / rate
-    return [up / profile.h2d, down / profile.d2h, streamed / profile.update + idle]
+    return [
+        up / profile.h2d,
+        down / profile.d2h,
+        streamed / profile.update + idle,
+        *nvme_seconds(spec, plan, profile),
+    ]
 
 
 def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:

@@ -1,10 +1,14 @@
-"""How much host memory this process may use: what is available, within its container's limit."""
+"""What this process may use: host memory within its container's limit, and space on NVMe."""
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+
+from slideformer.graph.errors import StoreError
 
 _CGROUP_FILES = (
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -24,6 +28,21 @@ def available_host_memory() -> int:
         if limit is not None and usage is not None:
             room = min(room, max(0, limit - usage))
     return int(room * _MARGIN)
+
+
+def free_nvme(folders: Sequence[Path]) -> int:
+    """Bytes that may be used in folders of equal shares, 5 % kept back.
+
+    Raises `StoreError` for a folder that is not there.
+    """
+    try:
+        free = [shutil.disk_usage(folder).free for folder in folders]
+    except OSError as error:
+        raise StoreError(
+            f"NVMe folder {error.filename} cannot be used ({error.strerror}); create it or give "
+            "another one as --nvme"
+        ) from error
+    return int(len(folders) * min(free, default=0) * _MARGIN)
 
 
 def _read_number(path: str) -> int | None:

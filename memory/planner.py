@@ -28,6 +28,14 @@ from slideformer.memory.needs import (
     measure,
     peaks,
 )
+from slideformer.memory.nvme_needs import (
+    less_on_nvme,
+    more_on_nvme,
+    most_on_nvme,
+    nvme_nbytes,
+    nvme_room,
+    relieve,
+)
 
 CHUNK_NUMEL = 32 << 20
 """Elements of a chunk: 64 MiB in BF16, large enough for full PCIe speed."""
@@ -110,26 +118,33 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     """Ways to spend what ``base`` leaves: seconds, extra bytes, plan. Sizes are close estimates."""
     spec, budgets = request.spec, request.budgets
     layers = len(spec.layers)
-    base = _most_offloaded(request, base)
+    streamed, base = base, _most_offloaded(request, base)
     sizes = measure(request, base)
+    if sizes.host > budgets.host and nvme_room(budgets):
+        base = _fewest_offloaded(request, streamed)
+        sizes = measure(request, base)
     gpu, host = budgets.gpu - sizes.gpu, budgets.host - sizes.host
-    if gpu < 0 or host < 0:
+    if gpu < 0 or (host < 0 and not nvme_room(budgets)):
         return
     projections = 2 * base.tokens * spec.intermediate * base.compute.nbytes
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
             break
+        spared = (2 + STATE_NBYTES) * sum(spec.unit(name).numel for name in resident)
+        relieved = relieve(spec, replace(base, resident=resident), -host - spared)
+        if relieved is None or nvme_nbytes(spec, relieved) > nvme_room(budgets):
+            continue
         most = min(layers, (gpu - nbytes) // projections)
         for kept in sorted({most * part // 4 for part in range(5)}):
             used = nbytes + kept * projections
-            plan = replace(base, resident=resident, kept=kept)
+            plan = replace(relieved, kept=kept)
             yield step_bound(spec, plan, request.profile), used, plan
             ring = SPILL_SLOTS * projections // base.micro_batches
             if kept < most or used + ring > gpu:
                 continue
-            affordable = min(layers - kept, host // projections)
+            affordable = min(layers - kept, max(host, 0) // projections)
             for spilled in sorted({affordable * part // 4 for part in range(1, 5)} - {0}):
-                plan = replace(base, resident=resident, kept=kept, spilled=spilled)
+                plan = replace(relieved, kept=kept, spilled=spilled)
                 seconds = step_bound(spec, plan, request.profile)
                 yield seconds, used + ring + spilled * projections, plan
 
@@ -177,6 +192,7 @@ def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
     """Make an estimated choice exact: shrink it if need be, then spend the rest on boundaries."""
     spec, budgets = request.spec, request.budgets
     order = ["embed", *(unit.name for unit in spec.layers)]
+    plan = _least_on_nvme(request, plan)
     sizes = measure(request, plan)
     while sizes.gpu > budgets.gpu or sizes.host > budgets.host:
         if plan.spilled:
@@ -186,13 +202,32 @@ def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
         elif plan.resident:
             plan = replace(plan, resident=frozenset(order[: len(plan.resident) - 1]))
         else:
-            raise AssertionError("a base that fits does not fit any more")
+            raise _refusal(request)  # the estimate was out by what fills pages on NVMe
         sizes = measure(request, plan)
     plan = _fewest_offloaded(request, plan)
     sizes = measure(request, plan)
     plan = _assign_gradients(request, replace(plan, boundary_slots=sizes.boundaries), sizes)
     seconds = request.predict(compile_step(spec, plan)).seconds
     return replace(plan, peaks=peaks(request, plan), step_seconds=seconds)
+
+
+def _least_on_nvme(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """``plan`` with as little on NVMe as brings the host within its budget, or as much as may be.
+
+    Unlike `relieve`, to the byte.
+    """
+
+    def fits(candidate: MemoryPlan) -> bool:
+        return measure(request, candidate).host <= request.budgets.host
+
+    while not fits(plan):
+        more = more_on_nvme(request.spec, plan)
+        if more is None or nvme_nbytes(request.spec, more) > nvme_room(request.budgets):
+            return plan
+        plan = more
+    while (less := less_on_nvme(plan)) is not None and fits(less):
+        plan = less
+    return plan
 
 
 def _last(limit: int, holds: Callable[[int], bool]) -> int:
@@ -235,6 +270,7 @@ def _refusal(request: PlanRequest) -> BudgetError:
     host: list[int] = []
     both: list[tuple[int, int]] = []
     for base in _bases(request):
+        base = most_on_nvme(request.spec, base, nvme_room(budgets))
         sizes = measure(request, base)
         both.append((sizes.gpu, sizes.host))
         sizes = measure(request, _most_offloaded(request, base))
@@ -251,10 +287,11 @@ def _refusal(request: PlanRequest) -> BudgetError:
     if not ways:
         least = min(both)
         ways = [f"--gpu-memory {_mib(least[0])}MiB with --cpu-memory {_mib(least[1])}MiB"]
+    with_nvme = f" and {nvme_room(budgets) >> 20} MiB of NVMe" if nvme_room(budgets) else ""
     return BudgetError(
         f"no plan fits {budgets.gpu >> 20} MiB of GPU memory and {budgets.host >> 20} MiB of host "
-        f"memory for {request.rows} rows of {request.seq_len} tokens; the least that works is "
-        f"{' or '.join(ways)}. A smaller --batch-size or --seq-len needs less"
+        f"memory{with_nvme} for {request.rows} rows of {request.seq_len} tokens; the least that "
+        f"works is {' or '.join(ways)}. A smaller --batch-size or --seq-len needs less"
     )
 
 

@@ -68,6 +68,17 @@ class ModelMemory:
         dtype = torch.float32 if size == 4 else torch.bfloat16
         return whole(views, names, f"acc.{unit}.").view(dtype)
 
+    def updated(self, task: Task, views: Views) -> UnitState:
+        """The state of the chunk that an update works on, its part from NVMe where that is."""
+        begin, end = int(task.args["begin"]), int(task.args["end"])
+        state = self.states[str(task.args["unit"])].part(begin, end)
+        for name in task.writes:
+            if name.startswith("staged.moments."):
+                state = state.with_moments(views[name])
+            elif name.startswith("staged.lo."):
+                state = state.with_lo(views[name])
+        return state
+
     def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
         nbytes = numel * self.plan.compute.nbytes
@@ -125,6 +136,7 @@ class StreamOps:
             "fwd": self.forward,
             "bwd": self.backward,
             "download_master": self.download_master,
+            "unstage": self.unstage,
             "save": self.save,
         }
 
@@ -265,6 +277,12 @@ class StreamOps:
             lo.copy_(state.lo, non_blocking=True)
 
         return run
+
+    def unstage(self, task: Task, views: Views) -> Operation:
+        """Put a chunk's lower halves, read from NVMe, beside those of its unit."""
+        target = views[task.writes[0]]
+        source = views[task.reads[0]][: len(target)]
+        return lambda _: target.copy_(source)
 
     def save(self, task: Task, views: Views) -> Operation:
         """Hand a unit to the checkpoint writer."""

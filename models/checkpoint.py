@@ -37,8 +37,15 @@ PIECE = 2 * 2**20
 
 _PIECE_BYTES = 4 * PIECE
 
+Filled = Callable[[str], None]
+"""Told the name of a unit whose masters are complete."""
+
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+
+
+def _nothing(unit: str) -> None:
+    """Take no notice of a unit."""
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
@@ -55,11 +62,15 @@ def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
     return _stored_dtypes(sources, spec)[0]
 
 
-def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch.dtype:
+def load_weights(
+    folder: Path, spec: ModelSpec, weights: MasterWeights, filled: Filled = _nothing
+) -> torch.dtype:
     """Fill the masters of all units from the safetensors files of a model folder.
 
     Padding between operands is zeroed. A tied model's output matrix may be stored as well, if it
-    equals the token matrix; old checkpoints' rotary frequencies are ignored.
+    equals the token matrix; old checkpoints' rotary frequencies are ignored. ``filled`` is called
+    with each unit's name when its masters are complete and before the next one's are touched, so
+    that units may share memory.
 
     Returns:
         The dtype the weights are stored in; of several, the one with most elements.
@@ -83,18 +94,22 @@ def load_weights(folder: Path, spec: ModelSpec, weights: MasterWeights) -> torch
         read_range(source, start * stored_as.itemsize, raw.numpy().data)
         return raw.view(stored_as)
 
-    _fill_masters(read, spec, weights)
+    _fill_masters(read, spec, weights, filled)
     return dtypes[0]
 
 
 def init_random(
-    config: PretrainedConfig, spec: ModelSpec, weights: MasterWeights, seed: int
+    config: PretrainedConfig,
+    spec: ModelSpec,
+    weights: MasterWeights,
+    seed: int,
+    filled: Filled = _nothing,
 ) -> None:
     """Fill the masters of all units with random weights, as transformers initialises a new model.
 
     Matrices are normal with standard deviation ``initializer_range``, but for a zero row of the
     token matrix at ``pad_token_id``; biases are zero and norms one. A parameter's values depend on
-    ``seed`` and its name alone.
+    ``seed`` and its name alone. ``filled`` is as for `load_weights`.
     """
     std = np.float32(config.initializer_range or 0.02)
     padding_idx = decoder_config(config).padding_idx
@@ -113,7 +128,7 @@ def init_random(
             values[max(row, 0) : max(row + param.shape[1], 0)] = 0.0
         return values
 
-    _fill_masters(draw, spec, weights)
+    _fill_masters(draw, spec, weights, filled)
 
 
 def _locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], StoredTensor | None]:
@@ -242,8 +257,9 @@ def _fill_masters(
     produce: Callable[[ParamSpec, int, int, Tensor], Tensor],
     spec: ModelSpec,
     weights: MasterWeights,
+    filled: Filled,
 ) -> None:
-    """Split all parameters, piece by piece, into the masters, and zero the padding.
+    """Split all parameters, unit by unit and piece by piece, into the masters; zero the padding.
 
     ``produce(param, start, count, buffer)`` returns the elements from ``start`` on, held in the
     ``uint8 [_PIECE_BYTES]`` buffer of the calling thread. Pieces run on one thread per core; the
@@ -268,29 +284,29 @@ def _fill_masters(
         initargs=(1,),
     )
     try:
-        for future in [pool.submit(work, *piece) for piece in _pieces(spec, weights)]:
-            future.result()
+        for unit in spec.units:
+            hi, lo = weights[unit.name]
+            for future in [pool.submit(work, *piece) for piece in _pieces(unit, hi, lo)]:
+                future.result()
+            _zero_padding(unit, hi, lo)
+            filled(unit.name)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(operator_threads)
-    for unit in spec.units:
-        _zero_padding(unit, *weights[unit.name])
 
 
 def _pieces(
-    spec: ModelSpec, weights: MasterWeights
+    unit: UnitSpec, hi: Tensor, lo: Tensor
 ) -> Iterator[tuple[ParamSpec, int, int, Tensor, Tensor]]:
-    """All parameters in pieces: parameter, first element, number of elements, ``hi``, ``lo``."""
-    for unit in spec.units:
-        hi, lo = weights[unit.name]
-        for array in (hi, lo):
-            assert array.dtype is torch.int16
-            assert array.shape == (unit.numel,)
-        for param in unit.params:
-            for start in range(0, param.numel, PIECE):
-                count = min(PIECE, param.numel - start)
-                where = slice(param.offset + start, param.offset + start + count)
-                yield param, start, count, hi[where], lo[where]
+    """A unit's parameters in pieces: parameter, first element, number of elements, both halves."""
+    for array in (hi, lo):
+        assert array.dtype is torch.int16
+        assert array.shape == (unit.numel,)
+    for param in unit.params:
+        for start in range(0, param.numel, PIECE):
+            count = min(PIECE, param.numel - start)
+            where = slice(param.offset + start, param.offset + start + count)
+            yield param, start, count, hi[where], lo[where]
 
 
 def _zero_padding(unit: UnitSpec, hi: Tensor, lo: Tensor) -> None:

@@ -92,10 +92,15 @@ def _path(value: Any) -> Any:
     return value
 
 
+def _several(value: Any) -> Any:
+    return [value] if isinstance(value, str | Path) else value
+
+
 Budget = Annotated[int | None, BeforeValidator(_budget)]
 Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
+Locations = Annotated[tuple[Location, ...], BeforeValidator(_several)]
 
 
 class EngineConfig(BaseModel):
@@ -117,6 +122,14 @@ class EngineConfig(BaseModel):
     """Bytes the run may use on the GPU; accepts sizes like ``"24GiB"``."""
     cpu_memory: Budget = None
     """Bytes the run may use on the host; accepts sizes like ``"100 GB"``."""
+    nvme: Locations = ()
+    """Folder on an NVMe disk for state that does not fit the host; several are striped."""
+    nvme_memory: Budget = None
+    """Bytes the run may use in these folders, all together; without it, most of what is free."""
+    nvme_write_limit: Budget = None
+    """Most bytes that a step may write to NVMe: writing wears the disk out."""
+    nvme_checksums: bool = Field(default=True, strict=True)
+    """Whether what is read from NVMe is checked against what was written."""
     batch_size: Count = 8
     """Rows per optimizer step."""
     seq_len: int = Field(default=1024, strict=True, ge=2)

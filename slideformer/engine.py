@@ -32,8 +32,6 @@ from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerEr
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
 from slideformer.kernels.adamw import AdamW
-from slideformer.memory.arena import Arenas
-from slideformer.memory.layout import lay_out, places
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.bindings import ModelMemory, StreamOps
 from slideformer.models.checkpoint import check_weights, init_random, load_weights
@@ -46,11 +44,11 @@ from slideformer.models.head_ops import HeadOps
 from slideformer.models.layouts import fill_constants
 from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
-from slideformer.models.state import UnitState
 from slideformer.models.units import model_spec
 from slideformer.models.update_ops import UpdateOps
 from slideformer.numerics import numerics_of
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for
+from slideformer.run_memory import RunMemory
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.cuda import CudaDevice
 from slideformer.runtime.device import Device, bind
@@ -126,64 +124,64 @@ class Engine:
         self._open: deque[Future[None]] = deque()
         self._failed: BaseException | None = None
         self._closed = False
-        self._allocate()
+        self._graphs = plan_graphs(self.spec, self.plan)
+        self._memory = RunMemory(
+            self.spec,
+            self.plan,
+            self._graphs,
+            self._device,
+            config.nvme,
+            checksums=config.nvme_checksums,
+        )
         self._determinism = Determinism(config.deterministic)
         try:
             self._fill(initial)
             self._start()
         except BaseException:
             self._determinism.restore()
-            self._arenas.close()
+            self._memory.close()
             raise
 
     # -- making ready ----------------------------------------------------------------------------
 
-    def _allocate(self) -> None:
-        self._graphs = plan_graphs(self.spec, self.plan)
-        wanted = places(self._graphs)
-        self._arenas = Arenas(lay_out(wanted), wanted, self._device)
-        self._states = {
-            unit.name: UnitState.of(
-                unit,
-                self._arenas.place(f"hi.{unit.name}"),
-                self._arenas.place(f"state.{unit.name}"),
-            )
-            for unit in self.spec.units
-        }
-
     def _fill(self, initial: PretrainedConfig | None) -> None:
-        masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
-        for state in self._states.values():  # host memory is zero already
+        masters = self._memory.masters()
+
+        def filled(unit: str) -> None:
+            self._memory.put_lo(unit, masters[unit][1])
+
+        for state in self._memory.states.values():  # host memory is zero already
             if state.m.is_cuda:
                 state.m.zero_()
                 state.v.zero_()
         if initial is None:
-            self._stored = load_weights(self.config.model, self.spec, masters)
+            self._stored = load_weights(self.config.model, self.spec, masters, filled)
         else:
-            init_random(initial, self.spec, masters, seed=0)
+            init_random(initial, self.spec, masters, seed=0, filled=filled)
             self._stored = torch.bfloat16
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
 
     def _start(self) -> None:
         config, cuda = self.config, self._device.type == "cuda"
-        memory = ModelMemory(self.spec, self._decoder, self.plan, self._states)
+        memory = ModelMemory(self.spec, self._decoder, self.plan, self._memory.states)
         threads = config.threads or default_threads()
         bindings = {
             **StreamOps(memory).table(),
             **HeadOps(memory).table(),
             **UpdateOps(memory, threads).table(),
             **ResidentOps(memory, threads).table(),
+            **self._memory.bindings(),
         }
         step = self._graphs[0]
         constants = {
-            name: self._arenas.view(buffer)
+            name: self._memory.view(buffer)
             for name, buffer in step.buffers.items()
             if name == "rope" or name.startswith("mask.")
         }
         rope = rope_tables(self._hf_config, config.seq_len, self._device)
         fill_constants(constants, memory, rope)
-        self._operations = [bind(graph, bindings, self._arenas) for graph in self._graphs]
+        self._operations = [bind(graph, bindings, self._memory) for graph in self._graphs]
         device: Device = CudaDevice(self._device.index or 0) if cuda else CpuDevice()
         self._trace = Trace()
         self._scheduler = SchedulerThread(device, self._policy, self._profile, self._trace)
@@ -305,11 +303,7 @@ class Engine:
         written, and then the run can go on and save elsewhere; and after a failed step, as weights
         that are part old and part new are not saved.
         """
-        masters = {name: (state.hi, state.lo) for name, state in self._states.items()}
-        for name in self.plan.resident:
-            staged = self._arenas.place("saved")[: 4 * self.spec.unit(name).numel]
-            hi, lo = staged.view(torch.int16).chunk(2)
-            masters[name] = (hi, lo)
+        masters = self._memory.saved_masters()
         with HuggingFaceWriter(
             self.config.model, Path(output), self.spec, masters, self._stored
         ) as writer:
@@ -331,7 +325,7 @@ class Engine:
         self._closed = True
         self._scheduler.close()
         self._determinism.restore()
-        self._arenas.close()
+        self._memory.close()
 
     def __enter__(self) -> Self:
         return self

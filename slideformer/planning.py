@@ -18,7 +18,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
-from slideformer.memory.limits import available_host_memory
+from slideformer.memory.limits import available_host_memory, free_nvme
 from slideformer.memory.needs import PlanRequest, Prediction
 from slideformer.memory.planner import make_plan
 from slideformer.models.families import decoder_config, read_model_config
@@ -114,12 +114,14 @@ def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
     """The budgets asked for; otherwise what the machine has left."""
     host = config.cpu_memory or available_host_memory()
     if config.gpu_memory is not None:
-        return Budgets(config.gpu_memory, host)
-    if device.type == "cuda":
+        gpu = config.gpu_memory
+    elif device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return Budgets(free + torch.cuda.memory_reserved(device), host)
-    # Without a GPU its tier lies in host memory too: divide what there is.
-    return Budgets(host // 2, host - host // 2)
+        gpu = free + torch.cuda.memory_reserved(device)
+    else:  # its tier lies in host memory too: divide what there is
+        gpu, host = host // 2, host - host // 2
+    nvme = config.nvme_memory or free_nvme(config.nvme)
+    return Budgets(gpu, host, nvme, config.nvme_write_limit)
 
 
 def model_config(model: Path | None, shape: str | None) -> PretrainedConfig:

@@ -80,7 +80,7 @@ def train(
         losses = [handle.loss() for handle in handles]
         engine.synchronize()
         weights = {}
-        for name, state in engine._states.items():
+        for name, state in engine._memory.states.items():
             joined = torch.empty(len(state.hi))
             join_master(state.hi.cpu(), state.lo.cpu(), joined)
             weights[name] = joined

@@ -309,8 +309,8 @@ def test_a_folder_that_is_not_empty_is_refused_and_kept(engine: Engine, tmp_path
 def spoil(engine: Engine, unit: str) -> None:
     """Make a weight of a unit not a number."""
     engine.synchronize()
-    engine._states[unit].hi[3] = NAN
-    engine._states[unit].lo[3] = 0
+    engine._memory.states[unit].hi[3] = NAN
+    engine._memory.states[unit].lo[3] = 0
 
 
 def unchanged(before: dict[str, Tensor], after: dict[str, Tensor], unit: str) -> bool:
@@ -353,7 +353,7 @@ def raw_state(engine: Engine) -> dict[str, Tensor]:
     """`state_of` without waiting, as after a failure."""
     return {
         f"{name}.{part}": getattr(state, part).clone()
-        for name, state in engine._states.items()
+        for name, state in engine._memory.states.items()
         for part in ("hi", "lo", "m", "v")
     }
 
@@ -441,7 +441,7 @@ def test_an_engine_gives_its_memory_back(folder: Path) -> None:
     for _ in range(2):
         with Engine(config_for(folder)) as made:
             made.step(make_batch(0)).loss()
-            maps = [weakref.ref(arena._map) for arena in made._arenas._host]
+            maps = [weakref.ref(arena._map) for arena in made._memory.arenas._host]
         assert maps
         assert all(mapped() is not None for mapped in maps)
         del made

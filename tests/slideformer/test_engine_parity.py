@@ -180,8 +180,8 @@ def test_padding_between_operands_stays_zero_and_out_of_the_norm(
         assert swept.stop > layer.stop, "so there is something to be seen"
         norms = [engine.step(batch).gradient_norm() for batch in batches]
         engine.synchronize()
-        masters = {n: (state.hi, state.lo) for n, state in engine._states.items()}
-        moments = {n: (state.m, state.v) for n, state in engine._states.items()}
+        masters = {n: (state.hi, state.lo) for n, state in engine._memory.states.items()}
+        moments = {n: (state.m, state.v) for n, state in engine._memory.states.items()}
         assert len(padding(engine.spec, masters))
         assert not padding(engine.spec, masters).any()
         assert not padding(engine.spec, moments).any()

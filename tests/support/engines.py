@@ -117,16 +117,18 @@ def engine_with(
 def weights_of(engine: Engine) -> Weights:
     """All parameters in FP32 by name, once everything submitted is done."""
     engine.synchronize()
-    masters = {name: (state.hi, state.lo) for name, state in engine._states.items()}
+    states = {unit.name: engine._memory.whole(unit.name) for unit in engine.spec.units}
+    masters = {name: (state.hi, state.lo) for name, state in states.items()}
     return {key: value.clone() for key, value in joined(engine.spec, masters)}
 
 
 def state_of(engine: Engine) -> dict[str, Tensor]:
-    """All bits of masters and moments, padding included."""
+    """All bits of masters and moments, padding included, wherever they lie."""
     engine.synchronize()
+    states = {unit.name: engine._memory.whole(unit.name) for unit in engine.spec.units}
     return {
         f"{name}.{part}": getattr(state, part).clone()
-        for name, state in engine._states.items()
+        for name, state in states.items()
         for part in ("hi", "lo", "m", "v")
     }
 

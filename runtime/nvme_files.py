@@ -1,0 +1,135 @@
+"""The private files of a run on NVMe: preallocated, locked while it lives, removed in the end.
+
+A file is named after its process and locked (``flock``) as long as that has it open; the lock goes
+with the process however that ends. Whoever makes a file in a folder first removes those that nobody
+has locked, left by runs that were killed. Making and removing happen under a lock on the folder, so
+that a file is never seen between its creation and its lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from slideformer.graph.errors import StoreError
+
+logger = logging.getLogger(__name__)
+
+PAGE = 4096
+
+_PATTERN = "slideformer-*.nvme"
+
+
+class RunFile:
+    """``nbytes`` zeroed bytes in a new file of mode 0600 in ``folder``.
+
+    ``direct`` tells whether it bypasses the page cache. Raises `StoreError` if the folder is
+    missing, not writable or full; nothing is left behind then.
+    """
+
+    def __init__(self, folder: Path, nbytes: int, token: str) -> None:
+        self.path = folder.absolute() / f"slideformer-{os.getpid()}-{token}.nvme"
+        self.manifest = self.path.with_suffix(".json")
+        with _usable(folder), _locked(folder):
+            remove_stale(folder)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            self.descriptor = os.open(self.path, flags, 0o600)
+            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            with _usable(folder, nbytes):
+                os.posix_fallocate(self.descriptor, 0, max(nbytes, PAGE))
+                self.direct = self._bypass_cache()
+        except BaseException:
+            self.close()
+            raise
+
+    def check(self) -> None:
+        """Raise `FileNotFoundError` if the file's name is gone: whoever took it wants the disk."""
+        if os.fstat(self.descriptor).st_nlink == 0:
+            raise FileNotFoundError(errno.ENOENT, "the file, or its folder, has been removed")
+
+    def close(self) -> None:
+        """Remove the file and give its space back; a second time does nothing."""
+        if self.descriptor < 0:
+            return
+        for path in (self.path, self.manifest):
+            with suppress(OSError):
+                path.unlink()
+        os.close(self.descriptor)
+        self.descriptor = -1
+
+    def _bypass_cache(self) -> bool:
+        """Turn direct I/O on and try it, since some file systems refuse it only when it is used."""
+        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+        try:
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            with mmap.mmap(-1, PAGE) as page:
+                os.preadv(self.descriptor, [page], 0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags)
+            logger.warning(
+                "%s: the file system has no direct I/O; transfers go through the page cache, "
+                "slower and with memory beside the budget",
+                self.path.parent,
+            )
+            return False
+        return True
+
+
+def remove_stale(folder: Path) -> None:
+    """Remove the files of runs that have ended without doing so; the caller locks the folder."""
+    for path in folder.glob(_PATTERN):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except OSError:  # another user's, or gone
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+            logger.info("removed %s, left by a run that was killed", path)
+        except BlockingIOError:  # its run is alive
+            continue
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _usable(folder: Path, nbytes: int = 0) -> Iterator[None]:
+    """Turn what the system refuses into a `StoreError` that says what to try."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            free = shutil.disk_usage(folder).free
+            raise StoreError(
+                f"no room in NVMe folder {folder}: the run needs {_mib(nbytes)} there, free are "
+                f"{_mib(free)}; free some, lower --nvme-memory or give another folder as --nvme"
+            ) from error
+        raise StoreError(
+            f"NVMe folder {folder} cannot be used ({error.strerror or error}); give a folder that "
+            "exists and that you may write to as --nvme"
+        ) from error
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:,.1f} MiB"

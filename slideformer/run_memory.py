@@ -1,0 +1,154 @@
+"""All memory of a run: the arenas, the store of what is on NVMe, and the units' state in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from slideformer.graph.buffers import Buffer, Tier
+from slideformer.graph.chunks import chunk_unit
+from slideformer.graph.errors import ConfigError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step_nvme import LO, MOMENTS, extent_nbytes, units_on_nvme
+from slideformer.memory.arena import Arenas, HostArena
+from slideformer.memory.extents import Extent, lay_out_extents
+from slideformer.memory.layout import lay_out, places
+from slideformer.models.state import UnitState
+from slideformer.runtime.device import Binding
+from slideformer.runtime.nvme import NvmeStore, open_store
+from slideformer.runtime.store import TieredMemory, transfer_bindings
+
+
+class RunMemory:
+    """The memory that the graphs of a run work on; `close` gives it back.
+
+    Raises `ConfigError` if the plan needs NVMe and there is no folder, `StoreError` if the folders
+    cannot be used, `BudgetError` or `DeviceError` if the system refuses memory.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        graphs: Sequence[TaskGraph],
+        device: torch.device,
+        folders: Sequence[Path],
+        *,
+        checksums: bool,
+    ) -> None:
+        self._spec, self._plan = spec, plan
+        self._kinds = units_on_nvme(spec, plan)
+        wanted = places(graphs)
+        stored = {name: nbytes for name, (tier, nbytes) in wanted.items() if tier is Tier.NVME}
+        in_memory = {name: place for name, place in wanted.items() if name not in stored}
+        self._extents = lay_out_extents(stored)
+        if stored and not folders:
+            raise ConfigError("the plan needs NVMe, but nvme is not set; name a folder with --nvme")
+        self.store: NvmeStore | None = None
+        if stored:
+            self.store = open_store(folders, self._extents, checksums=checksums)
+        try:
+            self.arenas = Arenas(lay_out(in_memory), in_memory, device)
+        except BaseException:
+            self._close_store()
+            raise
+        self.states: dict[str, UnitState] = {}
+        for unit in spec.units:
+            state = f"state.{unit.name}"
+            self.states[unit.name] = UnitState.of(
+                unit,
+                self.arenas.place(f"hi.{unit.name}"),
+                self.arenas.place(state) if state in in_memory else None,
+            )
+
+    def view(self, buffer: Buffer) -> Any:
+        """The bytes of a buffer, uint8 [nbytes], or its extent."""
+        return TieredMemory(self.arenas, self._extents).view(buffer)
+
+    def bindings(self) -> dict[str, Binding]:
+        """Bindings of the transfers to and from NVMe."""
+        return {} if self.store is None else transfer_bindings(self.store)
+
+    def masters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Both halves of every unit; lower halves on NVMe share one place, a unit at a time."""
+        found: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, state in self.states.items():
+            lo = state.lo
+            if LO in self._kinds.get(name, ()):
+                lo = self.arenas.place("saved_lo")[: 2 * len(state.hi)].view(torch.int16)
+            found[name] = (state.hi, lo)
+        return found
+
+    def saved_masters(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """The same as the graph of a save leaves them: resident units pass through one place."""
+        found = self.masters()
+        for name in self._plan.resident:
+            staged = self.arenas.place("saved")[: 4 * self._spec.unit(name).numel]
+            hi, lo = staged.view(torch.int16).chunk(2)
+            found[name] = (hi, lo)
+        return found
+
+    def put_lo(self, unit: str, lo: Tensor) -> None:
+        """Write a unit's lower halves, int16 [n], to NVMe if that is where they belong."""
+        if LO not in self._kinds.get(unit, ()):
+            return
+        assert self.store is not None
+        for extent, begin, end in self._chunks(LO, unit):
+            staged = HostArena(extent.nbytes).tensor
+            staged[: 2 * (end - begin)].view(torch.int16).copy_(lo[begin:end])
+            self.store.write(extent, staged.numpy().data).result()
+
+    def whole(self, unit: str) -> UnitState:
+        """A unit's state, with what is on NVMe read into host memory.
+
+        Nothing may be in flight. Raises `StoreError`.
+        """
+        state, kinds = self.states[unit], self._kinds.get(unit, ())
+        parts = {
+            kind: [
+                (self._read(extent), end - begin) for extent, begin, end in self._chunks(kind, unit)
+            ]
+            for kind in kinds
+        }
+        m, v, lo = state.m, state.v, state.lo
+        if MOMENTS in kinds:
+            pairs = [
+                each[: 8 * count].view(torch.float32).split(count) for each, count in parts[MOMENTS]
+            ]
+            m, v = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
+        if LO in kinds:
+            lo = torch.cat([each[: 2 * count].view(torch.int16) for each, count in parts[LO]])
+        return UnitState(state.hi, lo, m, v)
+
+    def close(self) -> None:
+        """Unlock pinned memory and remove the files; nothing may be in flight."""
+        self.arenas.close()
+        self._close_store()
+
+    def _close_store(self) -> None:
+        if self.store is not None:
+            self.store.close()
+
+    def _chunks(self, kind: str, unit: str) -> list[tuple[Extent, int, int]]:
+        """The extents of a unit, each with the range of elements that it holds."""
+        plan = self._plan
+        spec = self._spec.unit(unit)
+        chunks = chunk_unit(self._spec, spec, plan.chunk_numel, plan.vocab_chunks)
+        found = []
+        for chunk in chunks:
+            extent = self._extents[f"{kind}.{unit}.{chunk.label}"]
+            assert extent.nbytes == extent_nbytes(kind, chunk.numel)
+            found.append((extent, chunk.begin, chunk.end))
+        return found
+
+    def _read(self, extent: Extent) -> Tensor:
+        assert self.store is not None
+        memory = HostArena(extent.nbytes).tensor
+        self.store.read(extent, memory.numpy().data).result()
+        return memory

@@ -1,0 +1,130 @@
+"""Optimizer state on NVMe: the same bits as without, saved and evaluated as without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from slideformer.runtime.policies import policy_names
+from tests.support.engines import (
+    config_for,
+    different,
+    engine_with,
+    make_batch,
+    state_of,
+    stored_weights,
+    write_model,
+)
+
+LAYERS = 3
+BATCHES = [make_batch(seed) for seed in range(3)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model with padding between operands."""
+    return write_model(tmp_path_factory.mktemp("model"), "qwen2", tied=False)
+
+
+@pytest.fixture(scope="module")
+def disks(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two folders to stripe over."""
+    return tmp_path_factory.mktemp("disk"), tmp_path_factory.mktemp("disk")
+
+
+def train(
+    folder: Path,
+    nvme: tuple[Path, ...],
+    compute: str = "bf16",
+    *,
+    policy: str = "fifo",
+    **plan: Any,
+) -> dict[str, Tensor]:
+    """Three steps, submitted before the first is read, with an evaluation between."""
+    config = config_for(folder, compute=compute, policy=policy, nvme=nvme, weight_decay=0.1)
+    with engine_with(config, **plan) as engine:
+        engine.step(BATCHES[0])
+        evaluation = engine.evaluate(BATCHES[1])
+        for batch in BATCHES[1:]:
+            engine.step(batch)
+        return {**state_of(engine), "loss": torch.tensor([evaluation.loss()])}
+
+
+@pytest.fixture(scope="module")
+def plain(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """What becomes of the model with all state in host memory."""
+    return {compute: train(folder, (), compute) for compute in ("bf16", "fp32")}
+
+
+@st.composite
+def placements(draw: st.DrawFn) -> dict[str, Any]:
+    """How much is on NVMe, and all that decides when it is read."""
+    moments = draw(st.integers(1, LAYERS))
+    compute = draw(st.sampled_from(["bf16", "bf16", "fp32"]))
+    return {
+        "compute": compute,
+        "nvme_moments": moments,
+        "nvme_lo": draw(st.integers(0, moments)) if compute == "bf16" else 0,
+        "nvme_slots": draw(st.integers(1, 4)),
+        "chunk_numel": draw(st.sampled_from([500, 3000, 1 << 25])),
+        "policy": draw(st.sampled_from(policy_names())),
+        "gradient_slots": draw(st.integers(0, 2)),
+        "window": draw(st.integers(2, 3)),
+        "resident": draw(st.sampled_from([(), ("embed", "L00")])) if compute == "bf16" else (),
+    }
+
+
+@settings(max_examples=12)
+@given(placement=placements(), folders=st.integers(1, 2))
+def test_state_on_nvme_is_the_same_bits(
+    folder: Path,
+    disks: tuple[Path, Path],
+    plain: dict[str, dict[str, Tensor]],
+    placement: dict[str, Any],
+    folders: int,
+) -> None:
+    placement["resident"] = frozenset(placement["resident"])
+    outcome = train(folder, disks[:folders], **placement)
+    assert different(outcome, plain[placement["compute"]]) == []
+    assert [list(disk.iterdir()) for disk in disks] == [[], []], "files are removed at the end"
+
+
+def test_state_on_nvme_is_not_in_memory(folder: Path, disks: tuple[Path, Path]) -> None:
+    """So that equal bits mean something."""
+    with engine_with(
+        config_for(folder, compute="bf16", nvme=disks), nvme_moments=2, nvme_lo=1
+    ) as engine:
+        states = engine._memory.states
+        assert [len(states[f"L0{i}"].m) for i in range(LAYERS)].count(0) == 2
+        assert [len(states[f"L0{i}"].lo) for i in range(LAYERS)].count(0) == 1
+        (file,) = disks[0].glob("*.nvme")
+        assert file.stat().st_mode & 0o777 == 0o600
+        engine.step(BATCHES[0]).wait()
+        assert any(file.read_bytes()), "moments are on the disk"
+
+
+def test_a_model_with_its_state_on_nvme_is_saved_as_any_other(
+    folder: Path, disks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """In FP32, so that the lower halves count; before the first step, and after some."""
+
+    def saved(name: str, nvme: tuple[Path, ...], **plan: Any) -> list[dict[str, Tensor]]:
+        found = []
+        with engine_with(config_for(folder, compute="bf16", nvme=nvme), **plan) as engine:
+            for number, batch in enumerate(BATCHES[:2]):
+                engine.save(tmp_path / f"{name}{number}")
+                found.append(stored_weights(tmp_path / f"{name}{number}"))
+                engine.step(batch)
+        return found
+
+    ours = saved("ours", disks, nvme_moments=LAYERS, nvme_lo=LAYERS, chunk_numel=3000)
+    reference = saved("reference", ())
+    for one, other in zip(ours, reference, strict=True):
+        assert different(one, other) == []
+    assert different(ours[0], ours[1])
