@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
-from slideformer.graph.step_nvme import LO, MOMENTS, extent_nbytes
+from slideformer.graph.step_nvme import EXTENT_ALIGNMENT, LO, MOMENTS, extent_nbytes
 
 
 def nvme_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
@@ -52,7 +52,9 @@ def relieve(spec: ModelSpec, plan: MemoryPlan, deficit: int) -> MemoryPlan | Non
         return None
     slots += plan.nvme_slots * extent_nbytes(LO, chunk) + 2 * numel
     lo = -(-(deficit + slots - 8 * numel * streamed) // (2 * numel))
-    return replace(bare, nvme_moments=streamed, nvme_lo=lo) if lo <= streamed else None
+    if 2 * numel * (lo - streamed) > 2 * EXTENT_ALIGNMENT * streamed:  # more than fills pages
+        return None
+    return replace(bare, nvme_moments=streamed, nvme_lo=min(lo, streamed))
 
 
 def more_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> MemoryPlan | None:

@@ -287,11 +287,13 @@ def _refusal(request: PlanRequest) -> BudgetError:
     if not ways:
         least = min(both)
         ways = [f"--gpu-memory {_mib(least[0])}MiB with --cpu-memory {_mib(least[1])}MiB"]
+    limited = budgets.nvme_writes is not None and budgets.nvme_writes < budgets.nvme
+    limit = ", and so does the host with a higher --nvme-write-limit" if limited else ""
     with_nvme = f" and {nvme_room(budgets) >> 20} MiB of NVMe" if nvme_room(budgets) else ""
     return BudgetError(
         f"no plan fits {budgets.gpu >> 20} MiB of GPU memory and {budgets.host >> 20} MiB of host "
         f"memory{with_nvme} for {request.rows} rows of {request.seq_len} tokens; the least that "
-        f"works is {' or '.join(ways)}. A smaller --batch-size or --seq-len needs less"
+        f"works is {' or '.join(ways)}. A smaller --batch-size or --seq-len needs less{limit}"
     )
 
 

@@ -279,12 +279,13 @@ def flag_name(name: str) -> str:
 def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Config:
     """The config of a YAML file (if any) with flags put over it.
 
-    ``overrides`` maps setting names to values; ``None`` means that the flag was not given. A flag
-    for ``steps`` replaces the file's ``epochs`` and the other way round. Raises ``ConfigError``.
+    ``overrides`` maps setting names to values; ``None`` or an empty list means that the flag was
+    not given. A flag for ``steps`` replaces the file's ``epochs`` and the other way round. Raises
+    ``ConfigError``.
     """
     settings = {} if path is None else _read_yaml(Path(path))
     sources = dict.fromkeys(settings, str(path))
-    given = {name: value for name, value in overrides.items() if value is not None}
+    given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given:
             settings.pop(other, None)

@@ -105,9 +105,11 @@ def _flag(name: str, field: FieldInfo, required: bool) -> inspect.Parameter:
     )
 
 
-def _parsed_as(field: FieldInfo) -> tuple[type, str | None]:
+def _parsed_as(field: FieldInfo) -> tuple[Any, str | None]:
     """What a flag is parsed as, text where the setting parses for itself; and its metavar."""
     annotation: Any = field.annotation
+    if get_origin(annotation) is tuple:  # the flag may be repeated
+        return list[str], "PATH"
     if get_origin(annotation) in (Union, types.UnionType):
         annotation = next(arm for arm in get_args(annotation) if arm is not type(None))
     if get_origin(annotation) is Annotated:
@@ -124,7 +126,7 @@ def _parsed_as(field: FieldInfo) -> tuple[type, str | None]:
 def _help(field: FieldInfo) -> str:
     """The setting's own description, with its default."""
     text = " ".join((field.description or "").replace("``", "").split())
-    if field.is_required() or field.default is None:
+    if field.is_required() or field.default in (None, ()):
         return text
     return f"{text} Default: {field.default}."
 
@@ -155,7 +157,8 @@ def train(
 
 
 PLANNED = (
-    *("model", "gpu_memory", "cpu_memory", "batch_size", "seq_len"),
+    *("model", "gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit"),
+    *("batch_size", "seq_len"),
     *("packing", "compute", "policy", "micro_batch", "window"),
 )
 """Settings that decide a plan."""
@@ -168,7 +171,7 @@ def plan(**settings: Any) -> None:
 
     Needs no GPU: give the budget of the one meant with --gpu-memory.
     """
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
     config = EngineConfig.model_validate(given, context={name: flag_name(name) for name in given})
     from slideformer.planning import plan_run
     from slideformer.tools.plan_report import print_plan

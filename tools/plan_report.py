@@ -35,7 +35,8 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     table = Table.grid(padding=(0, 2))
     layer = max(unit.numel for unit in spec.layers) * plan.compute.nbytes
     streamed = [unit for unit in spec.units if unit.name not in plan.resident]
-    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed)
+    stored = plan.peaks.get(Tier.NVME, 0)
+    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed) - stored
     if any(unit.kind is UnitKind.LAYER for unit in streamed):
         table.add_row(
             "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
@@ -45,6 +46,8 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     table.add_row(
         "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
     )
+    if stored:
+        table.add_row("  on NVMe", _on_nvme(spec, plan, stored))
     table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")
     table.add_row("  boundaries", _boundaries(spec, plan))
     table.add_row("  MLP projections", _projections(spec, plan))
@@ -69,6 +72,16 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
     names += [_count(layers, "layer")] if layers else []
     nbytes = _STATE_NBYTES * sum(unit.numel for unit in units)
     return f"{', '.join(names)} on the GPU with masters and moments, {format_size(nbytes)}"
+
+
+def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:
+    parts = [f"moments of {plan.nvme_moments} of {len(spec.layers)} layers"]
+    if plan.nvme_lo:
+        parts.append(f"the masters' lower halves of {plan.nvme_lo}")
+    return (
+        f"{' and '.join(parts)}, {format_size(stored)}; {format_size(stored)} written a step, "
+        f"{format_size(1000 * stored)} in 1,000 steps"
+    )
 
 
 def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
@@ -107,6 +120,12 @@ def _peaks(config: EngineConfig, plan: MemoryPlan) -> Table:
         "host", format_size(host), format_size(budgets.host) + free[config.cpu_memory is None]
     )
     table.add_row("  of it pinned", format_size(pinned), "")
+    if budgets.nvme:
+        table.add_row(
+            "nvme",
+            format_size(plan.peaks.get(Tier.NVME, 0)),
+            format_size(budgets.nvme) + free[config.nvme_memory is None],
+        )
     return table
 
 

@@ -1,4 +1,4 @@
-"""The NVMe store: bytes come back, space goes back, and every fault ends in a message that helps."""
+"""The NVMe store: bytes come back, space goes back, and every fault ends in a clear message."""
 
 from __future__ import annotations
 
@@ -295,9 +295,7 @@ def test_a_corrupted_byte_is_noticed_unless_checksums_are_off(
         store.close()
 
 
-def test_a_file_that_was_cut_is_a_short_read(
-    store: NvmeStore, extents: dict[str, Extent]
-) -> None:
+def test_a_file_that_was_cut_is_a_short_read(store: NvmeStore, extents: dict[str, Extent]) -> None:
     os.truncate(store.paths[0], extents["c"].offset + PAGE)
     with pytest.raises(StoreError, match=r"of extent c .*only 4,096 of 8,192 bytes are there"):
         read(store, extents["c"])

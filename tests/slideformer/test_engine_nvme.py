@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slideformer.config import EngineConfig
+from slideformer.engine import Engine
+from slideformer.graph.errors import CheckpointError, ConfigError, StoreError
+from slideformer.runtime import nvme
 from slideformer.runtime.policies import policy_names
 from tests.support.engines import (
     config_for,
@@ -128,3 +134,78 @@ def test_a_model_with_its_state_on_nvme_is_saved_as_any_other(
     for one, other in zip(ours, reference, strict=True):
         assert different(one, other) == []
     assert different(ours[0], ours[1])
+
+
+# Faults
+
+
+def train_on(engine: Engine) -> None:
+    """More steps than any fault of these tests takes to show."""
+    for batch in BATCHES * 2:
+        engine.step(batch).wait()
+
+
+def trained_until_it_fails(config: EngineConfig, output: Path, harm: Any) -> str:
+    """Save, do harm, and train until that shows; returns the message. The output stays whole."""
+    with engine_with(config, nvme_moments=2, nvme_lo=1, chunk_numel=3000) as engine:
+        engine.step(BATCHES[0])
+        engine.save(output)
+        before = stored_weights(output)
+        harm(engine)
+        with pytest.raises(StoreError) as caught:
+            train_on(engine)
+        with pytest.raises(CheckpointError, match="a step failed"):
+            engine.save(output.with_name("other"))
+    assert different(stored_weights(output), before) == []
+    assert list(output.parent.iterdir()) == [output]
+    assert [list(disk.iterdir()) for disk in config.nvme] == [[]] * len(config.nvme)
+    return str(caught.value)
+
+
+@settings(max_examples=4)
+@given(after=st.integers(0, 60))
+def test_a_disk_that_fills_at_any_write_fails_the_step(
+    folder: Path, disks: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory, after: int
+) -> None:
+    calls = 0
+    original = os.pwritev
+
+    def write(*args: Any) -> int:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return original(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        message = trained_until_it_fails(
+            config_for(folder, compute="bf16", nvme=disks),
+            tmp_path_factory.mktemp("out") / "model",
+            lambda _: patch.setattr(nvme.os, "pwritev", write),
+        )
+    assert message.startswith("write.L0")
+    assert "the disk is full" in message
+    assert str(disks[0]) in message or str(disks[1]) in message
+
+
+def test_a_corrupted_extent_fails_the_step_that_reads_it(
+    folder: Path, disks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def corrupt(engine: Engine) -> None:
+        engine.synchronize()
+        assert engine._memory.store is not None
+        for path in engine._memory.store.paths:
+            path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
+
+    config = config_for(folder, compute="bf16", nvme=disks)
+    message = trained_until_it_fails(config, tmp_path / "model", corrupt)
+    assert message.startswith("read.L0")
+    assert "are not those that were written" in message
+
+
+def test_a_plan_on_nvme_without_a_folder_is_refused(folder: Path) -> None:
+    with (
+        pytest.raises(ConfigError, match="name a folder with --nvme"),
+        engine_with(config_for(folder), nvme_moments=1),
+    ):
+        pass

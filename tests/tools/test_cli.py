@@ -130,6 +130,10 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "schedule": "wsd",
         "warmup_steps": 2,
         "min_lr": 1e-5,
+        "nvme": "disk",
+        "nvme_memory": "2GiB",
+        "nvme_write_limit": "1GiB",
+        "nvme_checksums": False,
         "decay_steps": 2,
     }
     # "epochs" excludes "steps", and "cycles" belongs to another schedule.
@@ -141,8 +145,9 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         raise SystemExit(0)
 
     monkeypatch.setattr(Trainer, "train", capture)
-    arguments = [f"{flag_name(n)}={v}" for n, v in given.items() if v is not True]
-    code, _, err = call("train", *arguments, "--deterministic", "--packing")
+    arguments = [f"{flag_name(n)}={v}" for n, v in given.items() if not isinstance(v, bool)]
+    switches = ("--deterministic", "--packing", "--no-nvme-checksums")
+    code, _, err = call("train", *arguments, *switches)
     assert code == 0, err
     assert seen == [load_config(None, given)]
 
