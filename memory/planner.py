@@ -120,7 +120,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     layers = len(spec.layers)
     streamed, base = base, _most_offloaded(request, base)
     sizes = measure(request, base)
-    if sizes.host > budgets.host and nvme_room(budgets):
+    if (sizes.gpu > budgets.gpu or sizes.host > budgets.host) and nvme_room(budgets):
         base = _fewest_offloaded(request, streamed)
         sizes = measure(request, base)
     gpu, host = budgets.gpu - sizes.gpu, budgets.host - sizes.host

@@ -79,7 +79,7 @@ def test_without_nvme_or_with_too_little_the_same_budget_is_refused() -> None:
     assert needed
     make_plan(wanted(host, nvme=needed))
     for nvme in (0, needed - 1):
-        with pytest.raises(BudgetError, match="the least that works is .*--cpu-memory"):
+        with pytest.raises(BudgetError, match=r"the least that works is .*--cpu-memory"):
             make_plan(wanted(host, nvme=nvme))
 
 
