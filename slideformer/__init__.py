@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from slideformer.graph.machines import load_machine as load_machine
     from slideformer.graph.plan import Budgets as Budgets
     from slideformer.graph.plan import MachineProfile as MachineProfile
+    from slideformer.graph.serialise import from_json as from_json
+    from slideformer.graph.serialise import to_json as to_json
     from slideformer.graph.tasks import Cost as Cost
     from slideformer.graph.tasks import Lane as Lane
     from slideformer.graph.tasks import TaskKind as TaskKind
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from slideformer.runtime.policies import Policy as Policy
     from slideformer.simulation import GraphTimeline as GraphTimeline
     from slideformer.simulation import simulate as simulate
+    from slideformer.traces import write_trace as write_trace
     from slideformer.trainer import Trainer as Trainer
 
 __version__ = "0.1.0"
@@ -59,6 +62,7 @@ _EXPORTS = {
     "Tier": "slideformer.graph.buffers",
     "Trainer": "slideformer.trainer",
     "format_size": "slideformer.config",
+    "from_json": "slideformer.graph.serialise",
     "load_config": "slideformer.config",
     "load_machine": "slideformer.graph.machines",
     "parse_size": "slideformer.config",
@@ -66,6 +70,8 @@ _EXPORTS = {
     "save_byte_tokenizer": "slideformer.models.data.byte_tokenizer",
     "save_config": "slideformer.config",
     "simulate": "slideformer.simulation",
+    "to_json": "slideformer.graph.serialise",
+    "write_trace": "slideformer.traces",
 }
 """Public name to the module that defines it; type checkers read the same names above."""
 

@@ -216,6 +216,8 @@ class Config(EngineConfig):
     """Steps in which ``wsd`` goes down at the end."""
     log_every: Count = 1
     """Steps between two lines of progress."""
+    trace: Location | None = None
+    """Folder for a step's graph, ``step.json``, and when the last steps ran, ``trace.json``."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:

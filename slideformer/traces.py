@@ -1,5 +1,9 @@
 """Timelines as Chrome trace JSON, which Perfetto and chrome://tracing open, and back.
 
+    sf.write_trace("folder", engine.graph, engine.timeline())
+
+    slideformer graph view folder/step.json --trace folder/trace.json -o step.html
+
 A process of the trace is an instance, a thread of it a lane. Times are microseconds, as the format
 wants, from the first task on.
 """
@@ -7,11 +11,14 @@ wants, from the first task on.
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slideformer.graph.errors import DataError
+from slideformer.graph.errors import ConfigError, DataError
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.serialise import to_json
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.trace import Span, Timeline
 
@@ -69,3 +76,31 @@ def from_chrome(text: str | bytes) -> Timeline:
         where = ".".join(map(str, problem["loc"])) or "file"
         raise DataError(f"not a trace of this program: {where}: {problem['msg']}") from None
     return Timeline([Span(e.name, e.pid, e.cat, e.ts / 1e6, (e.ts + e.dur) / 1e6) for e in read])
+
+
+def write_trace(folder: Path | str, graph: TaskGraph, timeline: Timeline) -> None:
+    """Write a graph and when its tasks ran: ``step.json`` and ``trace.json`` in ``folder``.
+
+    Both are replaced if they exist. Raises `ConfigError` if they cannot be written.
+    """
+    folder = make_folder(folder)
+    files = {"step.json": to_json(graph), "trace.json": to_chrome(timeline)}
+    try:
+        for name, text in files.items():
+            aside = folder / f".{name}.part"
+            aside.write_text(text, encoding="utf-8")
+            aside.replace(folder / name)
+    except OSError as error:
+        raise ConfigError(f"trace folder {folder} cannot be written: {error.strerror}") from None
+
+
+def make_folder(folder: Path | str) -> Path:
+    """The folder for a trace, made if need be; raises `ConfigError` if it cannot be."""
+    path = Path(folder)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"trace folder {path} cannot be made: {error.strerror}; name another with --trace"
+        ) from None
+    return path

@@ -36,6 +36,7 @@ from slideformer.models.data.reading import is_plain_text
 from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.schedule import Schedule, learning_rates
+from slideformer.traces import make_folder, write_trace
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -148,6 +149,8 @@ class Trainer:
             if progress is not None:
                 progress.finish()
         _save_records(config, run.metrics, engine.numerics)
+        if config.trace is not None:
+            write_trace(config.trace, engine.graph, engine.timeline())
         return run.result()
 
 
@@ -182,6 +185,8 @@ class _Run:
         )
         steps = config.steps or self._stream.steps or 0
         self._rates = learning_rates(config, steps, self._schedule)
+        if config.trace is not None:
+            make_folder(config.trace)
         if self._progress is not None:
             self._progress.start(RunStart(config, self._spec, plan, steps))
 

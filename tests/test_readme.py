@@ -19,9 +19,13 @@ from tests.support.checkpoints import write_checkpoint, write_lines
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
-    shlex.split(command.replace("\\\n", " "))
+    shlex.split(command.replace("\\\n", " "), comments=True)
     for command in re.findall(r"^    \.venv/bin/slideformer ((?:.*\\\n)*.*)$", README, re.MULTILINE)
 ]
+
+
+GRAPHS = [command for command in COMMANDS if command[0] in ("simulate", "graph", "policies")]
+RUNS = [command for command in COMMANDS if command not in GRAPHS]
 
 
 @pytest.fixture
@@ -44,7 +48,7 @@ def test_a_program_runs(program: str, folder: Path) -> None:
 
 
 @pytest.mark.usefixtures("folder")
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: str(command[0]))
+@pytest.mark.parametrize("command", RUNS, ids=lambda command: str(command[0]))
 def test_a_command_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
 
@@ -60,7 +64,8 @@ def test_a_command_is_understood(command: list[str], monkeypatch: pytest.MonkeyP
 
 def test_the_examples_were_found() -> None:
     assert len(PROGRAMS) == 2
-    assert [command[0] for command in COMMANDS] == ["train", "plan"]
+    assert [command[0] for command in RUNS] == ["train", "plan"]
+    assert len(GRAPHS) == 6
 
 
 def test_links_lead_somewhere() -> None:
@@ -70,3 +75,17 @@ def test_links_lead_somewhere() -> None:
     missing = [path for path in {*targets, *paths} if not (root / path).exists()]
     assert len(paths) > 8
     assert missing == []
+
+
+def test_the_commands_of_graphs_work_one_after_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    smaller = {"mistral-large-123b": "llama3-1b", "llama3-8b": "llama3-1b", "FOLDER/": ""}
+    predicted = ["graph", "trace", "step.json", "-o", "trace.json"]  # stands for a measured one
+    for command in [*GRAPHS[:-1], predicted, GRAPHS[-1]]:
+        for large, small in smaller.items():
+            command = [part.replace(large, small) for part in command]
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, (command, result.stderr)
+    assert '"name": "measured"' in Path("step.html").read_text()

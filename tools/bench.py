@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from slideformer.config import parse_size
@@ -32,17 +33,19 @@ _ROOM = 1 << 30
 
 
 def measure(
-    row: Row, turns: Turns, device: str, *, floors: bool = False, trace: bool = False
+    row: Row, turns: Turns, device: str, *, floors: bool = False, trace: Path | None = None
 ) -> dict[str, Any]:
-    """Measure one row; one that fails says why, and the next goes on."""
+    """Measure one row; one that fails says why, and the next goes on.
+
+    ``trace`` is a folder for the graph of a step and when each task of the last steps ran.
+    """
     comparison = Comparison(row, turns, device)
     result = comparison.result
     try:
         try:
             comparison.run()
-            if trace:
-                result["trace"] = comparison.trace()
-                result["trace_report"] = bench_trace.report(result["trace"], turns.steps)
+            if trace is not None:
+                result["trace_report"] = bench_trace.report(comparison.trace(trace), turns.steps)
         finally:
             comparison.close()
         if floors:
@@ -91,9 +94,9 @@ class Comparison:
             result["host_kind"] = host.kind
         return result
 
-    def trace(self) -> dict[str, Any]:
-        """The spans of the last steps."""
-        trace: dict[str, Any] = self._ours.ask("trace")
+    def trace(self, folder: Path) -> dict[str, Any]:
+        """The spans of the last steps, written into ``folder`` too."""
+        trace: dict[str, Any] = self._ours.ask("trace", folder=str(folder.absolute()))
         return trace
 
     def close(self) -> None:

@@ -47,7 +47,8 @@ def bench(
         bool, typer.Option("--floors", help="Also measure what the machine could do at best.")
     ] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write when each task of the last steps ran.")
+        Path | None,
+        typer.Option(help="Folder for each row's graph, and when its last steps ran."),
     ] = None,
     loss_check: Annotated[
         bool, typer.Option("--loss-check", help="Only compare losses on real text with R2's.")
@@ -83,15 +84,12 @@ def bench(
     wanted = wanted or [make_row(common, "bench")]
     turns = Turns(pairs=pairs, steps=steps, warmup=warmup)
     report["turns"] = turns.model_dump()
-    traces: list[dict[str, Any]] = []
-    for each in wanted:
-        result = measure(each, turns, device, floors=floors, trace=trace is not None)
-        traces.append({"row": each.model_dump(), **result.pop("trace", {})})
+    for number, each in enumerate(wanted, start=1):
+        folder = trace and trace / f"row{number}"
+        result = measure(each, turns, device, floors=floors, trace=folder)
         report["rows"].append(result)
         if json_file is not None:
             _write(json_file, report)
-        if trace is not None:
-            _write(trace, {"version": FORMAT_VERSION, "steps": steps, "traces": traces})
     _finish(report, json_file, passed=not any("error" in each for each in report["rows"]))
 
 

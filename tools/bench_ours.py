@@ -25,6 +25,7 @@ from slideformer.measure import (
     shape_config,
     torch_device,
 )
+from slideformer.traces import write_trace
 
 
 class Ours:
@@ -93,10 +94,14 @@ class Ours:
         handles = [self._engine.step(b, lr=lr) for b in array_batches(np.load(tokens))]
         return [handle.loss() for handle in handles]
 
-    def trace(self) -> dict[str, Any]:
-        """Spans of the last steps, and what is known of the tasks of a step."""
+    def trace(self, folder: str) -> dict[str, Any]:
+        """Spans of the last steps, and what is known of the tasks of a step.
+
+        The step's graph and its trace are written into ``folder`` too.
+        """
         assert self._engine is not None
         graph = self._engine.graph
+        write_trace(folder, graph, self._engine.timeline())
         earlier = waits_for_previous(graph)
         return {
             "spans": [

@@ -1,8 +1,8 @@
 """Reads a trace of the engine: how busy each lane was, what it waited for, how fast it copied.
 
-Works on plain data, so a trace written to a file can be read again later. A trace holds ``spans``
-(task, instance, lane, start, stop; seconds) and ``tasks`` (name → lane, bytes, FLOPs, the tasks it
-comes after in its step and in the step before).
+Works on plain data, which a worker process sends: ``spans`` (task, instance, lane, start, stop;
+seconds) and ``tasks`` (name → lane, bytes, FLOPs, the tasks it comes after in its step and in the
+step before).
 """
 
 from __future__ import annotations

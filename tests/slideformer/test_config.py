@@ -110,6 +110,7 @@ def test_defaults() -> None:
         "threads": None,
         "deterministic": False,
         "log_every": 1,
+        "trace": None,
         "schedule": "constant",
         "warmup_steps": 0,
         "min_lr": 0.0,

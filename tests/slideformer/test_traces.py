@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slideformer.graph.errors import DataError
+from slideformer.graph.errors import ConfigError, DataError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
+from slideformer.graph.serialise import from_json
 from slideformer.simulation import simulate
-from slideformer.traces import from_chrome, to_chrome
-from tests.support.graphs import task_graphs
+from slideformer.traces import from_chrome, to_chrome, write_trace
+from tests.support.graphs import step_like, task_graphs
 
 
 @given(task_graphs(), st.integers(1, 3))
@@ -26,6 +28,20 @@ def test_a_trace_reads_back(graph: TaskGraph, instances: int) -> None:
     for one, two in zip(timeline.spans, again.spans, strict=True):
         assert two.started == pytest.approx(one.started - timeline.start, abs=1e-9)
         assert two.seconds == pytest.approx(one.seconds, abs=1e-9)
+
+
+def test_a_graph_and_its_trace_are_written_together(tmp_path: Path) -> None:
+    graph = step_like(2)
+    timeline = simulate(graph, MachineProfile(), instances=2)
+    for _ in range(2):  # the second time it replaces the first
+        write_trace(tmp_path / "a" / "b", graph, timeline)
+    files = sorted(path.name for path in (tmp_path / "a" / "b").iterdir())
+    assert files == ["step.json", "trace.json"]
+    assert from_json((tmp_path / "a" / "b" / "step.json").read_bytes()) == graph
+    assert len(from_chrome((tmp_path / "a" / "b" / "trace.json").read_bytes()).spans) == 20
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"trace folder .*file/t cannot be made: Not a directory"):
+        write_trace(tmp_path / "file" / "t", graph, timeline)
 
 
 def test_lanes_and_instances_have_names() -> None:

@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from slideformer.floors import Arithmetic, compute_seconds, floors_of_step
 from slideformer.graph.errors import ConfigError
+from slideformer.graph.serialise import from_json
 from slideformer.models import layer
 from slideformer.tools import bench as bench_module
 from slideformer.tools import bench_trace, loss_check
@@ -26,11 +27,12 @@ from slideformer.tools.baseline import RECIPES, Baseline
 from slideformer.tools.bench import Comparison, measure
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.bench_floors import Floors
-from slideformer.tools.bench_ours import Ours
+from slideformer.tools.bench_ours import Ours, waits_for_previous
 from slideformer.tools.bench_report import floors_report, machine, summary, table
 from slideformer.tools.bench_rows import Row, Turns, parse_row, read_rows
 from slideformer.tools.bench_worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak, process_bytes, tree_bytes
+from slideformer.tools.view_cli import read_trace
 
 BUDGETS = {"gpu_memory": "2GiB", "cpu_memory": "4GiB"}
 TINY = {"shape": "tiny", "batch_size": 2, "seq_len": 16, **BUDGETS}
@@ -221,8 +223,8 @@ def test_ours_reports_its_plan_and_traffic() -> None:
     assert engine() is None  # nothing keeps its memory
 
 
-def test_a_whole_row_with_floors_and_trace(in_process: None) -> None:
-    result = measure(Row(**TINY), TURNS, "cpu", floors=True, trace=True)
+def test_a_whole_row_with_floors_and_trace(in_process: None, tmp_path: Path) -> None:
+    result = measure(Row(**TINY), TURNS, "cpu", floors=True, trace=tmp_path)
     assert "error" not in result
     found = summary(result)
     assert found["ours"] == pytest.approx(32 / result["ours"][0]["step_seconds"])
@@ -233,13 +235,12 @@ def test_a_whole_row_with_floors_and_trace(in_process: None) -> None:
     assert floors["compute"] == result["floors"]["compute"]["step_seconds"] > 0
     assert set(result["floors"]["updates"]["seconds"]) >= {"adamw", "stream", "torch_casts"}
     assert any("highest floor" in line for line in floors_report(result["floors"], 1.0))
-    names = {span[0] for span in result["trace"]["spans"]}
-    assert {"fwd.L00.m0", "bwd.L01.m0"} <= names
+    graph = from_json((tmp_path / "step.json").read_bytes())
+    measured = read_trace(tmp_path / "trace.json", graph)
+    assert {"fwd.L00.m0", "bwd.L01.m0"} <= {span.task for span in measured.spans}
     assert "busy: compute" in result["trace_report"][0]
     assert len(list(table({"machine": machine(), "rows": [result]}))) <= 25
-    earlier = [
-        name for task in result["trace"]["tasks"].values() for name in task["after_previous"]
-    ]
+    earlier = [name for names in waits_for_previous(graph).values() for name in names]
     assert any(name.startswith("update.L00") for name in earlier)  # its weights are read next
 
 
@@ -414,7 +415,7 @@ def test_overlapping_spans_are_covered_once() -> None:
 def test_the_command_measures_in_processes_of_their_own(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "slideformer.tools.bench_cli", "--device", "cpu"]
     rows = ["--row", "tiny:2:2GiB:4GiB:R1:seq_len=16", "--row", "giant:2:2GiB:4GiB:none"]
-    where = ["--json", str(tmp_path / "all.json"), "--trace", str(tmp_path / "trace.json")]
+    where = ["--json", str(tmp_path / "all.json"), "--trace", str(tmp_path / "traces")]
     done = subprocess.run(
         [*command, *rows, *where, "--pairs", "1", "--steps", "1", "--warmup", "1"],
         cwd=Path(bench_module.__file__).resolve().parent.parent,
@@ -431,7 +432,8 @@ def test_the_command_measures_in_processes_of_their_own(tmp_path: Path) -> None:
     assert "unknown shape 'giant'" in bad["error"]
     assert "unknown shape 'giant'" in done.stdout
     assert "Traceback" not in done.stderr
-    assert len(json.loads((tmp_path / "trace.json").read_text())["traces"]) == 2
+    written = sorted(path.relative_to(tmp_path) for path in tmp_path.glob("traces/*/*"))
+    assert written == [Path("traces/row1/step.json"), Path("traces/row1/trace.json")]
 
 
 def test_flags_that_make_no_sense_are_refused() -> None:

@@ -102,6 +102,23 @@ def test_flags_override_the_file_and_the_merged_config_is_saved(run: Run) -> Non
     assert config.gpu_memory == 24 * 2**30
 
 
+def test_a_run_leaves_a_trace_that_stands_beside_the_prediction(run: Run) -> None:
+    folder = run.folder / "trace"
+    code, _, err = call(*run.arguments(trace=str(folder)))
+    assert code == 0, err
+    page = run.folder / "step.html"
+    flags = ["--trace", str(folder / "trace.json"), "-o", str(page)]
+    code, _, err = call("graph", "view", str(folder / "step.json"), *flags)
+    assert code == 0, err
+    assert '"name": "measured"' in page.read_text()
+
+
+def test_a_trace_that_cannot_be_written_is_refused_before_training(run: Run) -> None:
+    (run.folder / "file").touch()
+    message = run.refused(trace=str(run.folder / "file" / "trace"))
+    assert "file/trace cannot be made: Not a directory; name another with --trace" in message
+
+
 def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "model": "m",
@@ -127,6 +144,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "steps": 7,
         "seed": 8,
         "log_every": 4,
+        "trace": "t",
         "schedule": "wsd",
         "warmup_steps": 2,
         "min_lr": 1e-5,
