@@ -3,7 +3,8 @@
 Requests of 4 MiB with direct I/O, several in flight each way, reach what the disk can do; the
 threads spend their time in the kernel and in CRC-32, both without Python's lock. Reads and writes
 have pools of their own, so that a long write does not hold a read up. Checksums are of the pieces
-of an extent; an extent never written holds zeros and has none.
+of an extent; an extent never written holds zeros and has none. GPU memory goes through KvikIO, in
+the same threads and without checksums.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import aiofiles
 
 from slideformer.graph.errors import StoreError
 from slideformer.memory.extents import Extent, Piece, file_nbytes, pieces
+from slideformer.memory.gpu_io import GpuFiles
 from slideformer.runtime.nvme_files import RunFile
 
 logger = logging.getLogger(__name__)
@@ -50,6 +52,8 @@ class NvmeStore:
         self._checksums: dict[str, list[int]] | None = {} if checksums else None
         self._read = _Direction("read", THREADS * len(files))
         self._write = _Direction("write", THREADS * len(files))
+        self._gpu: GpuFiles | None = None
+        self._lock = threading.Lock()
         # Also when nobody closes it; the files' own objects hold nothing of this one.
         self._remove = weakref.finalize(self, _close_all, files)
 
@@ -85,7 +89,9 @@ class NvmeStore:
         return [file.path for file in self._files]
 
     def read(self, extent: Extent, into: Any) -> Future[None]:
-        """Start filling ``into``, page-aligned memory of the extent's size."""
+        """Start filling ``into``, memory of the extent's size."""
+        if hasattr(into, "__cuda_array_interface__"):
+            return self._move_gpu(self._read, extent, into, self._gpu_files().read)
         view = _bytes(into, extent)
         known = self._checksums.get(extent.name) if self._checksums is not None else None
 
@@ -108,7 +114,11 @@ class NvmeStore:
         return self._move(self._read, extent, move, lambda _: None)
 
     def write(self, extent: Extent, source: Any) -> Future[None]:
-        """Start writing an extent from page-aligned memory, which must not change meanwhile."""
+        """Start writing an extent from memory, which must not change meanwhile."""
+        if hasattr(source, "__cuda_array_interface__"):
+            if self._checksums is not None:
+                self._checksums.pop(extent.name, None)
+            return self._move_gpu(self._write, extent, source, self._gpu_files().write)
         view = _bytes(source, extent)
         sums = self._checksums
 
@@ -134,7 +144,39 @@ class NvmeStore:
         """Wait for what is under way and remove the files; a second time does nothing."""
         for direction in (self._read, self._write):
             direction.pool.shutdown()
+        if self._gpu is not None:
+            self._gpu.close()
+            self._gpu = None
         self._remove()
+
+    def _gpu_files(self) -> GpuFiles:
+        with self._lock:
+            if self._gpu is None:
+                self._gpu = GpuFiles(self.paths)
+                logger.info("GPU memory and NVMe exchange bytes by %s", self._gpu.mode)
+            return self._gpu
+
+    def _move_gpu(
+        self,
+        direction: _Direction,
+        extent: Extent,
+        memory: Any,
+        call: Callable[[int, int, Any], int],
+    ) -> Future[None]:
+        assert len(memory) == extent.nbytes, f"{extent} does not fit {len(memory)} bytes of memory"
+
+        def move(number: int, piece: Piece) -> int:
+            self._files[piece.file].check()
+            wanted = piece.stop - piece.start
+            try:
+                count = call(piece.file, piece.offset, memory[piece.start : piece.stop])
+            except RuntimeError as error:  # KvikIO's own
+                raise OSError(errno.EIO, str(error)) from error
+            if count != wanted:
+                raise OSError(errno.EIO, f"only {count:,} of {wanted:,} bytes were moved")
+            return 0
+
+        return self._move(direction, extent, move, lambda _: None)
 
     def _move(
         self,

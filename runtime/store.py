@@ -15,8 +15,9 @@ from slideformer.runtime.device import Binding, Memory, Operation, Views
 class Store(Protocol):
     """Keeps extents; transfers run by themselves and end in a future, `asyncio.wrap_future`'s too.
 
-    Memory is what has the buffer protocol, page-aligned and of the extent's size. Of one extent at
-    most one transfer is under way at a time, which the edges of a graph see to.
+    Memory is of the extent's size: page-aligned with the buffer protocol, or in GPU memory with
+    ``__cuda_array_interface__``. Of one extent at most one transfer is under way at a time, which
+    the edges of a graph see to.
     """
 
     def read(self, extent: Extent, into: Any) -> Future[None]:
@@ -48,19 +49,24 @@ def transfer_bindings(store: Store) -> dict[str, Binding]:
 
     def read(task: Task, views: Views) -> Operation:
         pairs = [
-            (views[extent], views[target].numpy().data)
+            (views[extent], _memory(views[target]))
             for extent, target in zip(task.reads, task.writes, strict=True)
         ]
         return lambda _: _wait([store.read(extent, target) for extent, target in pairs])
 
     def write(task: Task, views: Views) -> Operation:
         pairs = [
-            (views[extent], views[source].numpy().data)
+            (views[extent], _memory(views[source]))
             for source, extent in zip(task.reads, task.writes, strict=True)
         ]
         return lambda _: _wait([store.write(extent, source) for extent, source in pairs])
 
     return {"read_extents": read, "write_extents": write}
+
+
+def _memory(view: Any) -> Any:
+    """A tensor's memory as a store takes it."""
+    return view if view.is_cuda else view.numpy().data
 
 
 def _wait(transfers: list[Future[None]]) -> None:
