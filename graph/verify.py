@@ -9,7 +9,7 @@ from graphlib import CycleError, TopologicalSorter
 from slideformer.graph.buffers import HOST_TIERS, Buffer, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.hazards import HazardMap
+from slideformer.graph.hazards import HazardMap, Segment
 from slideformer.graph.tasks import Task, TaskKind, TaskName
 
 _GPU = frozenset({Tier.GPU})
@@ -117,7 +117,7 @@ def _check_contents(graph: TaskGraph) -> Iterator[str]:
                 segment.owner = buffer.name
     if overlap:  # every read of them would be reported as well
         return
-    for task in graph.tasks:
+    for position, task in enumerate(graph.tasks):
         for name in task.reads:
             buffer = graph.buffers[name]
             for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
@@ -125,18 +125,27 @@ def _check_contents(graph: TaskGraph) -> Iterator[str]:
                     yield f"task {task.name}: reads {name} before anything has written it"
                     break
                 if segment.owner != name:
-                    yield f"task {task.name}: reads {name}, overwritten by {segment.owner} since"
+                    by = _writer(graph, segment)
+                    yield f"task {task.name}: reads {name}, overwritten by {by} since"
                     break
         for name in task.writes:
             buffer = graph.buffers[name]
             for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
-                segment.owner = name
+                segment.owner, segment.writer = name, position
     for buffer in graph.buffers.values():
         if buffer.carried:
             for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
                 if segment.owner != buffer.name:
-                    yield f"buffer {buffer.name}: carried, but {segment.owner} overwrites it"
+                    by = _writer(graph, segment)
+                    yield f"buffer {buffer.name}: carried, but overwritten by {by}"
                     break
+
+
+def _writer(graph: TaskGraph, segment: Segment[int]) -> str:
+    """Whose contents bytes hold, and the task that wrote them, if any."""
+    if segment.writer is None:
+        return f"{segment.owner}"
+    return f"{segment.owner} of task {graph.tasks[segment.writer].name}"
 
 
 def _check_cycles(graph: TaskGraph) -> Iterator[str]:

@@ -9,11 +9,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Protocol
 
 from slideformer.graph.analysis import due_times, tails
-from slideformer.graph.errors import ConfigError
+from slideformer.graph.errors import ConfigError, PolicyError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane
@@ -111,13 +111,34 @@ def policy_names() -> list[str]:
 
 
 def make_policy(name: str) -> Policy:
-    """A fresh policy by name; raises `ConfigError` with the nearest known name."""
+    """A fresh policy by name.
+
+    Raises `ConfigError` with the nearest known name, and `PolicyError` for one of another package
+    that cannot be loaded or is no policy.
+    """
     if name in _POLICIES:
         return _POLICIES[name]()
     for entry in entry_points(group="slideformer.policies"):
         if entry.name == name:
-            loaded: Policy = entry.load()()
-            return loaded
+            return _load(entry)
     near = get_close_matches(name, policy_names(), n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise ConfigError(f"unknown policy {name!r}; {hint}known: {', '.join(policy_names())}")
+
+
+def _load(entry: EntryPoint) -> Policy:
+    """The policy of another package."""
+    try:
+        policy: Policy = entry.load()()
+    except Exception as error:  # anything may be wrong with somebody else's package
+        raise PolicyError(
+            f"policy {entry.name!r} cannot be loaded from {entry.value!r}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    lacking = [part for part in ("name", "prepare", "choose") if not hasattr(policy, part)]
+    if lacking:
+        raise PolicyError(
+            f"policy {entry.name!r}, which is {entry.value!r}, lacks {', '.join(lacking)}; "
+            "see docs/policies.md"
+        )
+    return policy

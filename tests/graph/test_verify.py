@@ -83,12 +83,12 @@ BROKEN: dict[str, tuple[TaskGraph, list[str]]] = {
             [LOW, HIGH],
             [SLOT],
         ),
-        ["c.x", "reads low", "overwritten by high"],
+        ["c.x", "reads low", "overwritten by high of task b.x"],
     ),
     "carried twice": (graph_of(buffers=[CARRIED, ALSO], slots=[SLOT]), ["kept", "also", "carried"]),
     "carried overwritten": (
         graph_of([cpu("a.x", writes=("high",))], [CARRIED, HIGH], [SLOT]),
-        ["kept", "carried", "high"],
+        ["kept", "carried", "high of task a.x"],
     ),
 }
 

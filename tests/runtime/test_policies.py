@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from importlib.metadata import EntryPoint
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -10,13 +11,12 @@ from hypothesis import strategies as st
 
 from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
-from slideformer.graph.errors import ConfigError
+from slideformer.graph.errors import ConfigError, PolicyError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
-from slideformer.runtime import policies
 from slideformer.runtime.core import Instance, TaskRun
-from slideformer.runtime.policies import Fifo, make_policy, policy_names
+from slideformer.runtime.policies import make_policy, policy_names
 from slideformer.runtime.simulated import simulate
 from tests.support.graphs import step_like, task_graphs
 
@@ -88,13 +88,17 @@ def test_of_two_instances_the_earlier_one_goes_first(name: str) -> None:
     assert policy.choose(Lane.H2D, [late, early]) is early
 
 
+def free_tasks(count: int) -> TaskGraph:
+    """Tasks of one lane and one second each, none of which waits."""
+    builder = GraphBuilder()
+    for i in range(count):
+        builder.task(f"same.L{i}", TaskKind.CPU, cost=Cost(seconds=1.0))
+    return builder.build()
+
+
 @pytest.mark.parametrize("name", policy_names())
 def test_among_equals_the_one_ready_first_goes_first(name: str) -> None:
-    builder = GraphBuilder()
-    for i in range(3):
-        builder.task(f"same.L{i}", TaskKind.CPU, cost=Cost(seconds=1.0))
-    graph = builder.build()
-    timeline = simulate(graph, make_policy(name), PROFILE)
+    timeline = simulate(free_tasks(3), make_policy(name), PROFILE)
     assert [span.task for span in timeline.spans] == ["same.L0", "same.L1", "same.L2"]
 
 
@@ -112,13 +116,57 @@ def test_an_unknown_name_is_told_the_nearest() -> None:
         make_policy("xyz")
 
 
-def test_a_third_party_policy_is_found_by_its_entry_point(monkeypatch: pytest.MonkeyPatch) -> None:
-    entry = EntryPoint("theirs", f"{Fifo.__module__}:Fifo", "slideformer.policies")
+THEIRS = """
+class Backwards:
+    name = "backwards"
+    def prepare(self, graph, profile): pass
+    def choose(self, lane, ready): return ready[-1]
 
-    def entry_points(*, group: str) -> list[EntryPoint]:
-        assert group == "slideformer.policies"
-        return [entry]
+class Nothing: pass
 
-    monkeypatch.setattr(policies, "entry_points", entry_points)
-    assert "theirs" in policy_names()
-    assert isinstance(make_policy("theirs"), Fifo)
+def broken(): raise KeyError("no licence")
+"""
+ENTRIES = """[slideformer.policies]
+backwards = their_policies:Backwards
+empty = their_policies:Nothing
+broken = their_policies:broken
+absent = their_policies:Absent
+"""
+
+
+@pytest.fixture
+def their_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A distribution with policies, as pip leaves one behind."""
+    (tmp_path / "their_policies.py").write_text(THEIRS)
+    info = tmp_path / "their_policies-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: their-policies\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(ENTRIES)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "their_policies", raising=False)
+
+
+@pytest.mark.usefixtures("their_package")
+def test_a_policy_of_an_installed_package_is_known_by_its_name() -> None:
+    assert "backwards" in policy_names()
+    order = [span.task for span in simulate(free_tasks(3), make_policy("backwards"), PROFILE).spans]
+    assert order == ["same.L2", "same.L1", "same.L0"]
+    with pytest.raises(ConfigError, match="'backward'; did you mean 'backwards'"):
+        make_policy("backward")
+
+
+@pytest.mark.usefixtures("their_package")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "broken",
+            "'broken' cannot be loaded from 'their_policies:broken': KeyError: 'no licence'",
+        ),
+        ("absent", "'absent' cannot be loaded from 'their_policies:Absent': AttributeError"),
+        ("empty", "'empty', which is 'their_policies:Nothing', lacks name, prepare, choose"),
+    ],
+)
+def test_what_is_no_policy_is_refused_by_name(name: str, message: str) -> None:
+    with pytest.raises(PolicyError, match=f"policy {message}"):
+        make_policy(name)

@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slideformer.runtime.policies import policy_names
+from slideformer.runtime.policies import make_policy, policy_names
 from tests.support.engines import (
     config_for,
     different,
@@ -28,8 +28,10 @@ from tests.support.engines import (
     state_of,
     write_model,
 )
+from tests.support.policies import AtRandom
 
 LAYERS = 3
+POLICIES = [*policy_names(), "at-random"]
 BATCHES = [make_batch(0), make_batch(1, lengths=[16, 7, 0, 12]), make_batch(2)]
 PACKED = [
     BATCHES[0],
@@ -59,9 +61,10 @@ def train(
     folder: Path, numerics: dict[str, Any], *, policy: str = "fifo", threads: int = 1, **plan: Any
 ) -> Outcome:
     """Three steps and two evaluations, all submitted before the first is read."""
-    config = config_for(folder, compute="bf16", policy=policy, threads=threads, weight_decay=0.1)
+    config = config_for(folder, compute="bf16", threads=threads, weight_decay=0.1)
+    chosen = AtRandom(plan.get("seed", 0)) if policy == "at-random" else make_policy(policy)
     batches = PACKED if numerics.get("packed") else BATCHES
-    with engine_with(config, **numerics, **plan) as engine:
+    with engine_with(config, policy=chosen, **numerics, **plan) as engine:
         steps = [engine.step(batches[0])]
         evaluations = [engine.evaluate(batches[1])]
         steps += [engine.step(batch) for batch in batches[1:]]
@@ -105,7 +108,7 @@ def placements(draw: st.DrawFn) -> dict[str, Any]:
     """All that decides where and when, and nothing that decides rounding."""
     kept = draw(st.integers(0, LAYERS))
     return {
-        "policy": draw(st.sampled_from(policy_names())),
+        "policy": draw(st.sampled_from(POLICIES)),
         "threads": draw(st.integers(1, 4)),
         "window": draw(st.integers(2, 4)),
         "chunk_numel": draw(st.sampled_from([500, 3000, 20_000, 1 << 25])),
@@ -140,7 +143,7 @@ def test_weights_do_not_depend_on_placement_order_or_threads(
     check(model, name, {**placement, "resident": units})
 
 
-@pytest.mark.parametrize("policy", policy_names())
+@pytest.mark.parametrize("policy", POLICIES)
 def test_weights_do_not_depend_on_the_policy(model: Model, policy: str) -> None:
     check(model, "two micro-batches", {"policy": policy, "chunk_numel": 3000, "gradient_slots": 2})
 

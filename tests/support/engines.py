@@ -25,6 +25,7 @@ from slideformer.models.data.batches import Batch
 from slideformer.models.data.batches import make_batch as make_rows
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import Rows
+from slideformer.runtime.policies import Policy
 from tests.models.tiny import joined, save, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
@@ -89,7 +90,12 @@ def config_for(folder: Path, **changes: Any) -> EngineConfig:
 
 @contextmanager
 def engine_with(
-    config: EngineConfig, *, gradient_slots: int = 0, seed: int = 0, **plan: Any
+    config: EngineConfig,
+    *,
+    policy: Policy | None = None,
+    gradient_slots: int = 0,
+    seed: int = 0,
+    **plan: Any,
 ) -> Iterator[Engine]:
     """An engine that runs by a plan with these fields, whatever the planner would have chosen.
 
@@ -109,7 +115,7 @@ def engine_with(
     original = engine_module.plan_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "plan_for", planned)
-        engine = Engine(config)
+        engine = Engine(config, policy=policy)
     with engine:
         yield engine
 
