@@ -7,15 +7,10 @@ and complaints about flags come at once.
 
 from __future__ import annotations
 
-import inspect
-import types
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any
 
 import typer
-from pydantic import BeforeValidator
-from pydantic.fields import FieldInfo
 from rich.console import Console
 from typer.core import TyperGroup
 
@@ -29,9 +24,8 @@ from slideformer.tools.console import (
     stderr_console,
 )
 from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.setting_flags import PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
-
-Command = TypeVar("Command", bound=Callable[..., None])
 
 
 class _Group(TyperGroup):
@@ -60,77 +54,6 @@ def _common(
     """What holds for all commands."""
 
 
-def settings_as_flags(
-    names: Iterable[str], required: Iterable[str] = ()
-) -> Callable[[Command], Command]:
-    """Give a command one flag for each named setting of ``Config``, beside its own parameters.
-
-    The command receives them as keyword arguments, None where a flag was not given. Flags of
-    ``required`` settings must be given; others may come from elsewhere.
-    """
-    must = frozenset(required)
-
-    def add(command: Command) -> Command:
-        own = [
-            parameter
-            for parameter in inspect.signature(command, eval_str=True).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        flags = [_flag(name, Config.model_fields[name], name in must) for name in names]
-        signature = inspect.Signature([*own, *flags])
-        command.__signature__ = signature  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
-        return command
-
-    return add
-
-
-_METAVARS = {Path: "PATH", int: "SIZE", float: "NUMBER", str: "NAME"}
-"""What stands for the value of a flag that is read as text."""
-
-
-def _flag(name: str, field: FieldInfo, required: bool) -> inspect.Parameter:
-    """The parameter of one setting; values are checked, and sizes read, by ``Config`` itself."""
-    kind, metavar = _parsed_as(field)
-    option = typer.Option(
-        ... if required else None,
-        flag_name(name) + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
-        help=_help(field),
-        metavar=metavar,
-        show_default=False,
-    )
-    annotation = kind if required else kind | None
-    return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
-    )
-
-
-def _parsed_as(field: FieldInfo) -> tuple[Any, str | None]:
-    """What a flag is parsed as, text where the setting parses for itself; and its metavar."""
-    annotation: Any = field.annotation
-    if get_origin(annotation) is tuple:  # the flag may be repeated
-        return list[str], "PATH"
-    if get_origin(annotation) in (Union, types.UnionType):
-        annotation = next(arm for arm in get_args(annotation) if arm is not type(None))
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
-    if get_origin(annotation) is Literal:
-        return str, f"[{'|'.join(get_args(annotation))}]"
-    if annotation is bool:
-        return bool, None
-    if annotation is int and not any(isinstance(m, BeforeValidator) for m in field.metadata):
-        return int, "N"
-    return str, _METAVARS[annotation]
-
-
-def _help(field: FieldInfo) -> str:
-    """The setting's own description, with its default."""
-    text = " ".join((field.description or "").replace("``", "").split())
-    if field.is_required() or field.default in (None, ()):
-        return text
-    return f"{text} Default: {field.default}."
-
-
 @app.command()
 @settings_as_flags(name for name in Config.model_fields if name != "version")
 def train(
@@ -154,14 +77,6 @@ def train(
     if result.interrupted:
         typer.echo(f"interrupted after step {result.steps}; the model is saved", err=True)
         raise typer.Exit(INTERRUPTED)
-
-
-PLANNED = (
-    *("model", "gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit"),
-    *("batch_size", "seq_len"),
-    *("packing", "compute", "policy", "micro_batch", "window"),
-)
-"""Settings that decide a plan."""
 
 
 @app.command()

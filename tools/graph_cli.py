@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -25,6 +25,7 @@ from slideformer.graph.machines import load_machine
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.stats import GraphStats, Load, graph_stats
 from slideformer.tools import step_flags as flags
+from slideformer.tools.setting_flags import settings_as_flags
 
 graph_app = typer.Typer(
     no_args_is_help=True, help="Write down, check, compare and summarise task graphs."
@@ -51,37 +52,19 @@ GraphFile = Annotated[Path, typer.Argument(help="Graph in JSON.", metavar="FILE"
 
 
 @graph_app.command()
+@settings_as_flags(flags.STEP)
 def dump(
     model: flags.Model = None,
     shape: flags.Shape = None,
-    machine: flags.MachineName = None,
-    gpu_memory: flags.GpuMemory = None,
-    cpu_memory: flags.CpuMemory = None,
-    batch_size: flags.BatchSize = None,
-    seq_len: flags.SeqLen = None,
-    micro_batch: flags.MicroBatch = None,
-    window: flags.Window = None,
-    compute: flags.Compute = None,
-    policy: flags.PolicyName = None,
+    machine: flags.MachineOrThis = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; stdout without it.")
     ] = None,
     form: Annotated[Format, typer.Option("--format", help="How to write it.")] = Format.JSON,
+    **settings: Any,
 ) -> None:
     """Write the graph of a training step, as it would run here or on a named machine."""
-    step = flags.plan_step(
-        model,
-        shape,
-        machine,
-        gpu_memory=gpu_memory,
-        cpu_memory=cpu_memory,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        window=window,
-        compute=compute,
-        policy=policy,
-    )
+    step = flags.plan_step(model, shape, machine, **settings)
     write_file(output, _WRITERS[form](step.graph))
 
 
@@ -125,9 +108,7 @@ def show_diff(
 @graph_app.command()
 def stats(
     file: GraphFile,
-    machine: Annotated[
-        str, typer.Option(help="Machine that tasks are timed on.", metavar="NAME")
-    ] = "h200",
+    machine: flags.MachineName = "h200",
 ) -> None:
     """Print counts, bytes and seconds by kind and lane, places by tier, and the critical path."""
     known = load_machine(machine)

@@ -5,7 +5,7 @@ Everything printed is computed by ``slideformer.simulation``; nothing is measure
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Any
 
 import typer
 from rich.table import Table
@@ -18,6 +18,7 @@ from slideformer.simulation import GraphTimeline, compare_policies
 from slideformer.simulation import simulate as simulate_graph
 from slideformer.tools import step_flags as flags
 from slideformer.tools.graph_cli import GraphFile, read_graph, stdout_console
+from slideformer.tools.setting_flags import settings_as_flags
 
 policies_app = typer.Typer(no_args_is_help=True, help="Scheduling policies.")
 
@@ -25,35 +26,15 @@ INSTANCES = 3
 """Simulated steps: the first fills the pipeline and is left out."""
 
 
+@settings_as_flags(flags.STEP)
 def simulate(
     model: flags.Model = None,
     shape: flags.Shape = None,
-    machine: Annotated[
-        str, typer.Option(help="Named machine, as rtx4090, or a profile file.", metavar="NAME")
-    ] = "h200",
-    gpu_memory: flags.GpuMemory = None,
-    cpu_memory: flags.CpuMemory = None,
-    batch_size: flags.BatchSize = None,
-    seq_len: flags.SeqLen = None,
-    micro_batch: flags.MicroBatch = None,
-    window: flags.Window = None,
-    compute: flags.Compute = None,
-    policy: flags.PolicyName = None,
+    machine: flags.MachineName = "h200",
+    **settings: Any,
 ) -> None:
     """Predict a training step on a machine that need not be at hand."""
-    step = flags.plan_step(
-        model,
-        shape,
-        machine,
-        gpu_memory=gpu_memory,
-        cpu_memory=cpu_memory,
-        batch_size=batch_size,
-        seq_len=seq_len,
-        micro_batch=micro_batch,
-        window=window,
-        compute=compute,
-        policy=policy,
-    )
+    step = flags.plan_step(model, shape, machine, **settings)
     timeline = simulate_graph(step.graph, step.profile, step.config.policy, INSTANCES)
     plan, seconds = step.plan, timeline.step_seconds
     console = stdout_console()
@@ -78,9 +59,7 @@ def simulate(
 @policies_app.command()
 def compare(
     file: GraphFile,
-    machine: Annotated[
-        str, typer.Option(help="Named machine, or a profile file.", metavar="NAME")
-    ] = "h200",
+    machine: flags.MachineName = "h200",
 ) -> None:
     """Run a graph under every policy on the same machine, simulated, and print a table."""
     known = load_machine(machine)

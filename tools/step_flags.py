@@ -14,6 +14,7 @@ import typer
 from slideformer.config import EngineConfig, flag_name
 from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.tools.setting_flags import PLANNED
 
 if TYPE_CHECKING:
     from slideformer.graph.graph import TaskGraph
@@ -25,20 +26,13 @@ Model = Annotated[
     Path | None, typer.Option(help="Checkpoint folder; its config.json is enough.", metavar="DIR")
 ]
 Shape = Annotated[str | None, typer.Option(help="Named shape, as llama3-8b.", metavar="NAME")]
-MachineName = Annotated[
-    str | None,
-    typer.Option("--machine", help="Named machine, as rtx4090, or a profile file.", metavar="NAME"),
-]
-GpuMemory = Annotated[str | None, typer.Option(help="GPU budget, as 24GiB.", metavar="SIZE")]
-CpuMemory = Annotated[str | None, typer.Option(help="Host budget, as 128GiB.", metavar="SIZE")]
-BatchSize = Annotated[int | None, typer.Option(help="Rows per step.", metavar="N")]
-SeqLen = Annotated[int | None, typer.Option(help="Tokens per row.", metavar="N")]
-MicroBatch = Annotated[int | None, typer.Option(help="Rows per micro-batch.", metavar="N")]
-Window = Annotated[int | None, typer.Option(help="Weight slots on the GPU.", metavar="N")]
-Compute = Annotated[str | None, typer.Option(help="Arithmetic.", metavar="[bf16|fp32]")]
-PolicyName = Annotated[
-    str | None, typer.Option("--policy", help="Scheduling policy.", metavar="NAME")
-]
+_MACHINE = typer.Option(
+    "--machine", help="Named machine, as rtx4090, or a profile file.", metavar="NAME"
+)
+MachineName = Annotated[str, _MACHINE]
+MachineOrThis = Annotated[str | None, _MACHINE]
+STEP = tuple(name for name in PLANNED if name != "model")
+"""Settings that decide a step, beside its model."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ def plan_step(
     `ConfigError`, `BudgetError`, `CheckpointError` or `UnsupportedModelError`.
     """
     known = load_machine(machine) if machine is not None else None
-    given = {name: value for name, value in settings.items() if value is not None}
+    given = {name: value for name, value in settings.items() if value not in (None, [])}
     config = EngineConfig.model_validate(
         {"model": model or Path(shape or "."), "device": "auto", **given},
         context={name: flag_name(name) for name in given},
@@ -70,10 +64,14 @@ def plan_step(
     from slideformer.planning import budgets_for, device_for, model_config, plan_for, step_graph
 
     hf_config = model_config(model, shape)
-    if known is None:
-        profile, budgets = MachineProfile(), budgets_for(config, device_for(config))
-    else:
+    profile, wanted = MachineProfile(), config
+    if known is not None:
         profile = known.profile
-        budgets = Budgets(config.gpu_memory or known.gpu_memory, config.cpu_memory or UNLIMITED)
+        room = {
+            "gpu_memory": config.gpu_memory or known.gpu_memory,
+            "cpu_memory": config.cpu_memory or UNLIMITED,
+        }
+        wanted = config.model_copy(update=room)
+    budgets = budgets_for(wanted, device_for(config))
     plan = plan_for(hf_config, config, budgets, profile)
     return PlannedStep(config, known, profile, budgets, plan, step_graph(hf_config, plan))

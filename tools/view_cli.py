@@ -18,10 +18,8 @@ from slideformer.tools import step_flags as flags
 from slideformer.tools.graph_cli import GraphFile, graph_app, read_graph, write_file
 from slideformer.traces import from_chrome, to_chrome
 
-MachineName = Annotated[
-    str, typer.Option("--machine", help="Machine to predict for.", metavar="NAME")
-]
 PolicyName = Annotated[str, typer.Option("--policy", help="Scheduling policy.", metavar="NAME")]
+Size = Annotated[str | None, typer.Option(help="Budget to draw, as 24GiB.", metavar="SIZE")]
 
 
 @graph_app.command()
@@ -35,10 +33,10 @@ def view(
     trace: Annotated[
         Path | None, typer.Option(help="Measured trace to compare with.", metavar="FILE")
     ] = None,
-    machine: MachineName = "h200",
+    machine: flags.MachineName = "h200",
     policy: PolicyName = "earliest-deadline",
-    gpu_memory: flags.GpuMemory = None,
-    cpu_memory: flags.CpuMemory = None,
+    gpu_memory: Size = None,
+    cpu_memory: Size = None,
 ) -> None:
     """Draw a graph, its predicted timeline and its memory: a page that needs no network, a picture.
 
@@ -77,7 +75,7 @@ def write_trace(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; stdout without it.")
     ] = None,
-    machine: MachineName = "h200",
+    machine: flags.MachineName = "h200",
     policy: PolicyName = "earliest-deadline",
     steps: Annotated[int, typer.Option(help="Steps to simulate.", min=1)] = 2,
 ) -> None:

@@ -52,8 +52,17 @@ FLAGS = ("--gpu-memory", "3GiB", "--cpu-memory", "3GiB", "--batch-size", "4", "-
 
 def test_dump_writes_the_graph_that_an_engine_would_run(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "step.json"
-    call("dump", "--model", model, *FLAGS, "--micro-batch", "2", "--window", "2", "-o", path)
-    config = EngineConfig(model=model, batch_size=4, seq_len=16, micro_batch=2, window=2)
+    more = ("--micro-batch", "2", "--window", "2", "--packing", "--compute", "fp32")
+    call("dump", "--model", model, *FLAGS, *more, "-o", path)
+    config = EngineConfig(
+        model=model,
+        batch_size=4,
+        seq_len=16,
+        micro_batch=2,
+        window=2,
+        packing=True,
+        compute="fp32",
+    )
     hf_config = AutoConfig.from_pretrained(model)
     plan = plan_for(hf_config, config, Budgets(3 << 30, 3 << 30), MachineProfile())
     assert from_json(path.read_text()) == step_graph(hf_config, plan)
