@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slideformer import engine as engine_module
+from slideformer import run_memory
 from slideformer import trainer as trainer_module
 from slideformer.config import Config, load_config
 from slideformer.engine import Engine
@@ -230,7 +231,7 @@ def no_arenas(monkeypatch: pytest.MonkeyPatch) -> None:
     def arenas(*_: Any) -> None:
         raise AssertionError("memory was allocated")
 
-    monkeypatch.setattr(engine_module, "Arenas", arenas)
+    monkeypatch.setattr(run_memory, "Arenas", arenas)
 
 
 @pytest.mark.usefixtures("no_arenas")
@@ -436,7 +437,7 @@ def test_a_callable_replaces_the_schedule(config: Config) -> None:
 def test_a_warm_up_longer_than_the_run_is_refused_before_memory_is_allocated(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Engine, "_allocate", lambda _: pytest.fail("allocated"))
+    monkeypatch.setattr(run_memory, "Arenas", lambda *_: pytest.fail("allocated"))
     with pytest.raises(ConfigError, match="warmup_steps is 9, but the run has 4 steps"):
         Trainer(changed(config, warmup_steps=9)).train()
     assert not config.output.exists()
