@@ -126,6 +126,16 @@ def make_policy(name: str) -> Policy:
     raise ConfigError(f"unknown policy {name!r}; {hint}known: {', '.join(policy_names())}")
 
 
+def prepare(policy: Policy, graph: TaskGraph, profile: MachineProfile) -> None:
+    """Let ``policy`` prepare for a graph; raises `PolicyError` if it cannot."""
+    try:
+        policy.prepare(graph, profile)
+    except Exception as error:
+        raise PolicyError(
+            f"policy {policy.name!r} raised {error!r} when it prepared for graph {graph.name!r}"
+        ) from error
+
+
 def _load(entry: EntryPoint) -> Policy:
     """The policy of another package."""
     try:

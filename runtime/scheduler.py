@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from slideformer.graph.errors import GraphError, PolicyError, SlideFormerError
+from slideformer.graph.errors import GraphError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.runtime.core import (
@@ -25,7 +25,7 @@ from slideformer.runtime.core import (
     Stop,
 )
 from slideformer.runtime.device import Device, Operation
-from slideformer.runtime.policies import Policy
+from slideformer.runtime.policies import Policy, prepare
 from slideformer.runtime.trace import Trace
 
 
@@ -83,13 +83,7 @@ class Scheduler:
     def _prepare(self, graph: TaskGraph) -> None:
         if id(graph) in self._prepared:
             return
-        try:
-            self._policy.prepare(graph, self._profile)
-        except Exception as error:
-            raise PolicyError(
-                f"policy {self._policy.name!r} raised {error!r} when it prepared for graph "
-                f"{graph.name!r}"
-            ) from error
+        prepare(self._policy, graph, self._profile)
         self._prepared[id(graph)] = graph
 
     def abort(self, error: SlideFormerError) -> None:

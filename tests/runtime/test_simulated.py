@@ -18,7 +18,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.runtime.policies import Fifo, make_policy, policy_names
-from slideformer.runtime.simulated import SimulatedDevice, simulate
+from slideformer.runtime.simulated import STREAM_LANES, simulate
 from slideformer.runtime.trace import Span
 from tests.support.graphs import conflicts, step_like, task_graphs
 
@@ -93,7 +93,7 @@ def test_times_keep_every_order(
     for span, task in zip(spans, graph.tasks * instances, strict=True):
         assert span.seconds == pytest.approx(profile.seconds(task))
     for lane in Lane:
-        width = 1 if lane in SimulatedDevice.stream_lanes else wide.get(lane, 1)
+        width = 1 if lane in STREAM_LANES else wide.get(lane, 1)
         on_lane = [span for span in spans if span.lane is lane and span.seconds > 0]
         for instant in {span.started for span in on_lane}:
             assert sum(s.started <= instant < s.stopped for s in on_lane) <= width
@@ -109,7 +109,7 @@ def test_the_makespan_has_its_lower_bounds(
     assert timeline.makespan >= longest - 1e-9
     for lane in Lane:
         work = sum(profile.seconds(task) for task in graph.tasks if task.lane is lane)
-        width = 1 if lane in SimulatedDevice.stream_lanes else wide.get(lane, 1)
+        width = 1 if lane in STREAM_LANES else wide.get(lane, 1)
         assert timeline.makespan >= work / width - 1e-9
     assert timeline.makespan <= sum(profile.seconds(task) for task in graph.tasks) + 1e-9
 
