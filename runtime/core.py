@@ -29,8 +29,12 @@ from slideformer.graph.hazards import HazardMap
 from slideformer.graph.tasks import Lane, Task
 from slideformer.runtime.policies import Policy
 
-STREAM_DEPTH = 2
-"""Unfinished tasks per stream lane: one runs, one is queued, the rest are the policy's."""
+STREAM_DEPTH = {Lane.COMPUTE: 3, Lane.H2D: 2, Lane.D2H: 2}
+"""Unfinished tasks per stream lane: one runs, one is queued, the rest are the policy's.
+
+Two are queued for computing: the cast of a layer's gradients is over before the next layer's
+backward could be decided on and launched.
+"""
 
 
 class State(Enum):
@@ -125,7 +129,7 @@ class Core:
         self._policy = policy
         self._streams = stream_lanes
         self._limit = {
-            lane: STREAM_DEPTH if lane in stream_lanes else (widths or {}).get(lane, 1)
+            lane: STREAM_DEPTH[lane] if lane in stream_lanes else (widths or {}).get(lane, 1)
             for lane in Lane
         }
         self._ready: dict[Lane, list[TaskRun]] = {lane: [] for lane in Lane}

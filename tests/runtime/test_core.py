@@ -115,7 +115,7 @@ class Run:
                 pytest.fail(f"nothing went wrong, but {show(instruction)}")
         self.core.validate()
         for lane in Lane:
-            limit = STREAM_DEPTH if lane in self.streams else self.widths.get(lane, 1)
+            limit = STREAM_DEPTH[lane] if lane in self.streams else self.widths.get(lane, 1)
             assert self.device.busy(lane) <= limit
 
     def go(self, rng: random.Random) -> None:
@@ -301,13 +301,14 @@ def test_tasks_of_one_stream_need_no_event_between_them() -> None:
     ]
 
 
-def test_a_lane_takes_as_many_as_it_is_wide_and_a_stream_two() -> None:
-    kinds = [TaskKind.CPU] * 4 + [TaskKind.COMPUTE] * 4 + [TaskKind.SAVE] * 2
-    core = Core(make_policy("fifo"), {Lane.CPU: 3, Lane.COMPUTE: 3}, STREAMS)
+def test_a_lane_takes_as_many_as_it_is_wide_and_a_stream_a_few() -> None:
+    kinds = [TaskKind.CPU] * 4 + [TaskKind.COMPUTE] * 4 + [TaskKind.H2D] * 3 + [TaskKind.SAVE] * 2
+    core = Core(make_policy("fifo"), {Lane.CPU: 3, Lane.COMPUTE: 9, Lane.H2D: 9}, STREAMS)
     instance, instructions = core.submit(free(*kinds))
-    assert launched(instructions) == ["t4.x", "t5.x", "t0.x", "t1.x", "t2.x", "t8.x"]
-    more = core.handle([Finished(instance.runs[i], 0.0, 1.0) for i in (1, 4, 8)])
-    assert launched(more) == ["t6.x", "t3.x", "t9.x"]
+    compute, copies, updates = ["t4.x", "t5.x", "t6.x"], ["t8.x", "t9.x"], ["t0.x", "t1.x", "t2.x"]
+    assert launched(instructions) == [*compute, *copies, *updates, "t11.x"]
+    more = core.handle([Finished(instance.runs[i], 0.0, 1.0) for i in (1, 4, 8, 11)])
+    assert launched(more) == ["t7.x", "t10.x", "t3.x", "t12.x"]
 
 
 def test_the_next_instance_waits_for_the_bytes_it_touches_and_nothing_else() -> None:
@@ -352,14 +353,14 @@ def test_a_write_waits_for_readers_of_all_instances_since_the_last_write() -> No
 def test_a_launch_is_not_told_to_wait_for_what_has_finished() -> None:
     builder = GraphBuilder()
     up = builder.buffer("up", 4, Tier.GPU)
-    builder.task("t0.x", TaskKind.COMPUTE)
-    builder.task("t1.x", TaskKind.COMPUTE)
+    for number in range(3):
+        builder.task(f"t{number}.x", TaskKind.COMPUTE)
     builder.task("h2d.x", TaskKind.H2D, writes=[up])
     builder.task("use.x", TaskKind.COMPUTE, reads=[up])
     core = Core(make_policy("fifo"), stream_lanes=STREAMS)
     instance, instructions = core.submit(builder.build())
-    assert launched(instructions) == ["t0.x", "t1.x", "h2d.x"]
-    assert core.handle([Finished(instance.runs[2], 0.0, 1.0)]) == []
+    assert launched(instructions) == ["t0.x", "t1.x", "t2.x", "h2d.x"]
+    assert core.handle([Finished(instance.runs[3], 0.0, 1.0)]) == []
     (launch,) = core.handle([Finished(instance.runs[0], 0.0, 1.0)])
     assert show(launch) == "launch use.x#0 behind ()"
 
