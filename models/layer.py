@@ -13,23 +13,19 @@ Nothing here waits for the device, moves weights, or knows which layer it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
-from slideformer.kernels.swiglu import swiglu, swiglu_backward
 from slideformer.models.attention import Mask, RecordedAttention, attention
-from slideformer.models.gradients import product_, store_
+from slideformer.models.mlp import mlp_backward_, mlp_forward_
+from slideformer.models.projections import Gradients, Operands, linear, residual_linear
 
 if TYPE_CHECKING:  # the arithmetic runs without transformers
     from slideformer.models.families import DecoderConfig
-
-Operands = Mapping[str, Tensor]
-"""Operand name → tensor; the names are those of :func:`forward`."""
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding, each FP32 [S, D] or [B, S, D]."""
@@ -59,19 +55,14 @@ def forward(
         out = torch.empty_like(x)
     tokens, stream = x.view(-1, cfg.hidden), out.view(-1, cfg.hidden)
     normed, _ = rms_norm(tokens, w["input_norm.weight"], cfg.norm_eps)
-    heads = _linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    heads = linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
     del normed
     q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=True)
     attended = attention(q, k, v, scale=cfg.scale, mask=mask)
     del heads, q, k, v
-    _residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=stream)
+    residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=stream)
     del attended
-    normed, _ = rms_norm(stream, w["post_norm.weight"], cfg.norm_eps)
-    gate_up = _linear(normed, w, "gate_up", out=gate_up)
-    del normed
-    activated = swiglu(gate_up, cfg.activation)
-    del gate_up
-    _residual_linear(stream, activated, w, "down", out=stream)
+    mlp_forward_(stream, w, cfg, gate_up)
     return out
 
 
@@ -95,18 +86,18 @@ def backward(
     ``gate_up``, if forward kept it, is overwritten too.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
-    eps, sink = cfg.norm_eps, _Gradients(grads, accumulate)
+    eps, sink = cfg.norm_eps, Gradients(grads, accumulate)
 
     normed, rstd = rms_norm(tokens, w["input_norm.weight"], eps)
-    heads = _linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    heads = linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
     q, k, v, head_rstd = _rotated(heads, w, cfg, rope, in_place=False)
     recorded = RecordedAttention(q, k, v, scale=cfg.scale, mask=mask)
     del q, k, v
     attended = recorded.output.reshape(len(tokens), -1)
     middle = torch.empty_like(tokens)
-    _residual_linear(tokens, attended, w, "o", out=middle)
+    residual_linear(tokens, attended, w, "o", out=middle)
 
-    _mlp_backward(middle, d_stream, w, sink, cfg, gate_up)
+    mlp_backward_(middle, d_stream, w, sink, cfg, gate_up)
     del middle
 
     sink.linear("o", d_stream, attended)
@@ -122,71 +113,6 @@ def backward(
         d_normed, tokens, w["input_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
     )
     sink.vector("input_norm.weight", d_weight)
-
-
-def _mlp_backward(
-    middle: Tensor,
-    d_stream: Tensor,
-    w: Operands,
-    sink: _Gradients,
-    cfg: DecoderConfig,
-    gate_up: Tensor | None,
-) -> None:
-    """Recompute the second half from its input ``middle`` and turn dy into d middle in place.
-
-    The down projection is not recomputed: no gradient needs its output.
-    """
-    normed, rstd = rms_norm(middle, w["post_norm.weight"], cfg.norm_eps)
-    if gate_up is None:
-        gate_up = _linear(normed, w, "gate_up")
-    d_activated = torch.mm(d_stream, w["down.weight"])
-    # Both are overwritten: the activation's gradient by the activation, gate and up by their own.
-    activated = swiglu_backward(d_activated, gate_up, cfg.activation, out=d_activated)
-    d_gate_up = gate_up
-    sink.linear("down", d_stream, activated)
-    del d_activated, activated
-    sink.linear("gate_up", d_gate_up, normed)
-    d_normed = torch.mm(d_gate_up, w["gate_up.weight"], out=normed)
-    del gate_up, d_gate_up
-    _, d_weight = rms_norm_backward(
-        d_normed, middle, w["post_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
-    )
-    sink.vector("post_norm.weight", d_weight)
-
-
-class _Gradients(NamedTuple):
-    """Where weight gradients go, and whether they are added to what is there."""
-
-    slots: Operands
-    accumulate: bool
-
-    def linear(self, name: str, d_out: Tensor, inputs: Tensor) -> None:
-        """Gradients of a projection's matrix and bias; ``d_out`` [T, n], ``inputs`` [T, m]."""
-        product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
-        if f"{name}.bias" in self.slots:
-            self.vector(f"{name}.bias", d_out.sum(0, dtype=torch.float32))
-
-    def vector(self, name: str, value: Tensor) -> None:
-        """A gradient already reduced over tokens, FP32."""
-        store_(self.slots[name], value, accumulate=self.accumulate)
-
-
-def _linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:
-    """inputs Wᵀ + bias, in ``out`` if given; the bias rides in the product's epilogue."""
-    bias = w.get(f"{name}.bias")
-    if bias is None:
-        return torch.mm(inputs, w[f"{name}.weight"].T, out=out)
-    return torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
-
-
-def _residual_linear(
-    residual: Tensor, inputs: Tensor, w: Operands, name: str, *, out: Tensor
-) -> None:
-    """out = residual + inputs Wᵀ + bias; the residual rides in the product; may be ``out``."""
-    torch.addmm(residual, inputs, w[f"{name}.weight"].T, out=out)
-    bias = w.get(f"{name}.bias")
-    if bias is not None:
-        out.add_(bias)
 
 
 def _rotated(
@@ -213,7 +139,7 @@ def _heads_backward(
     heads: Tensor,
     d_rotated: tuple[Tensor, Tensor, Tensor],
     w: Operands,
-    sink: _Gradients,
+    sink: Gradients,
     cfg: DecoderConfig,
     rope: Rope,
     rstd: tuple[Tensor, Tensor] | None,
