@@ -33,13 +33,16 @@ class ParamSpec:
 
     ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``),
     ``offset`` the index of its first element in the unit's flat storage, ``decay`` whether weight
-    decay applies.
+    decay is for it, as for matrices. ``lr_scale`` multiplies the learning rate of a step, and
+    ``weight_decay`` replaces the run's.
     """
 
     key: str
     shape: tuple[int, ...]
     offset: int
     decay: bool
+    lr_scale: float = 1.0
+    weight_decay: float | None = None
 
     @property
     def numel(self) -> int:

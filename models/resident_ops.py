@@ -16,8 +16,8 @@ from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
 from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, whole, without_grad
 from slideformer.models.context import PackedRows, StepContext, unpack_rows
+from slideformer.models.rates import Rates, rate_runs, segments
 from slideformer.models.state import UnitState
-from slideformer.models.update_ops import decay_runs
 
 
 class _Rows(NamedTuple):
@@ -50,7 +50,7 @@ class ResidentOps:
         memory = self._memory
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = memory.states[name].part(begin, end)
-        runs = decay_runs(memory.spec.unit(name), begin, end)
+        runs = rate_runs(memory.spec.unit(name), begin, end)
         flat = whole(views, task.reads, f"acc.{name}.")
         accumulator = flat.view(
             memory.dtype if flat.numel() == 2 * (end - begin) else torch.float32
@@ -61,11 +61,7 @@ class ResidentOps:
             _, optimizer = context.training()
             gradient = accumulator.to(memory.dtype)  # rounded as a gradient that travels
             torch.linalg.vector_norm(gradient, dtype=torch.float32, out=norm)
-            segments = [
-                Segment(start, stop, optimizer.lr, optimizer.weight_decay if decay else 0.0)
-                for start, stop, decay in runs
-            ]
-            self._update(state, gradient, norm, segments, optimizer)
+            self._update(state, gradient, norm, segments(runs, optimizer), optimizer)
 
         return without_grad(run)
 
@@ -103,13 +99,14 @@ class ResidentOps:
         memory = self._memory
         state = memory.states["embed"].part(0, memory.spec.vocab * memory.spec.hidden)
         tensors = (state.hi, state.lo, state.m, state.v)
+        rates = Rates.of(memory.spec.embed.params[0])
         parked = None
         if memory.spec.tied:
             parked = whole(views, task.reads, "parked.").view(memory.dtype)
         reported = views[task.writes[-1]].view(torch.float32)[0]
 
         def run(context: StepContext) -> None:
-            _, optimizer = context.training()
+            optimizer = rates.applied(context.training()[1])
             if dx.is_cuda:
                 squares = torch.empty(len(rows.rows), dtype=torch.float32, device=dx.device)
                 adamw_rows_gpu(

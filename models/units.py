@@ -61,13 +61,13 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
 
 
 def _one_operand_unit(name: str, kind: UnitKind, key: str, shape: tuple[int, ...]) -> UnitSpec:
-    return layout_unit(name, kind, [ParamGroup("weight", ((key, shape),), decay=True)])
+    return layout_unit(name, kind, [ParamGroup("weight", ((key, shape),), len(shape) > 1)])
 
 
 def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
     """The operands of one layer: matrices first, then biases and norms.
 
-    Weight decay applies to all of them, as ``torch.optim.AdamW(model.parameters())`` does.
+    Weight decay is for the matrices alone, as in the Trainer of transformers.
     """
     hidden, inner = decoder.hidden, decoder.intermediate
     q_rows, kv_rows = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
@@ -92,7 +92,7 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
         ParamGroup(
             f"{operand}.bias",
             tuple((f"{prefix}{module}.{p}.bias", (rows,)) for p, rows in parts),
-            decay=True,
+            decay=False,
         )
         for operand, module, parts, _, has_bias in projections
         if has_bias
@@ -107,7 +107,7 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
             ("k_norm.weight", "self_attn.k_norm", decoder.head_dim),
         ]
     groups += [
-        ParamGroup(operand, ((f"{prefix}{module}.weight", (size,)),), decay=True)
+        ParamGroup(operand, ((f"{prefix}{module}.weight", (size,)),), decay=False)
         for operand, module, size in norms
     ]
     return groups

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slideformer.graph.model import UnitSpec
 from slideformer.graph.step_gradients import CHECK_NBYTES
 from slideformer.graph.tasks import Task
-from slideformer.kernels.adamw import Segment, adamw_rows, adamw_update
+from slideformer.kernels.adamw import adamw_rows, adamw_update
 from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, finite, without_grad
 from slideformer.models.context import StepContext
+from slideformer.models.rates import Rates, rate_runs, segments
 
 
 class UpdateOps:
@@ -56,19 +56,22 @@ class UpdateOps:
         """AdamW on one chunk of a unit."""
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = self._memory.updated(task, views)
-        runs = decay_runs(self._memory.spec.unit(name), begin, end)
+        runs = rate_runs(self._memory.spec.unit(name), begin, end)
         gradient, norm = self._memory.travelling(views[task.reads[0]], end - begin)
         square = views[task.writes[-1]].view(torch.float64)
 
         def run(context: StepContext) -> None:
             _, optimizer = context.training()
             square[0] = finite(float(norm)) ** 2
-            segments = [
-                Segment(start, stop, optimizer.lr, optimizer.weight_decay if decay else 0.0)
-                for start, stop, decay in runs
-            ]
             adamw_update(
-                state.hi, state.lo, state.m, state.v, gradient, segments, optimizer, self._threads
+                state.hi,
+                state.lo,
+                state.m,
+                state.v,
+                gradient,
+                segments(runs, optimizer),
+                optimizer,
+                self._threads,
             )
 
         return run
@@ -80,6 +83,7 @@ class UpdateOps:
         state = memory.states["embed"].part(begin, end)
         parked = memory.travelling(views[task.reads[0]], end - begin) if memory.spec.tied else None
         square = views[task.writes[-1]].view(torch.float64)
+        rates = Rates.of(memory.spec.embed.params[0])
         nothing = torch.empty(0, dtype=torch.int64)
         no_rows = torch.empty(0, hidden, dtype=memory.dtype)
 
@@ -98,7 +102,7 @@ class UpdateOps:
                 nothing,
                 no_rows,
                 None if parked is None else parked[0],
-                optimizer,
+                rates.applied(optimizer),
                 self._threads,
             )
 
@@ -112,6 +116,7 @@ class UpdateOps:
         size = memory.plan.tokens * hidden * memory.plan.compute.nbytes
         dx = first.as_strided((size,), (1,)).view(memory.dtype).view(-1, hidden)
         parts = self._parked_parts(task, views)
+        rates = Rates.of(unit.params[0])
         square = views[task.writes[-1]].view(torch.float64)
 
         def run(context: StepContext) -> None:
@@ -131,7 +136,7 @@ class UpdateOps:
                         rows.order,
                         dx,
                         parked,
-                        optimizer,
+                        rates.applied(optimizer),
                         self._threads,
                     )
                 )
@@ -154,20 +159,3 @@ class UpdateOps:
             begin += numel
         assert begin == whole, "the parked chunks tile the matrix"
         return parts
-
-
-def decay_runs(unit: UnitSpec, begin: int, end: int) -> list[tuple[int, int, bool]]:
-    """Ranges of ``[begin, end)``, counted from ``begin``, and whether weight decay applies there.
-
-    Padding belongs to the range before it: it is zero, has no gradient and stays zero.
-    """
-    runs: list[tuple[int, int, bool]] = []
-    ends = [*(p.offset for p in unit.params[1:]), unit.numel]
-    for param, stop in zip(unit.params, ends, strict=True):
-        low, high = max(param.offset, begin) - begin, min(stop, end) - begin
-        if low >= high:
-            continue
-        if runs and runs[-1][2] == param.decay:
-            low = runs.pop()[0]
-        runs.append((low, high, param.decay))
-    return runs

@@ -29,6 +29,7 @@ from pydantic import (
 from pydantic_core import ErrorDetails
 
 from slideformer.graph.errors import ConfigError
+from slideformer.sections import ParameterGroup, read_groups
 
 _UNITS = {
     "": 1,
@@ -101,6 +102,7 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(_several)]
+Groups = Annotated[tuple[ParameterGroup, ...], BeforeValidator(read_groups)]
 
 
 class EngineConfig(BaseModel):
@@ -145,7 +147,9 @@ class EngineConfig(BaseModel):
     eps: Number = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay, on all parameters."""
+    """AdamW's decoupled weight decay, on matrices; norms and biases have none."""
+    parameter_groups: Groups = ()
+    """Learning rates and weight decays of parameters by name: in the YAML file only."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"

@@ -44,10 +44,9 @@ from slideformer.models.head_ops import HeadOps
 from slideformer.models.layouts import fill_constants
 from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
-from slideformer.models.units import model_spec
 from slideformer.models.update_ops import UpdateOps
 from slideformer.numerics import numerics_of
-from slideformer.planning import budgets_for, device_for, plan_for, profile_for
+from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
 from slideformer.run_memory import RunMemory
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.cuda import CudaDevice
@@ -109,7 +108,7 @@ class Engine:
     ) -> None:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
-        self.spec = model_spec(self._hf_config)
+        self.spec = spec_for(self._hf_config, config)
         if initial is None:
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)

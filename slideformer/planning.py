@@ -15,6 +15,7 @@ from transformers import PretrainedConfig
 from slideformer.config import EngineConfig
 from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
+from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
@@ -40,7 +41,26 @@ def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
     hf_config = read_model_config(config.model)
     device = device_for(config)
     plan = plan_for(hf_config, config, budgets_for(config, device), profile_for(device))
-    return model_spec(hf_config), plan
+    return spec_for(hf_config, config), plan
+
+
+def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
+    """The model's units, and how their parameters are trained by ``config``.
+
+    Raises `ConfigError` for a parameter group that cannot work, or `UnsupportedModelError`.
+    """
+    rules: list[TrainingRule] = []
+    for number, group in enumerate(config.parameter_groups, start=1):
+        scale = 1.0 if group.lr_scale is None else group.lr_scale
+        if group.lr is not None:
+            if config.lr == 0:
+                raise ConfigError(
+                    f"parameter_groups: group {number}: lr is {group.lr}, which follows the run's "
+                    "lr in proportion, but that is 0; set it as well"
+                )
+            scale = group.lr / config.lr
+        rules.append(TrainingRule(group.pattern, scale, group.weight_decay))
+    return apply_rules(model_spec(hf_config), rules)
 
 
 def plan_for(
@@ -51,7 +71,7 @@ def plan_for(
     ``config.model`` is not opened, and the budgets and device of ``config`` are not looked at.
     Raises `BudgetError`, `ConfigError` or `UnsupportedModelError`.
     """
-    spec, decoder = model_spec(hf_config), decoder_config(hf_config)
+    spec, decoder = spec_for(hf_config, config), decoder_config(hf_config)
     if config.seq_len > spec.max_positions:
         raise ConfigError(
             f"seq_len is {config.seq_len}, but the model has positions for {spec.max_positions}; "

@@ -34,7 +34,7 @@ from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.reading import is_plain_text
 from slideformer.models.families import read_model_config
-from slideformer.models.units import model_spec
+from slideformer.planning import spec_for
 from slideformer.schedule import Schedule, learning_rates
 from slideformer.traces import make_folder, write_trace
 
@@ -133,7 +133,7 @@ class Trainer:
         """
         config = self.config
         check_output(config.output)
-        spec = model_spec(read_model_config(config.model))
+        spec = spec_for(read_model_config(config.model), config)
         is_plain_text(config.data)  # finds a missing file before the model is planned
         run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
         try:

@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from slideformer.config import Config, EngineConfig, flag_name, load_config
+from slideformer.config import EngineConfig, flag_name, load_config
 from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (
@@ -24,7 +24,7 @@ from slideformer.tools.console import (
     stderr_console,
 )
 from slideformer.tools.graph_cli import graph_app
-from slideformer.tools.setting_flags import PLANNED, settings_as_flags
+from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
 
 
@@ -55,7 +55,7 @@ def _common(
 
 
 @app.command()
-@settings_as_flags(name for name in Config.model_fields if name != "version")
+@settings_as_flags(FLAGS)
 def train(
     config: Path | None = typer.Option(
         None, "--config", metavar="run.yaml", help="Settings in YAML; flags override them."

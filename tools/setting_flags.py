@@ -16,6 +16,9 @@ from slideformer.config import Config, flag_name
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
+FLAGS = tuple(name for name in Config.model_fields if name not in ("version", "parameter_groups"))
+"""Settings that have a flag; the others are in the YAML file only."""
+
 PLANNED = (
     *("model", "gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit"),
     *("batch_size", "seq_len"),

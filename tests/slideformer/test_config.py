@@ -101,6 +101,7 @@ def test_defaults() -> None:
         "beta2": 0.999,
         "eps": 1e-8,
         "weight_decay": 0.0,
+        "parameter_groups": (),
         "seed": 0,
         "device": "auto",
         "compute": "bf16",

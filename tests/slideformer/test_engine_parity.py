@@ -96,14 +96,15 @@ def test_a_frozen_engine_fails_the_comparison(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True}], ids=["untied", "tied"])
-def test_weight_decay_applies_to_every_tensor(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_weight_decay_applies_to_every_matrix(settings: dict[str, Any], tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "qwen3-biases", **settings)
     batches = BATCHES[:4]
     reference = train_reference(folder, batches, lr=LR, weight_decay=0.5)
     _, _, weights = train(folder, batches, weight_decay=0.5)
     assert too_far(weights, reference.weights) == []
     _, _, without = train(folder, batches)
-    assert len(too_far(without, reference.weights)) == len(reference.weights)
+    matrices = {name for name, value in reference.weights.items() if value.dim() > 1}
+    assert {line.split(":")[0] for line in too_far(without, reference.weights)} == matrices
 
 
 @pytest.mark.parametrize("settings", [{}, {"tied": True}], ids=["untied", "tied"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +106,7 @@ def engine_with(
         drawn = replace(original(*args).draft(), resident=frozenset(), kept=0, spilled=0)
         drawn = replace(drawn, **plan)
         if gradient_slots:
-            spec: ModelSpec = engine_module.model_spec(args[0])
+            spec: ModelSpec = engine_module.spec_for(args[0], args[1])
             parked = sum(name.startswith("gh.") for name in compile_step(spec, drawn).buffers)
             dealt = random.Random(seed).choices(range(gradient_slots), k=parked)
             drawn = replace(drawn, gradient_slots=gradient_slots, gradient_slot=tuple(dealt))
@@ -166,13 +166,31 @@ class Reference:
 
 
 def train_reference(
-    folder: Path, batches: Sequence[Batch], *, lr: float = 1e-3, weight_decay: float = 0.0
+    folder: Path,
+    batches: Sequence[Batch],
+    *,
+    lr: float = 1e-3,
+    weight_decay: float = 0.0,
+    groups: Callable[[str], dict[str, float]] = lambda name: {},
 ) -> Reference:
-    """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention."""
+    """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention.
+
+    Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``.
+    """
     model = AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="sdpa"
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(
+        [
+            {
+                "params": [parameter],
+                "weight_decay": weight_decay if parameter.dim() > 1 else 0.0,
+                **groups(name),
+            }
+            for name, parameter in model.named_parameters()
+        ],
+        lr=lr,
+    )
     result = Reference([], [], {}, set())
     for batch in batches:
         optimizer.zero_grad()

@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 from slideformer.config import Config, flag_name, load_config
 from slideformer.tools.cli import app
 from slideformer.tools.progress import ConsoleProgress
+from slideformer.tools.setting_flags import FLAGS
 from slideformer.trainer import CONFIG_FILE, Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 
@@ -155,7 +156,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "decay_steps": 2,
     }
     # "epochs" excludes "steps", and "cycles" belongs to another schedule.
-    assert {*given, "epochs", "cycles", "version"} == set(Config.model_fields)
+    assert {*given, "epochs", "cycles"} == set(FLAGS)
     seen: list[Config] = []
 
     def capture(self: Trainer, *_: Any) -> None:
@@ -184,7 +185,7 @@ def test_help_describes_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     code, out, _ = call("train", "--help")
     assert code == 0
-    for name in Config.model_fields.keys() - {"version"}:
+    for name in FLAGS:
         assert flag_name(name) in out
     assert "Rows per optimizer step. Default: 8." in out
 
