@@ -102,6 +102,7 @@ class ModelSpec:
     heads: int
     kv_heads: int
     head_dim: int
+    rotary_dim: int
     vocab: int
     max_positions: int
     tied: bool

@@ -23,7 +23,7 @@ from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
 from slideformer.models.context import SaveContext, StepContext
-from slideformer.models.families import DecoderConfig
+from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layouts import Layout, layer_layout, step_documents
 from slideformer.models.state import UnitState
 

@@ -3,10 +3,6 @@
 A Hugging Face config becomes a :class:`DecoderConfig`; a family or a setting that the arithmetic of
 ``layer.py`` does not cover is refused by name. A further family is one entry of ``FAMILIES``. How
 parameters are named and laid out is the matter of ``units.py``.
-
-All present families share one decoder layer: pre-norm attention with rotary positions and
-grouped-query heads, then a gated MLP, each with a residual connection. RMSNorm normalises in FP32,
-rounds to the compute dtype and then multiplies by its weight.
 """
 
 from __future__ import annotations
@@ -21,40 +17,12 @@ from transformers import AutoConfig, PretrainedConfig
 
 from slideformer.graph.errors import CheckpointError, UnsupportedModelError
 from slideformer.kernels.swiglu import ACTIVATIONS, Activation
+from slideformer.models.decoder import DecoderConfig
 
-ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Kinds of rotary position embedding that are supported."""
 
 _ACTIVATIONS: dict[str, Activation] = {**{name: name for name in ACTIVATIONS}, "swish": "silu"}
-
-
-@dataclass(frozen=True, slots=True)
-class DecoderConfig:
-    """What a decoder computes, as far as the sizes of its operands do not tell.
-
-    ``windows[i]`` is the sliding window of layer ``i``: position q attends to the positions k with
-    ``q - window < k <= q``, so to itself and the ``window - 1`` before it; ``None`` is plain causal
-    attention. Scores are multiplied by ``scale``. With ``qk_norm`` each head of the
-    queries and keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The
-    embedding's row ``padding_idx`` receives no gradient from the look-up (it does receive one as a
-    row of a tied output matrix), as in ``torch.nn.Embedding``.
-    """
-
-    family: str
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    norm_eps: float
-    qk_norm: bool
-    qkv_bias: bool
-    o_bias: bool
-    mlp_bias: bool
-    activation: Activation
-    windows: tuple[int | None, ...]
-    scale: float
-    padding_idx: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +30,9 @@ class Family:
     """What distinguishes one ``model_type`` from another; functions take the Hugging Face config.
 
     ``rotary`` names the class of its rotary embedding in
-    ``transformers.models.<model_type>.modeling_<model_type>``.
+    ``transformers.models.<model_type>.modeling_<model_type>``. ``partial_rotary``: whether that
+    class heeds ``partial_rotary_factor``. ``fused``: whether the checkpoint stores queries, keys
+    and values as one matrix, and gate and up as another. ``dropouts`` are its dropout settings.
     """
 
     rotary: str
@@ -71,6 +41,9 @@ class Family:
     qkv_bias: Callable[[PretrainedConfig], bool] = lambda _: False
     o_bias: Callable[[PretrainedConfig], bool] = lambda _: False
     mlp_bias: Callable[[PretrainedConfig], bool] = lambda _: False
+    partial_rotary: bool = False
+    fused: bool = False
+    dropouts: tuple[str, ...] = ("attention_dropout",)
 
 
 def _no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
@@ -79,7 +52,7 @@ def _no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
 
 
 def _same_window(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """``sliding_window`` in every layer (Mistral, which does not look at ``layer_types``)."""
+    """``sliding_window`` in every layer (these do not look at ``layer_types``)."""
     return tuple([config.sliding_window] * config.num_hidden_layers)
 
 
@@ -122,6 +95,13 @@ FAMILIES: Mapping[str, Family] = {
         mlp_bias=lambda config: bool(config.mlp_bias),
     ),
     "mistral": Family(rotary="MistralRotaryEmbedding", windows=_same_window),
+    "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4, the dense language models
+        rotary="Phi3RotaryEmbedding",
+        windows=_same_window,
+        partial_rotary=True,
+        fused=True,
+        dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
+    ),
     "qwen2": Family(
         rotary="Qwen2RotaryEmbedding",
         windows=_window_by_layer_type,
@@ -193,7 +173,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         UnsupportedModelError: the family, or a setting of it, is not implemented.
     """
     family = family_of(config.model_type)
-    _refuse_unsupported(config)
+    _refuse_unsupported(config, family)
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     # Attention of transformers reads head_dim only where it is set, in every family.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -211,6 +191,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        rotary_dim=_rotary_dim(config, family, head_dim),
         norm_eps=config.rms_norm_eps,
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias(config),
@@ -220,7 +201,20 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         windows=windows,
         scale=head_dim**-0.5,
         padding_idx=_padding_idx(config),
+        fused=family.fused,
     )
+
+
+def _rotary_dim(config: PretrainedConfig, family: Family, head_dim: int) -> int:
+    """How many elements of a head are rotated."""
+    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
+    if factor == 1.0:
+        return head_dim
+    rotated = int(head_dim * factor)
+    if not family.partial_rotary or rotated % 2 or not 0 < rotated < head_dim:
+        supported = "shares of a head with an even number" if family.partial_rotary else "1.0"
+        raise _unsupported(config, "partial_rotary_factor", factor, supported)
+    return rotated
 
 
 def _padding_idx(config: PretrainedConfig) -> int | None:
@@ -233,12 +227,13 @@ def _padding_idx(config: PretrainedConfig) -> int | None:
     return index + config.vocab_size if index < 0 else index
 
 
-def _refuse_unsupported(config: PretrainedConfig) -> None:
+def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
     """Raise for settings that change the arithmetic in ways that are not implemented."""
     if config.hidden_act not in _ACTIVATIONS:
         raise _unsupported(config, "hidden_act", config.hidden_act, ", ".join(_ACTIVATIONS))
-    if config.attention_dropout:
-        raise _unsupported(config, "attention_dropout", config.attention_dropout, "0")
+    for dropout in family.dropouts:
+        if getattr(config, dropout):
+            raise _unsupported(config, dropout, getattr(config, dropout), "0")
     if getattr(config, "quantization_config", None):
         raise _unsupported(
             config, "quantization_config", "set", "float32, bfloat16 and float16 weights"
@@ -249,12 +244,9 @@ def _refuse_unsupported(config: PretrainedConfig) -> None:
         raise _unsupported(config, "is_causal", False, "true")
     if getattr(config, "is_heterogeneous", False):
         raise _unsupported(config, "per_layer_config", "set", "layers of one shape")
-    rope = config.rope_parameters
-    rope_type = rope.get("rope_type")
+    rope_type = config.rope_parameters.get("rope_type")
     if rope_type not in ROPE_TYPES:
         raise _unsupported(config, "rope_type", rope_type, ", ".join(ROPE_TYPES))
-    if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise _unsupported(config, "partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
 
 
 def _unsupported(

@@ -3,7 +3,7 @@
     middle = x + O · attention(rope(norm(QKV · rms_norm(x))))
     y = middle + Down · swiglu(GateUp · rms_norm(middle))
 
-This is the pre-norm layer of Llama, Qwen2, Qwen3 and Mistral; biases and the head norms of
+This is the pre-norm layer of Llama, Qwen2, Qwen3, Mistral and Phi-3; biases and the head norms of
 queries and keys are optional. Weights come as a mapping from operand name to a view of a slot, and
 gradients go to views of another. Nothing is kept between forward and backward but the layer's
 input: backward recomputes the rest and frees each temporary as soon as its last reader is done.
@@ -13,22 +13,18 @@ Nothing here waits for the device, moves weights, or knows which layer it is.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.models.attention import Mask, RecordedAttention, attention
+from slideformer.models.decoder import DecoderConfig
 from slideformer.models.mlp import mlp_backward_, mlp_forward_
 from slideformer.models.projections import Gradients, Operands, linear, residual_linear
 
-if TYPE_CHECKING:  # the arithmetic runs without transformers
-    from slideformer.models.families import DecoderConfig
-
 Rope = tuple[Tensor, Tensor]
-"""Cosines and sines of the rotary embedding, each FP32 [S, D] or [B, S, D]."""
+"""Cosines and sines of the rotary embedding, each FP32 [S, R] or [B, S, R], R = ``rotary_dim``."""
 
 
 def forward(
@@ -131,7 +127,7 @@ def _rotated(
         _, q_rstd = rms_norm(qk[:, :, :n_q], q_norm, eps, out=normed[:, :, :n_q])
         _, k_rstd = rms_norm(qk[:, :, n_q:], k_norm, eps, out=normed[:, :, n_q:])
         qk, rstd = normed, (q_rstd, k_rstd)
-    rope_(qk, *rope)
+    rope_(qk[..., : cfg.rotary_dim], *rope)
     return qk[:, :, :n_q], qk[:, :, n_q:], heads[:, :, n_qk:], rstd
 
 
@@ -152,12 +148,12 @@ def _heads_backward(
     n_q, n_qk = cfg.heads, cfg.heads + cfg.kv_heads
     if rstd is None:
         torch.cat((dq, dk, dv), dim=2, out=heads)
-        rope_(heads[:, :, :n_qk], *rope, inverse=True)
+        rope_(heads[:, :, :n_qk, : cfg.rotary_dim], *rope, inverse=True)
         return
     q, k = heads[:, :, :n_q], heads[:, :, n_q:n_qk]
     dq, dk = dq.contiguous(), dk.contiguous()  # as they are, from the fused kernels
-    rope_(dq, *rope, inverse=True)
-    rope_(dk, *rope, inverse=True)
+    rope_(dq[..., : cfg.rotary_dim], *rope, inverse=True)
+    rope_(dk[..., : cfg.rotary_dim], *rope, inverse=True)
     # Each row of the buffer is read as a query or key before its norm, then takes its gradient.
     _, d_weight = rms_norm_backward(dq, q, w["q_norm.weight"], rstd[0], out=q)
     sink.vector("q_norm.weight", d_weight)
@@ -216,6 +212,6 @@ def workspace_bytes(
     rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
     # A boolean mask becomes an additive one of the compute dtype inside attention.
     mask = seq_len * seq_len * dtype_bytes if windowed else 0
-    rope = 2 * 4 * cfg.head_dim if packed else 0  # tables by token
+    rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
     return tokens * (per_token + 4 * rows + rope) + mask + 12 * 2**20

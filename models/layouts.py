@@ -61,8 +61,8 @@ def step_documents(memory: ModelMemory, view: Tensor) -> PackedTensors:
 
 
 def rope_views(view: Tensor, memory: ModelMemory) -> Rope:
-    """Cosines and sines, FP32 [seq_len, head_dim] each, in their buffer."""
-    tables = view.view(torch.float32).view(2, memory.plan.seq_len, memory.spec.head_dim)
+    """Cosines and sines, FP32 [seq_len, rotary_dim] each, in their buffer."""
+    tables = view.view(torch.float32).view(2, memory.plan.seq_len, memory.spec.rotary_dim)
     return tables[0], tables[1]
 
 

@@ -8,17 +8,13 @@ describes them. Call under ``torch.no_grad()``.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
+from slideformer.models.decoder import DecoderConfig
 from slideformer.models.projections import Gradients, Operands, linear, residual_linear
-
-if TYPE_CHECKING:  # the arithmetic runs without transformers
-    from slideformer.models.families import DecoderConfig
 
 
 def mlp_forward_(

@@ -18,11 +18,12 @@ from slideformer.models.families import family_of
 def rope_tables(
     config: PretrainedConfig, seq_len: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """Tables for positions ``0 … seq_len - 1``: cosine and sine, FP32 ``[seq_len, head_dim]``.
+    """Tables for positions ``0 … seq_len - 1``: cosine and sine, FP32 ``[seq_len, R]``.
 
-    ``table[p, i]`` belongs to frequency ``i mod (head_dim / 2)``, the half-split layout of Su et
-    al., RoFormer (arXiv 2104.09864), as used by Llama. Factors on the attention scores that a
-    scaling asks for (YaRN) are multiplied into both tables.
+    R is the number of elements of a head that are rotated. ``table[p, i]`` belongs to frequency
+    ``i mod (R / 2)``, the half-split layout of Su et al., RoFormer (arXiv 2104.09864), as used by
+    Llama. Factors on the attention scores that a scaling asks for (YaRN, LongRoPE) are multiplied
+    into both tables. Scalings that depend on the length (LongRoPE, dynamic) go by ``seq_len``.
 
     Raises:
         UnsupportedModelError: the family is not supported.

@@ -55,6 +55,13 @@ _QWEN3: dict[str, Any] = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
 
+_PHI3: dict[str, Any] = {
+    "model_type": "phi3",
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+    "pad_token_id": None,
+}
+
 _SHAPES: dict[str, dict[str, Any]] = {
     # No model at all: runs everywhere in no time.
     "tiny": _shape(64, 128, 2, 4, 2, **{**_LLAMA3, "vocab_size": 320, "tie_word_embeddings": True}),
@@ -88,6 +95,21 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-4b": _shape(2560, 9728, 36, 32, 8, tie_word_embeddings=True, **_QWEN3),
     "qwen3-8b": _shape(4096, 12288, 36, 32, 8, **_QWEN3),
     "qwen3-14b": _shape(5120, 17408, 40, 40, 8, **_QWEN3),
+    "phi3-mini": _shape(3072, 8192, 32, 32, 32, **_PHI3, vocab_size=32064, sliding_window=2047),
+    "phi4-mini": _shape(
+        3072,
+        8192,
+        32,
+        24,
+        8,
+        **_PHI3,
+        vocab_size=200064,
+        partial_rotary_factor=0.75,
+        tie_word_embeddings=True,
+    ),
+    "phi4-14b": _shape(
+        5120, 17920, 40, 40, 10, **{**_PHI3, "max_position_embeddings": 16384}, vocab_size=100352
+    ),
     "mistral-large-123b": _shape(
         12288,
         28672,

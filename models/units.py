@@ -12,7 +12,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from slideformer.graph.model import ModelSpec, ParamGroup, UnitKind, UnitSpec, layout_unit
-from slideformer.models.families import DecoderConfig, decoder_config
+from slideformer.models.decoder import DecoderConfig
+from slideformer.models.families import decoder_config
 
 MasterWeights = Mapping[str, tuple[Tensor, Tensor]]
 """Unit name → ``(hi, lo)``, the two halves of its FP32 master weights: CPU tensors int16 [n] with
@@ -52,6 +53,7 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
         heads=decoder.heads,
         kv_heads=decoder.kv_heads,
         head_dim=decoder.head_dim,
+        rotary_dim=decoder.rotary_dim,
         vocab=config.vocab_size,
         max_positions=config.max_position_embeddings,
         tied=bool(config.tie_word_embeddings),
@@ -71,8 +73,14 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
     """
     hidden, inner = decoder.hidden, decoder.intermediate
     q_rows, kv_rows = decoder.heads * decoder.head_dim, decoder.kv_heads * decoder.head_dim
-    qkv = (("q_proj", q_rows), ("k_proj", kv_rows), ("v_proj", kv_rows))
-    gate_up = (("gate_proj", inner), ("up_proj", inner))
+    qkv: tuple[tuple[str, int], ...] = (
+        ("q_proj", q_rows),
+        ("k_proj", kv_rows),
+        ("v_proj", kv_rows),
+    )
+    gate_up: tuple[tuple[str, int], ...] = (("gate_proj", inner), ("up_proj", inner))
+    if decoder.fused:
+        qkv, gate_up = (("qkv_proj", q_rows + 2 * kv_rows),), (("gate_up_proj", 2 * inner),)
     # (operand, module, its projections and their rows, columns, has a bias)
     projections = (
         ("qkv", "self_attn", qkv, hidden, decoder.qkv_bias),

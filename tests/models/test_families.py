@@ -137,11 +137,12 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
         model = AutoModelForCausalLM.from_config(config).model
     decoder = decoder_config(config)
     attention, mlp = model.layers[0].self_attn, model.layers[0].mlp
+    keys, up = ("qkv_proj", "gate_up_proj") if decoder.fused else ("k_proj", "up_proj")
     assert decoder.scale == attention.scaling
     assert decoder.head_dim == attention.head_dim
-    assert decoder.qkv_bias is (attention.k_proj.bias is not None)
+    assert decoder.qkv_bias is (getattr(attention, keys).bias is not None)
     assert decoder.o_bias is (attention.o_proj.bias is not None)
-    assert decoder.mlp_bias is (mlp.up_proj.bias is not None)
+    assert decoder.mlp_bias is (getattr(mlp, up).bias is not None)
     assert decoder.qk_norm is hasattr(attention, "q_norm")
     assert decoder.norm_eps == model.norm.variance_epsilon
     assert decoder.padding_idx == model.embed_tokens.padding_idx
@@ -158,7 +159,9 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
         ("llama", {"is_causal": False}, "is_causal False"),
         ("llama", {"pad_token_id": 301}, "pad_token_id 301"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
-        ("llama", {"rope_parameters": {"rope_type": "longrope"}}, "rope_type 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional'"),
+        ("phi3", {"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
+        ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
         ("mistral", {"sliding_window": 0}, "sliding_window 0"),
         ("qwen2", {"layer_types": ["chunked_attention"] * 3}, r"layer_types\[0\]"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "use_sliding_window"),
@@ -169,8 +172,7 @@ def test_settings_without_an_implementation_are_refused(
 ) -> None:
     rope = settings.get("rope_parameters")
     if rope:
-        factors = [1.0] * 8
-        rope |= {"rope_theta": 1e4, "factor": 2.0, "short_factor": factors, "long_factor": factors}
+        rope["rope_theta"] = 1e4
     config = tiny_config(variant, **settings)
     with pytest.raises(UnsupportedModelError, match=named):
         decoder_config(config)
@@ -234,6 +236,11 @@ ROPES: dict[str, dict[str, Any]] = {
     "linear": {"factor": 4.0},
     "dynamic": {"factor": 3.0},
     "yarn": {"factor": 4.0, "original_max_position_embeddings": 16},
+    "longrope": {
+        "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+        "long_factor": [1.0, 1.2, 1.5, 2.0, 2.5, 3.0, 3.5, 4.0],
+        "original_max_position_embeddings": 24,
+    },
     "llama3": {
         "factor": 8.0,
         "low_freq_factor": 1.0,
@@ -243,12 +250,15 @@ ROPES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("rope_type", ROPE_TYPES)
-@pytest.mark.parametrize("family", FAMILIES)
+ROPED = [
+    (f, r) for f in FAMILIES for r in ROPE_TYPES if f != "phi3" or r in ("default", "longrope")
+]
+
+
+@pytest.mark.parametrize(("family", "rope_type"), ROPED)
 @pytest.mark.parametrize("seq_len", [17, 96])
 def test_rope_tables_are_those_of_the_model(family: str, rope_type: str, seq_len: int) -> None:
-    rope = {"rope_type": rope_type, "rope_theta": 5000.0, **ROPES[rope_type]}
-    config = tiny_config(family, rope_parameters=rope)
+    config = _roped(rope_type, family, head_dim=16)
     model = tiny_model(config)
     expected = model.model.rotary_emb(torch.empty(0), torch.arange(seq_len)[None])
     head_dim = decoder_config(config).head_dim
@@ -260,6 +270,19 @@ def test_rope_tables_are_those_of_the_model(family: str, rope_type: str, seq_len
         assert torch.equal(ours, theirs[0])
 
 
+@pytest.mark.parametrize("seq_len", [12, 13])
+def test_part_of_a_head_is_rotated_and_long_rows_take_the_long_factors(seq_len: int) -> None:
+    config = tiny_config("phi3-partial")
+    expected = tiny_model(config).model.rotary_emb(torch.empty(0), torch.arange(seq_len)[None])
+    ours = rope_tables(config, seq_len, torch.device("cpu"))
+    assert decoder_config(config).rotary_dim == model_spec(config).rotary_dim == 12
+    for table, theirs in zip(ours, expected, strict=True):
+        assert table.shape == (seq_len, 12)
+        assert torch.equal(table, theirs[0])
+    longer = rope_tables(config, 14 if seq_len == 13 else 13, torch.device("cpu"))
+    assert torch.equal(longer[0][:12], ours[0][:12]) is (seq_len == 13)
+
+
 def test_rope_tables_differ_between_scalings() -> None:
     """The comparison above would notice a scaling that is not applied."""
     tables = [rope_tables(_roped(name), 96, torch.device("cpu"))[0] for name in ROPE_TYPES]
@@ -267,9 +290,9 @@ def test_rope_tables_differ_between_scalings() -> None:
         assert not any(torch.equal(one, other) for other in tables[:i])
 
 
-def _roped(rope_type: str) -> PretrainedConfig:
+def _roped(rope_type: str, family: str = "llama", **settings: Any) -> PretrainedConfig:
     rope = {"rope_type": rope_type, "rope_theta": 5000.0, **ROPES[rope_type]}
-    return tiny_config("llama", rope_parameters=rope)
+    return tiny_config(family, rope_parameters=rope, **settings)
 
 
 PUBLISHED = {
@@ -283,6 +306,9 @@ PUBLISHED = {
     "qwen3-8b": 8_190_735_360,
     "qwen3-14b": 14_768_307_200,
     "mistral-large-123b": 122_610_069_504,
+    "phi3-mini": 3_821_079_552,
+    "phi4-mini": 3_836_021_760,
+    "phi4-14b": 14_659_507_200,
 }
 
 

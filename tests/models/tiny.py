@@ -22,6 +22,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 24, "attention_bias": True},
+    "phi3": {"model_type": "phi3", "pad_token_id": None},
+    "phi3-partial": {
+        "model_type": "phi3",
+        "pad_token_id": None,
+        "sliding_window": 7,
+        "original_max_position_embeddings": 12,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "partial_rotary_factor": 0.75,  # 12 of 16 elements
+            "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5],
+            "long_factor": [1.0, 1.3, 2.0, 3.0, 4.0, 5.0],
+        },
+    },
 }
 """Every family, and every choice of biases that a family has."""
 

@@ -50,6 +50,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3, tied": ("qwen3-biases", {"tied": True}),
     "mistral, windowed": ("mistral", {}),
     "mistral, tied, windowed": ("mistral", {"tied": True}),
+    "phi3": ("phi3", {}),
+    "phi3, tied, windowed, partial and scaled rope": ("phi3-partial", {"tied": True}),
 }
 
 

@@ -57,6 +57,7 @@ def small_spec(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        rotary_dim=head_dim,
         vocab=vocab,
         max_positions=128,
         tied=tied,

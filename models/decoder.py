@@ -1,0 +1,45 @@
+"""What a decoder computes, as plain data: families are turned into it, the arithmetic reads it.
+
+All families share one decoder layer: pre-norm attention with rotary positions and grouped-query
+heads, then a gated MLP, each with a residual connection. RMSNorm normalises in FP32, rounds to the
+compute dtype and then multiplies by its weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from slideformer.kernels.swiglu import Activation
+
+
+@dataclass(frozen=True, slots=True)
+class DecoderConfig:
+    """What a decoder computes, as far as the sizes of its operands do not tell.
+
+    ``windows[i]`` is the sliding window of layer ``i``: position q attends to the positions k with
+    ``q - window < k <= q``, so to itself and the ``window - 1`` before it; ``None`` is plain causal
+    attention. Scores are multiplied by ``scale``. With ``qk_norm`` each head of the
+    queries and keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The
+    embedding's row ``padding_idx`` receives no gradient from the look-up (it does receive one as a
+    row of a tied output matrix), as in ``torch.nn.Embedding``. The first ``rotary_dim`` elements of
+    a head are rotated. With ``fused`` the checkpoint stores queries, keys and values as one matrix,
+    and gate and up as another.
+    """
+
+    family: str
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    norm_eps: float
+    qk_norm: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    activation: Activation
+    windows: tuple[int | None, ...]
+    scale: float
+    padding_idx: int | None
+    fused: bool
