@@ -98,7 +98,7 @@ class MemoryPlan:
     ``gradient_slot[i]`` (empty: each in a place of its own, as in a draft).
 
     The weights and optimizer state of the ``resident`` units stay on the GPU, which also updates
-    them. The last ``kept`` layers keep their MLP's projections on the GPU from forward to backward,
+    them. The last ``kept`` layers keep their activations on the GPU from forward to backward,
     ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
 
     The moments of ``nvme_moments`` streamed layers are on NVMe, and of ``nvme_lo`` of those the
@@ -158,7 +158,7 @@ class MemoryPlan:
         return 4 if self.head_tile < self.micro_tokens else self.layer_accumulator
 
     def keeps(self, layers: int) -> frozenset[int]:
-        """Positions of the layers, of ``layers``, that keep their projections, here or there."""
+        """Positions of the layers, of ``layers``, that keep their activations, here or there."""
         first = layers - self.kept
         return self.spills(layers) | frozenset(range(first, layers))
 
@@ -191,8 +191,34 @@ def backward_flops(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: b
     """FLOPs of one layer's recompute and backward on a micro-batch.
 
     Backward costs twice forward and attention's one product more. Recompute leaves the down
-    projection out, and the projections before it if they are ``kept``.
+    projection out, and from what is ``kept`` only attention is computed again, if that.
     """
     forward = forward_flops(spec, unit, plan.micro_rows, plan.seq_len)
-    spared = spec.hidden * spec.intermediate * (3 if kept else 1)
-    return 3 * forward - 2 * spared * plan.micro_tokens
+    spared = 2 * spec.hidden * spec.intermediate * plan.micro_tokens
+    if kept:
+        spared = 2 * unit.matrix_numel * plan.micro_tokens
+        if keeps_attention(spec, plan):
+            spared = forward
+    return 3 * forward - spared
+
+
+def keeps_attention(spec: ModelSpec, plan: MemoryPlan) -> bool:
+    """Whether what layers keep contains the output of attention.
+
+    Flash attention alone can go on from there: in BF16, over whole rows without a window.
+    """
+    windowed = any(window < plan.seq_len for window in spec.windows)
+    return plan.compute is Compute.BF16 and not plan.packed and not windowed
+
+
+def kept_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
+    """Bytes of what a layer keeps of one micro-batch for backward.
+
+    Queries, keys and values, the stream before the MLP, gate and up; and attention's output and
+    log-sum-exp (FP32, one a row and head) where they are of use.
+    """
+    width = (spec.heads + 2 * spec.kv_heads) * spec.head_dim + spec.hidden + 2 * spec.intermediate
+    nbytes = width * plan.compute.nbytes
+    if keeps_attention(spec, plan):
+        nbytes += spec.heads * (spec.head_dim * plan.compute.nbytes + 4)
+    return nbytes * plan.micro_tokens

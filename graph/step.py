@@ -129,9 +129,7 @@ class _LayerWriter:
         x = memory.activations.boundaries[unit.name, m]
         follower = (*self.spec.layers, self.spec.norm)[position + 1].name
         out = memory.activations.boundary(follower, m)
-        kept = (
-            [memory.activations.keep_projections(unit.name, m)] if position in self._keeping else []
-        )
+        kept = [memory.activations.keep(unit.name, m)] if position in self._keeping else []
         memory.task(
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
@@ -146,7 +144,7 @@ class _LayerWriter:
         if position + 1 < self._offloaded:
             memory.activations.offload_boundary(follower, m, out)
         if position in self._spilling:
-            memory.activations.spill_projections(unit.name, m)
+            memory.activations.spill(unit.name, m)
 
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
@@ -214,12 +212,8 @@ class _LayerWriter:
                     memory.activations.boundaries["dx", m],
                 )
                 if position in self._spilling:
-                    memory.activations.reload_projections(unit.name, m)
-                kept = (
-                    [memory.activations.projections[unit.name, m]]
-                    if position in self._keeping
-                    else []
-                )
+                    memory.activations.reload_kept(unit.name, m)
+                kept = [memory.activations.kept[unit.name, m]] if position in self._keeping else []
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,

@@ -1,4 +1,4 @@
-"""Activations of a step: boundaries between layers, and projections kept for backward.
+"""Activations of a step: boundaries between layers, and what layers keep for backward.
 
 Both pass through pools of equal slots, handed out in program order. What does not stay on the GPU
 until backward needs it goes down to pinned memory and comes up again.
@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.placing import SlotPool
+from slideformer.graph.plan import kept_nbytes
 from slideformer.graph.tasks import TaskKind
 
 if TYPE_CHECKING:
     from slideformer.graph.step_memory import StepMemory
 
 SPILL_SLOTS = 3
-"""GPU slots through which spilled projections pass: one computed, one copied, one free."""
+"""GPU slots through which spilled activations pass: one computed, one copied, one free."""
 
 
 class Activations:
     """Declares those buffers and appends their copies.
 
-    ``boundaries`` and ``projections`` map (unit, micro-batch) to the buffer that holds them now;
-    the gradients of boundaries are under ``dx``.
+    ``boundaries`` and ``kept`` map (unit, micro-batch) to the buffer that holds them now; the
+    gradients of boundaries are under ``dx``.
     """
 
     def __init__(self, memory: StepMemory) -> None:
@@ -35,7 +36,7 @@ class Activations:
         self._kept_pool = SlotPool("kept", self._plan.kept * self._plan.micro_batches + ring)
         self._pool_slot: dict[str, tuple[SlotPool, str]] = {}
         self.boundaries: dict[tuple[str, int], str] = {}
-        self.projections: dict[tuple[str, int], str] = {}
+        self.kept: dict[tuple[str, int], str] = {}
 
     @cached_property
     def nbytes(self) -> int:
@@ -45,7 +46,7 @@ class Activations:
     def slots(self) -> dict[str, int]:
         """Name and bytes of every slot of both pools."""
         return {name: self.nbytes for name in self._pool.names()} | {
-            name: self.projections_nbytes for name in self._kept_pool.names()
+            name: self.kept_nbytes for name in self._kept_pool.names()
         }
 
     # -- boundaries ------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ class Activations:
         )
 
     def release(self, buffer: str) -> None:
-        """The last access to a boundary or to kept projections has been written down."""
+        """The last access to a boundary or to kept activations has been written down."""
         if buffer in self._pool_slot:
             pool, slot = self._pool_slot[buffer]
             pool.release(slot)
@@ -103,43 +104,41 @@ class Activations:
             f"h2d.x.{unit}.m{m}.bwd", TaskKind.H2D, self.host_boundary(unit, m), boundary
         )
 
-    # -- projections kept from forward to backward -----------------------------------------------
+    # -- activations kept from forward to backward -----------------------------------------------
 
-    @property
-    def projections_nbytes(self) -> int:
-        """Bytes of one micro-batch's gate and up projections [micro_tokens, 2·intermediate]."""
-        return 2 * self._plan.micro_tokens * self._spec.intermediate * self._plan.compute.nbytes
+    @cached_property
+    def kept_nbytes(self) -> int:
+        """Bytes of what a layer keeps of one micro-batch."""
+        return kept_nbytes(self._spec, self._plan)
 
-    def keep_projections(self, unit: str, m: int, suffix: str = "") -> str:
-        """A place on the GPU for a layer's projections, entered in `projections`."""
+    def keep(self, unit: str, m: int, suffix: str = "") -> str:
+        """A place on the GPU for what a layer keeps, entered in `kept`."""
         slot = self._kept_pool.acquire()
         buffer = self._memory.buffer(
             f"kept.{unit}.m{m}{suffix}",
-            self.projections_nbytes,
+            self.kept_nbytes,
             Tier.GPU,
             Role.ACTIVATION,
             slot=slot,
         )
         self._pool_slot[buffer] = (self._kept_pool, slot)
-        self.projections[unit, m] = buffer
+        self.kept[unit, m] = buffer
         return buffer
 
-    def spill_projections(self, unit: str, m: int) -> None:
-        """Bring projections down, to wait for backward in pinned memory."""
-        kept = self.projections[unit, m]
-        self._memory.copy(
-            f"d2h.kept.{unit}.m{m}", TaskKind.D2H, kept, self._host_projections(unit, m)
-        )
+    def spill(self, unit: str, m: int) -> None:
+        """Bring kept activations down, to wait for backward in pinned memory."""
+        kept = self.kept[unit, m]
+        self._memory.copy(f"d2h.kept.{unit}.m{m}", TaskKind.D2H, kept, self._host_kept(unit, m))
         self.release(kept)
 
-    def reload_projections(self, unit: str, m: int) -> None:
-        """Bring spilled projections up again for backward."""
-        kept = self.keep_projections(unit, m, ".bwd")
-        host = self._host_projections(unit, m)
+    def reload_kept(self, unit: str, m: int) -> None:
+        """Bring spilled activations up again for backward."""
+        kept = self.keep(unit, m, ".bwd")
+        host = self._host_kept(unit, m)
         self._memory.copy(f"h2d.kept.{unit}.m{m}.bwd", TaskKind.H2D, host, kept)
 
-    def _host_projections(self, unit: str, m: int) -> str:
-        nbytes = self.projections_nbytes
+    def _host_kept(self, unit: str, m: int) -> str:
+        nbytes = self.kept_nbytes
         return self._memory.buffer(
             f"kh.{unit}.m{m}",
             nbytes,

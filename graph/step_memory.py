@@ -8,12 +8,12 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     w.k, w.head, w.norm   GPU      weights of layers, of a whole output matrix, of the final norm
     acc.0, acc.head, …    GPU      gradient accumulators
     g.k                   GPU      finished gradient chunks on their way down
-    kept.k                GPU      an MLP's projections kept from forward to backward
+    kept.k                GPU      what a layer keeps from forward to backward
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
                           (both on the GPU for a resident unit; less what is on NVMe)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
-    xh.U, kh.U            pinned   offloaded boundaries, spilled projections
+    xh.U, kh.U            pinned   offloaded boundaries, spilled activations
 """
 
 from __future__ import annotations

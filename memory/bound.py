@@ -13,6 +13,7 @@ from slideformer.graph.plan import (
     backward_flops,
     efficiency,
     forward_flops,
+    kept_nbytes,
 )
 from slideformer.memory.nvme_needs import nvme_seconds
 
@@ -62,7 +63,7 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     resident = sum(spec.unit(name).numel for name in plan.resident)
     streamed = spec.param_count - resident
     boundary = plan.tokens * spec.hidden * size
-    spilled = plan.spilled * 2 * plan.tokens * spec.intermediate * size
+    spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     layer_numel = spec.layers[0].numel
     again = max(0, sum(u.name not in plan.resident for u in spec.layers) - plan.window)
     up = (streamed + again * layer_numel) * size + plan.offloaded * boundary + spilled
@@ -85,11 +86,11 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     """Seconds in which the compute lane waits whatever the order.
 
     Between the last backward and the next forward nothing hides what is due first; and forward
-    waits for spilled projections that go down slower than it makes them.
+    waits for spilled activations that go down slower than it makes them.
     """
     layer = spec.layers[0]
     forward = len(spec.layers) * forward_flops(spec, layer, plan.rows, plan.seq_len) / profile.flops
-    spilled = plan.spilled * 2 * plan.tokens * spec.intermediate * plan.compute.nbytes
+    spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     seconds = max(0.0, spilled / profile.d2h - forward)
     if "embed" not in plan.resident:
         used = min(plan.tokens, spec.vocab) * spec.hidden

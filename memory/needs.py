@@ -16,7 +16,7 @@ SPARE_BOUNDARIES = 2
 """Boundary slots beyond what the program needs at once, so that copies run ahead and behind."""
 
 SPARE_WHEN_SPILLING = 6
-"""The same while spilled projections keep the copies of boundaries waiting."""
+"""The same while spilled activations keep the copies of boundaries waiting."""
 
 MIN_GRADIENT_SLOTS = 2
 

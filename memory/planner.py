@@ -2,7 +2,7 @@
 
 Micro-batch, vocabulary chunks and window make a base; what a base leaves of the GPU and host
 budgets buys resident units (which spare the CPU their updates and PCIe their weights) and kept or
-spilled projections (which spare the GPU a part of its recompute). Candidates are ranked by the
+spilled activations (which spare the GPU a part of its recompute). Candidates are ranked by the
 bound of ``bound.py``; the best one is measured exactly, given gradient slots from a simulated step,
 and simulated. Everything is computed before anything is allocated.
 """
@@ -15,7 +15,7 @@ from dataclasses import replace
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step
 from slideformer.graph.step_activations import SPILL_SLOTS
 from slideformer.graph.step_memory import STATE_NBYTES
@@ -126,7 +126,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     gpu, host = budgets.gpu - sizes.gpu, budgets.host - sizes.host
     if gpu < 0 or (host < 0 and not nvme_room(budgets)):
         return
-    projections = 2 * base.tokens * spec.intermediate * base.compute.nbytes
+    layer = base.micro_batches * kept_nbytes(spec, base)
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
             break
@@ -134,19 +134,19 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
         relieved = relieve(spec, replace(base, resident=resident), -host - spared)
         if relieved is None or nvme_nbytes(spec, relieved) > nvme_room(budgets):
             continue
-        most = min(layers, (gpu - nbytes) // projections)
+        most = min(layers, (gpu - nbytes) // layer)
         for kept in sorted({most * part // 4 for part in range(5)}):
-            used = nbytes + kept * projections
+            used = nbytes + kept * layer
             plan = replace(relieved, kept=kept)
             yield step_bound(spec, plan, request.profile), used, plan
-            ring = SPILL_SLOTS * projections // base.micro_batches
+            ring = SPILL_SLOTS * layer // base.micro_batches
             if kept < most or used + ring > gpu:
                 continue
-            affordable = min(layers - kept, max(host, 0) // projections)
+            affordable = min(layers - kept, max(host, 0) // layer)
             for spilled in sorted({affordable * part // 4 for part in range(1, 5)} - {0}):
                 plan = replace(relieved, kept=kept, spilled=spilled)
                 seconds = step_bound(spec, plan, request.profile)
-                yield seconds, used + ring + spilled * projections, plan
+                yield seconds, used + ring + spilled * layer, plan
 
 
 def _most_offloaded(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:

@@ -10,6 +10,8 @@ the choice of backend are PyTorch's global settings.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,16 +102,96 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Docume
     return torch.cat(outputs, dim=1)[0]
 
 
+class Saved(NamedTuple):
+    """What flash attention's backward needs of its forward beside the inputs."""
+
+    output: Tensor
+    """[B, S, H, D] in the dtype of the inputs."""
+    lse: Tensor
+    """Logarithm of each row's sum of exponentials, FP32 [B, H, S]."""
+
+
+def has_flash(q: Tensor, mask: Mask) -> bool:
+    """Whether :func:`flash_attention` takes queries ``q`` [B, S, H, D] under ``mask``."""
+    return mask is None and (q.device.type == "cpu" or _has_varlen(q))
+
+
+def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Saved:
+    """:func:`attention` without a mask, where :func:`has_flash`, and what backward needs of it."""
+    if q.device.type == "cpu":
+        heads = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *heads, 0.0, True, scale=scale
+        )
+        return Saved(out.transpose(1, 2), lse)
+    size = q.shape[1]
+    out, lse = torch.ops.aten._flash_attention_forward(
+        q, k, v, None, None, size, size, 0.0, True, False, scale=scale
+    )[:2]
+    return Saved(out, lse)
+
+
+def flash_attention_backward(
+    d_output: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the inputs of :func:`flash_attention` in their shapes."""
+    if q.device.type == "cpu":
+        heads = (t.transpose(1, 2) for t in (d_output, q, k, v, saved.output))
+        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *heads, saved.lse, 0.0, True, scale=scale
+        )
+        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
+        return dq, dk, dv
+    size = q.shape[1]
+    unused = q.new_empty(2, dtype=torch.uint64)  # the state of the dropout that there is not
+    dq, dk, dv = torch.ops.aten._flash_attention_backward(
+        d_output,
+        q,
+        k,
+        v,
+        saved.output,
+        saved.lse,
+        None,
+        None,
+        size,
+        size,
+        0.0,
+        True,
+        unused,
+        unused,
+        scale=scale,
+    )
+    return dq, dk, dv
+
+
 class RecordedAttention:
     """One attention forward, kept for its backward: the only autograd graph in a decoder layer.
 
-    Holds the inputs, the output and what the kernel saved; drop the object to free them.
+    Flash attention without a mask needs no graph, and no forward either if it is ``saved``. Holds
+    the inputs, the output and what the kernel saved; drop the object to free them.
     """
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask) -> None:
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        mask: Mask,
+        saved: Saved | None = None,
+    ) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
+        self._inputs: tuple[Tensor, ...] = (q, k, v)
+        self._scale, self._saved = scale, saved
+        if has_flash(q, mask):
+            self._saved = flash_attention(q, k, v, scale) if saved is None else saved
+            self._output = self._saved.output
+            return
         with torch.enable_grad():
-            self._inputs = tuple(t.detach().requires_grad_() for t in (q, k, v))
+            # .data has a version of its own: other parts of what a layer keeps are overwritten
+            # before backward, and autograd would take that for a change of these.
+            self._inputs = tuple(t.data.requires_grad_() for t in (q, k, v))
             self._output = attention(*self._inputs, scale=scale, mask=mask)
 
     @property
@@ -119,5 +201,8 @@ class RecordedAttention:
 
     def backward(self, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their shapes, given that of the output; callable once."""
+        if self._saved is not None:
+            q, k, v = self._inputs
+            return flash_attention_backward(d_output, q, k, v, self._saved, self._scale)
         dq, dk, dv = torch.autograd.grad(self._output, self._inputs, d_output)
         return dq, dk, dv

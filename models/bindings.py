@@ -24,6 +24,7 @@ from slideformer.kernels.split import join_master
 from slideformer.models import layer
 from slideformer.models.context import SaveContext, StepContext
 from slideformer.models.decoder import DecoderConfig
+from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.layouts import Layout, layer_layout, step_documents
 from slideformer.models.state import UnitState
 
@@ -219,7 +220,7 @@ class StreamOps:
 
         def run(context: StepContext) -> None:
             rope, mask = layout(context)
-            layer.forward(x, weights, cfg, rope, mask=mask, out=out, gate_up=kept)
+            layer.forward(x, weights, cfg, rope, mask=mask, out=out, kept=kept)
 
         return without_grad(run)
 
@@ -249,17 +250,21 @@ class StreamOps:
                 rope,
                 accumulate=accumulate,
                 mask=mask,
-                gate_up=kept,
+                kept=kept,
             )
 
         return without_grad(run)
 
-    def _kept(self, task: Task, views: Views) -> Tensor | None:
-        """The MLP's projections [tokens, 2·intermediate] kept from forward to backward, if any."""
+    def _kept(self, task: Task, views: Views) -> Kept | None:
+        """What is kept from forward to backward, if anything."""
         names = [name for name in task.writes if name.startswith("kept.")]
         if not names:
             return None
-        return views[names[0]].view(self._memory.dtype).view(self._memory.plan.micro_tokens, -1)
+        memory = self._memory
+        plan = memory.plan
+        return kept_views(
+            views[names[0]], memory.decoder, plan.micro_rows, plan.seq_len, memory.dtype
+        )
 
     def _layer(self, task: Task, views: Views) -> tuple[UnitSpec, dict[str, Tensor], Layout]:
         memory = self._memory

@@ -5,8 +5,8 @@
 
 This is the pre-norm layer of Llama, Qwen2, Qwen3, Mistral and Phi-3; biases and the head norms of
 queries and keys are optional. Weights come as a mapping from operand name to a view of a slot, and
-gradients go to views of another. Nothing is kept between forward and backward but the layer's
-input: backward recomputes the rest and frees each temporary as soon as its last reader is done.
+gradients go to views of another. Backward needs nothing but the layer's input: it computes the rest
+again, unless forward kept it, and frees each temporary as soon as its last reader is done.
 There is no module and, outside attention, no autograd graph; call under ``torch.no_grad()``.
 Nothing here waits for the device, moves weights, or knows which layer it is.
 """
@@ -18,9 +18,16 @@ from torch import Tensor
 
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
-from slideformer.models.attention import Mask, RecordedAttention, attention
+from slideformer.models.attention import (
+    Mask,
+    RecordedAttention,
+    attention,
+    flash_attention,
+    has_flash,
+)
 from slideformer.models.decoder import DecoderConfig
-from slideformer.models.mlp import mlp_backward_, mlp_forward_
+from slideformer.models.layer_memory import Kept
+from slideformer.models.mlp import mlp_backward_, mlp_forward
 from slideformer.models.projections import Gradients, Operands, linear, residual_linear
 
 Rope = tuple[Tensor, Tensor]
@@ -35,7 +42,7 @@ def forward(
     *,
     mask: Mask = None,
     out: Tensor | None = None,
-    gate_up: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> Tensor:
     """The layer's output [B, S, h] for input ``x`` [B, S, h], BF16 or FP32, contiguous.
 
@@ -44,21 +51,29 @@ def forward(
     first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
     ``k_norm.weight`` [D] and the biases ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``.
     ``mask`` is that of :func:`slideformer.models.attention.attention`. ``out``, contiguous and
-    distinct from ``x``, receives the result. ``gate_up`` [B·S, 2I] receives the MLP's projections,
-    for :func:`backward` to use instead of computing them again.
+    distinct from ``x``, receives the result. ``kept`` receives what :func:`backward` can use
+    instead of computing it again.
     """
     if out is None:
         out = torch.empty_like(x)
     tokens, stream = x.view(-1, cfg.hidden), out.view(-1, cfg.hidden)
     normed, _ = rms_norm(tokens, w["input_norm.weight"], cfg.norm_eps)
-    heads = linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    heads = _heads(normed, w, cfg, x, kept)
     del normed
-    q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=True)
-    attended = attention(q, k, v, scale=cfg.scale, mask=mask)
+    # Backward asks for the inputs of the heads' norms.
+    q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=kept is None or not cfg.qk_norm)
+    if kept is not None and kept.attention is not None and has_flash(q, mask):
+        attended, lse = flash_attention(q, k, v, cfg.scale)
+        kept.attention.output.copy_(attended)
+        kept.attention.lse.copy_(lse)
+        del lse
+    else:
+        attended = attention(q, k, v, scale=cfg.scale, mask=mask)
     del heads, q, k, v
-    residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=stream)
+    middle = stream if kept is None else kept.middle
+    residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=middle)
     del attended
-    mlp_forward_(stream, w, cfg, gate_up)
+    mlp_forward(middle, w, cfg, None if kept is None else kept.gate_up, out=stream)
     return out
 
 
@@ -72,28 +87,36 @@ def backward(
     *,
     accumulate: bool,
     mask: Mask = None,
-    gate_up: Tensor | None = None,
+    kept: Kept | None = None,
 ) -> None:
     """From the gradient of the output to those of the input and of every operand.
 
     ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
     overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
     dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only).
-    ``gate_up``, if forward kept it, is overwritten too.
+    ``kept``, if forward filled it, is overwritten too.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
     eps, sink = cfg.norm_eps, Gradients(grads, accumulate)
 
     normed, rstd = rms_norm(tokens, w["input_norm.weight"], eps)
-    heads = linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
-    q, k, v, head_rstd = _rotated(heads, w, cfg, rope, in_place=False)
-    recorded = RecordedAttention(q, k, v, scale=cfg.scale, mask=mask)
-    del q, k, v
+    heads = _heads(normed, w, cfg, x, None) if kept is None else kept.heads
+    if kept is None or cfg.qk_norm:
+        q, k, v, head_rstd = _rotated(heads, w, cfg, rope, in_place=False)
+    else:
+        q, k, v = heads.split([cfg.heads, cfg.kv_heads, cfg.kv_heads], dim=2)
+        head_rstd = None
+    saved = kept.attention if kept is not None else None
+    recorded = RecordedAttention(q, k, v, scale=cfg.scale, mask=mask, saved=saved)
+    del q, k, v, saved
     attended = recorded.output.reshape(len(tokens), -1)
-    middle = torch.empty_like(tokens)
-    residual_linear(tokens, attended, w, "o", out=middle)
+    if kept is None:
+        middle = torch.empty_like(tokens)
+        residual_linear(tokens, attended, w, "o", out=middle)
+    else:
+        middle = kept.middle
 
-    mlp_backward_(middle, d_stream, w, sink, cfg, gate_up)
+    mlp_backward_(middle, d_stream, w, sink, cfg, None if kept is None else kept.gate_up)
     del middle
 
     sink.linear("o", d_stream, attended)
@@ -109,6 +132,14 @@ def backward(
         d_normed, tokens, w["input_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
     )
     sink.vector("input_norm.weight", d_weight)
+
+
+def _heads(normed: Tensor, w: Operands, cfg: DecoderConfig, x: Tensor, kept: Kept | None) -> Tensor:
+    """Projections [B, S, H+2K, D] of the layer's input ``x`` after its norm."""
+    if kept is None:
+        return linear(normed, w, "qkv").view(*x.shape[:2], -1, cfg.head_dim)
+    linear(normed, w, "qkv", out=kept.heads.view(len(normed), -1))
+    return kept.heads
 
 
 def _rotated(
@@ -160,58 +191,3 @@ def _heads_backward(
     _, d_weight = rms_norm_backward(dk, k, w["k_norm.weight"], rstd[1], out=k)
     sink.vector("k_norm.weight", d_weight)
     heads[:, :, n_qk:].copy_(dv)
-
-
-def workspace_bytes(
-    cfg: DecoderConfig,
-    tokens: int,
-    dtype_bytes: int,
-    seq_len: int | None = None,
-    *,
-    packed: bool = False,
-) -> int:
-    """Most bytes of temporaries that exist at once in :func:`forward` or :func:`backward` on a GPU.
-
-    For a micro-batch of ``tokens`` tokens in sequences of ``seq_len`` (default: one sequence),
-    computed in a dtype of ``dtype_bytes``; ``packed``: with several documents in a row. Arguments
-    are not temporaries, and the workspace that cuBLAS keeps for good is not counted.
-    """
-    seq_len = tokens if seq_len is None else seq_len
-    h, i = cfg.hidden, cfg.intermediate
-    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    varlen = packed and dtype_bytes < 4  # as in attention(): takes windows and shared heads
-    windowed = not varlen and any(w is not None and w < seq_len for w in cfg.windows)
-    shared = not windowed and dtype_bytes < 4
-    copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
-    if packed and not varlen:  # documents one by one, put together again
-        copies += 2 * q + 2 * kv
-    forward_peak = max(
-        h + q + 2 * kv,  # normed input, heads
-        q + 2 * kv + copies + q,  # heads, keys and values copied per query head, attended
-        h + 2 * i,  # normed middle, gate and up
-        2 * i + i,  # gate and up, activation
-    )
-    held = (  # all through backward
-        h  # normed input, for the gradient of the QKV matrix
-        + (q + 2 * kv)  # heads
-        + (q + kv if cfg.qk_norm else 0)  # queries and keys after their norms
-        + copies  # saved by the attention
-        + q  # attended
-    )
-    mlp_peak = held + h + h + 2 * i + i  # middle, normed middle, gate and up, activation
-    attention_peak = (
-        held
-        + q  # gradient of attended
-        + (q + 2 * kv)  # gradients of queries, keys, values
-        + 2 * q  # gradients of keys and values per query head, before they are summed
-        + q * 4 // dtype_bytes  # gradient of the queries, summed in FP32
-    )
-    per_token = max(forward_peak, mlp_peak, attention_peak) * dtype_bytes
-    # FP32: what the RMSNorms of the stream and the heads keep for backward; of attention the
-    # log-sum-exp and each row's product of output and gradient.
-    rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
-    # A boolean mask becomes an additive one of the compute dtype inside attention.
-    mask = seq_len * seq_len * dtype_bytes if windowed else 0
-    rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
-    # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    return tokens * (per_token + 4 * rows + rope) + mask + 12 * 2**20

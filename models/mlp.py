@@ -17,20 +17,20 @@ from slideformer.models.decoder import DecoderConfig
 from slideformer.models.projections import Gradients, Operands, linear, residual_linear
 
 
-def mlp_forward_(
-    stream: Tensor, w: Operands, cfg: DecoderConfig, gate_up: Tensor | None = None
+def mlp_forward(
+    x: Tensor, w: Operands, cfg: DecoderConfig, gate_up: Tensor | None, *, out: Tensor
 ) -> None:
-    """Turn ``stream`` [T, h] from x into y, in place.
+    """The output for ``x`` [T, h] in ``out``, which may be ``x``.
 
     ``gate_up`` [T, 2I] receives the projections, for :func:`mlp_backward_` to use instead of
     computing them again.
     """
-    normed, _ = rms_norm(stream, w["post_norm.weight"], cfg.norm_eps)
+    normed, _ = rms_norm(x, w["post_norm.weight"], cfg.norm_eps)
     gate_up = linear(normed, w, "gate_up", out=gate_up)
     del normed
     activated = swiglu(gate_up, cfg.activation)
     del gate_up
-    residual_linear(stream, activated, w, "down", out=stream)
+    residual_linear(x, activated, w, "down", out=out)
 
 
 def mlp_backward_(

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models import layer
 from slideformer.models.attention import window_mask
 from slideformer.models.bindings import operands
 from slideformer.models.families import decoder_config
 from slideformer.models.head import head_loss_and_grad
+from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.rotary import rope_tables
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
@@ -73,6 +75,22 @@ def compute_seconds(
     return {"step_seconds": statistics.median(times[1:]), "micro_batch_seconds": parts}
 
 
+def _plan(sizes: Arithmetic) -> MemoryPlan:
+    """A plan of that arithmetic that places nothing."""
+    return MemoryPlan(
+        compute=Compute(sizes.compute),
+        rows=sizes.rows,
+        seq_len=sizes.seq_len,
+        micro_rows=sizes.micro_rows,
+        vocab_chunks=1,
+        head_tile=sizes.head_tile,
+        window=2,
+        chunk_numel=1,
+        offloaded=0,
+        staging_slots=1,
+    )
+
+
 class _StandIn:
     """One layer and the head of a shape, with one micro-batch of inputs."""
 
@@ -104,9 +122,12 @@ class _StandIn:
         self._mask = window_mask(sizes.seq_len, self._cfg.windows[0], device)
         self._several = several
         self._plain = len(self._spec.layers) - sizes.kept
-        self._projections: Tensor | None = None
+        self._kept: Kept | None = None
         if sizes.kept:  # one buffer stands for all
-            self._projections = random(tokens, 2 * self._cfg.intermediate)
+            flat = torch.zeros(
+                kept_nbytes(self._spec, _plan(sizes)), dtype=torch.uint8, device=device
+            )
+            self._kept = kept_views(flat, self._cfg, sizes.micro_rows, sizes.seq_len, dtype)
 
     def forward(self, kept: bool = False) -> None:
         layer.forward(
@@ -116,7 +137,7 @@ class _StandIn:
             self._rope,
             mask=self._mask,
             out=self._y,
-            gate_up=self._projections if kept else None,
+            kept=self._kept if kept else None,
         )
 
     def backward(self, kept: bool = False) -> None:
@@ -129,7 +150,7 @@ class _StandIn:
             self._rope,
             accumulate=self._several,
             mask=self._mask,
-            gate_up=self._projections if kept else None,
+            kept=self._kept if kept else None,
         )
 
     def head(self) -> None:

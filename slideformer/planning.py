@@ -24,7 +24,7 @@ from slideformer.memory.needs import PlanRequest, Prediction
 from slideformer.memory.planner import make_plan
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
-from slideformer.models.layer import workspace_bytes
+from slideformer.models.layer_memory import workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.policies import make_policy

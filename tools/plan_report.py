@@ -50,7 +50,7 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
         table.add_row("  on NVMe", _on_nvme(spec, plan, stored))
     table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")
     table.add_row("  boundaries", _boundaries(spec, plan))
-    table.add_row("  MLP projections", _projections(spec, plan))
+    table.add_row("  activations", _activations(spec, plan))
     table.add_row(
         "  output matrix",
         f"{_count(plan.vocab_chunks, 'chunk')} of its vocabulary, "
@@ -95,7 +95,7 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
     )
 
 
-def _projections(spec: ModelSpec, plan: MemoryPlan) -> str:
+def _activations(spec: ModelSpec, plan: MemoryPlan) -> str:
     again = len(spec.layers) - plan.kept - plan.spilled
     parts = [
         f"{_count(plan.kept, 'layer')} on the GPU" if plan.kept else "",

@@ -17,11 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModel, PretrainedConfig
 
 from slideformer.graph.model import UnitSpec
+from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.kernels import triton_support
 from slideformer.models import layer
 from slideformer.models.attention import window_mask
 from slideformer.models.families import DecoderConfig, decoder_config
 from slideformer.models.gradients import product_
+from slideformer.models.layer_memory import Kept, kept_views, workspace_bytes
 from slideformer.models.rotary import rope_tables
 from slideformer.models.units import model_spec
 
@@ -297,6 +299,79 @@ def test_backward_does_not_recompute_the_down_projection() -> None:
     assert flops.total == 2 * 2 * 12 * products
 
 
+def run_layer(case: Case, keep: bool, batch: int, seq: int, device: str) -> dict[str, Tensor]:
+    """Output and all gradients of one micro-batch."""
+    torch.manual_seed(1)
+    x, dx = (t[0].to(device) for t in case.inputs(1, batch, seq))
+    grads = torch.zeros(case.unit.numel, dtype=x.dtype, device=device)
+    w = case.operands(case.flat.to(device))
+    rope = rope_tables(case.config, seq, x.device)
+    mask = window_mask(seq, case.cfg.windows[0], x.device)
+    kept = kept_activations(case, batch, seq, device) if keep else None
+    with torch.no_grad():
+        y = layer.forward(x, w, case.cfg, rope, mask=mask, kept=kept)
+        with MatrixFlops() as flops:
+            layer.backward(
+                x,
+                dx,
+                w,
+                case.operands(grads),
+                case.cfg,
+                rope,
+                accumulate=False,
+                mask=mask,
+                kept=kept,
+            )
+    products = 2 if keep else 3
+    spared = 0 if keep else w["down.weight"].numel()
+    assert flops.total == 2 * batch * seq * (products * case.unit.matrix_numel - spared)
+    return {"y": y, "dx": dx, "gradients": grads}
+
+
+def kept_activations(case: Case, batch: int, seq: int, device: str) -> Kept:
+    """Room for what a layer keeps, full of what would be seen if it were read."""
+    plan = MemoryPlan(
+        compute=Compute.BF16 if case.flat.dtype is torch.bfloat16 else Compute.FP32,
+        rows=batch,
+        seq_len=seq,
+        micro_rows=batch,
+        vocab_chunks=1,
+        head_tile=8,
+        window=2,
+        chunk_numel=1,
+        offloaded=0,
+        staging_slots=1,
+    )
+    nbytes = kept_nbytes(model_spec(case.config), plan)
+    flat = torch.full((nbytes,), 255, dtype=torch.uint8, device=device)
+    return kept_views(flat, case.cfg, batch, seq, case.flat.dtype)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_changes_no_bit(name: str, dtype: torch.dtype) -> None:
+    """And backward makes no product again, as `run_layer` counts."""
+    case = Case.make(make_config(name), dtype)
+    again = run_layer(case, False, 2, 9, "cpu")
+    kept = run_layer(case, True, 2, 9, "cpu")
+    for key, value in again.items():
+        assert torch.equal(kept[key], value), key
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "keeps"),
+    [
+        ("llama", torch.bfloat16, True),
+        ("llama", torch.float32, False),
+        ("mistral-window", torch.bfloat16, False),
+    ],
+)
+def test_attention_is_kept_where_it_can_go_on(name: str, dtype: torch.dtype, keeps: bool) -> None:
+    case = Case.make(make_config(name), dtype)
+    assert (kept_activations(case, 2, 9, "cpu").attention is not None) is keeps
+
+
 def test_windows_are_those_of_transformers() -> None:
     """Query i sees the keys i − window < j ≤ i."""
     mask = window_mask(5, 2, torch.device("cpu"))
@@ -340,6 +415,20 @@ def test_gpu_bf16_is_near_transformers_in_fp32(name: str, micro: int, slot: torc
 def test_gpu_fp32_matches_transformers(name: str) -> None:
     case = Case.make(make_config(name), torch.float32)
     assert_small(case.errors(2, 2, 12, torch.float32, "cuda"), 1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gpu_kept_activations_change_no_bit(name: str, dtype: torch.dtype) -> None:
+    case = Case.make(make_config(name), dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        again, kept = (run_layer(case, keep, 2, 64, "cuda") for keep in (False, True))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for key, value in again.items():
+        assert torch.equal(kept[key], value), key
 
 
 @pytest.mark.gpu
@@ -413,7 +502,7 @@ def test_gpu_peak_is_within_the_formula(large_layer: tuple[Any, ...]) -> None:
             layer.backward(x, dy, w, grads, cfg, rope, accumulate=False)
         torch.cuda.synchronize()
         peaks[pass_name] = torch.cuda.max_memory_allocated() - before
-    limit = layer.workspace_bytes(cfg, x.shape[0] * x.shape[1], 2, x.shape[1])
+    limit = workspace_bytes(cfg, x.shape[0] * x.shape[1], 2, x.shape[1])
     assert max(peaks.values()) <= limit, peaks
     assert max(peaks.values()) >= 0.6 * limit, peaks
 

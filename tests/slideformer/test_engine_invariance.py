@@ -2,7 +2,7 @@
 
 The numerics are micro-batch, vocabulary chunks, head tile, packing and compute dtype. Hypothesis
 draws all the rest: policy, window, update chunks, offloaded boundaries, kept and spilled
-projections, resident units, gradient slots and threads.
+activations, resident units, gradient slots and threads.
 """
 
 from __future__ import annotations

@@ -274,7 +274,7 @@ def test_the_arithmetic_floor_keeps_what_the_plan_keeps(monkeypatch: pytest.Monk
         real = getattr(layer, name)
 
         def call(*args: Any, **named: Any) -> Any:
-            kept.append(named["gate_up"] is not None)
+            kept.append(named["kept"] is not None)
             return real(*args, **named)
 
         monkeypatch.setattr(layer, name, call)

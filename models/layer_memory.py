@@ -1,0 +1,110 @@
+"""The memory of a decoder layer's arithmetic: what it keeps for backward, and its temporaries.
+
+Sizes that the step compiler needs without the arithmetic are in ``graph/plan.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from slideformer.models.attention import Saved
+from slideformer.models.decoder import DecoderConfig
+
+
+class Kept(NamedTuple):
+    """Activations of one layer and micro-batch that forward leaves for backward to use and destroy.
+
+    They spare backward every product but those of the gradients.
+    """
+
+    heads: Tensor
+    """[B, S, H+2K, D]: queries and keys, rotated where no norm precedes that, and values."""
+    middle: Tensor
+    """[B·S, h]: the stream between attention and MLP."""
+    gate_up: Tensor
+    """[B·S, 2I]: the MLP's projections."""
+    attention: Saved | None
+    """What flash attention saves; None where attention runs again."""
+
+
+def kept_views(
+    flat: Tensor, cfg: DecoderConfig, rows: int, seq_len: int, dtype: torch.dtype
+) -> Kept:
+    """Views of the bytes ``flat``, for ``rows`` sequences of ``seq_len`` tokens in ``dtype``.
+
+    As many bytes as :func:`slideformer.graph.plan.kept_nbytes`; attention's part is there or not.
+    """
+    tokens, heads, dim = rows * seq_len, cfg.heads, cfg.head_dim
+    position = 0
+
+    def take(dtype: torch.dtype, *shape: int) -> Tensor:
+        nonlocal position
+        start, position = position, position + math.prod(shape) * dtype.itemsize
+        return flat[start:position].view(dtype).view(shape)
+
+    qkv = take(dtype, rows, seq_len, heads + 2 * cfg.kv_heads, dim)
+    middle, gate_up = take(dtype, tokens, cfg.hidden), take(dtype, tokens, 2 * cfg.intermediate)
+    saved = None
+    if position < flat.numel():
+        output = take(dtype, rows, seq_len, heads, dim)
+        saved = Saved(output, take(torch.float32, rows, heads, seq_len))
+    return Kept(qkv, middle, gate_up, saved)
+
+
+def workspace_bytes(
+    cfg: DecoderConfig,
+    tokens: int,
+    dtype_bytes: int,
+    seq_len: int | None = None,
+    *,
+    packed: bool = False,
+) -> int:
+    """Most bytes of temporaries that exist at once in :func:`forward` or :func:`backward` on a GPU.
+
+    For a micro-batch of ``tokens`` tokens in sequences of ``seq_len`` (default: one sequence),
+    computed in a dtype of ``dtype_bytes``; ``packed``: with several documents in a row. Arguments
+    are not temporaries, and the workspace that cuBLAS keeps for good is not counted.
+    """
+    seq_len = tokens if seq_len is None else seq_len
+    h, i = cfg.hidden, cfg.intermediate
+    q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
+    varlen = packed and dtype_bytes < 4  # as in attention(): takes windows and shared heads
+    windowed = not varlen and any(w is not None and w < seq_len for w in cfg.windows)
+    shared = not windowed and dtype_bytes < 4
+    copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
+    if packed and not varlen:  # documents one by one, put together again
+        copies += 2 * q + 2 * kv
+    forward_peak = max(
+        h + q + 2 * kv,  # normed input, heads
+        q + 2 * kv + copies + q,  # heads, keys and values copied per query head, attended
+        h + 2 * i,  # normed middle, gate and up
+        2 * i + i,  # gate and up, activation
+    )
+    held = (  # all through backward
+        h  # normed input, for the gradient of the QKV matrix
+        + (q + 2 * kv)  # heads
+        + (q + kv if cfg.qk_norm else 0)  # queries and keys after their norms
+        + copies  # saved by the attention
+        + q  # attended
+    )
+    mlp_peak = held + h + h + 2 * i + i  # middle, normed middle, gate and up, activation
+    attention_peak = (
+        held
+        + q  # gradient of attended
+        + (q + 2 * kv)  # gradients of queries, keys, values
+        + 2 * q  # gradients of keys and values per query head, before they are summed
+        + q * 4 // dtype_bytes  # gradient of the queries, summed in FP32
+    )
+    per_token = max(forward_peak, mlp_peak, attention_peak) * dtype_bytes
+    # FP32: what the RMSNorms of the stream and the heads keep for backward; of attention the
+    # log-sum-exp and each row's product of output and gradient.
+    rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
+    # A boolean mask becomes an additive one of the compute dtype inside attention.
+    mask = seq_len * seq_len * dtype_bytes if windowed else 0
+    rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
+    # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
+    return tokens * (per_token + 4 * rows + rope) + mask + 12 * 2**20
