@@ -64,7 +64,7 @@ def packed_batch(
     """Rows of random documents of these lengths, padded on the right."""
     generator = np.random.default_rng(seed)
     lengths = [length for row in documents for length in row]
-    dataset = TokenDataset(
+    dataset = TokenDataset.from_arrays(
         generator.integers(1, vocab, sum(lengths), dtype=np.int32),
         np.cumsum([0, *lengths]),
         generator.random(sum(lengths)) < 0.8,
