@@ -205,7 +205,7 @@ def backward_flops(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: b
 def keeps_attention(spec: ModelSpec, plan: MemoryPlan) -> bool:
     """Whether what layers keep contains the output of attention.
 
-    Flash attention alone can go on from there: in BF16, over whole rows without a window.
+    A fused kernel can go on from there: in BF16, over whole rows without a window.
     """
     windowed = any(window < plan.seq_len for window in spec.windows)
     return plan.compute is Compute.BF16 and not plan.packed and not windowed

@@ -10,13 +10,12 @@ the choice of backend are PyTorch's global settings.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slideformer.models.documents import Documents
+from slideformer.models.fused_attention import Saved, fused_attention
 
 Mask = Tensor | Documents | None
 """What a query may see of the keys before it: where a boolean mask says so, its document, all."""
@@ -34,13 +33,21 @@ def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
     return full.tril_().triu_(1 - window)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask, saved: Saved | None = None
+) -> Tensor:
     """softmax(scale · q kᵀ + causal, window or document mask) v, head by head.
 
     ``q`` is [B, S, H, D], ``k`` and ``v`` [B, S, K, D] with K a divisor of H: query heads
     i·H/K … (i+1)·H/K − 1 share key head i (grouped-query attention, Ainslie et al., 2023). Any
-    strides with a contiguous last axis. Returns [B, S, H, D].
+    strides with a contiguous last axis. Returns [B, S, H, D]. ``saved`` receives what a backward
+    can go on from, where :func:`fused_attention` has a kernel and there is no mask.
     """
+    if saved is not None and mask is None and (fused := fused_attention(q, k, v, scale)):
+        found = fused.forward(q, k, v)
+        for target, value in zip(saved, found, strict=True):
+            target.copy_(value)
+        return found.output
     if isinstance(mask, Documents):
         attend = _varlen if _has_varlen(q) else _one_by_one
         tokens = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask)
@@ -102,72 +109,10 @@ def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Docume
     return torch.cat(outputs, dim=1)[0]
 
 
-class Saved(NamedTuple):
-    """What flash attention's backward needs of its forward beside the inputs."""
-
-    output: Tensor
-    """[B, S, H, D] in the dtype of the inputs."""
-    lse: Tensor
-    """Logarithm of each row's sum of exponentials, FP32 [B, H, S]."""
-
-
-def has_flash(q: Tensor, mask: Mask) -> bool:
-    """Whether :func:`flash_attention` takes queries ``q`` [B, S, H, D] under ``mask``."""
-    return mask is None and (q.device.type == "cpu" or _has_varlen(q))
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Saved:
-    """:func:`attention` without a mask, where :func:`has_flash`, and what backward needs of it."""
-    if q.device.type == "cpu":
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, True, scale=scale
-        )
-        return Saved(out.transpose(1, 2), lse)
-    size = q.shape[1]
-    out, lse = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, size, size, 0.0, True, False, scale=scale
-    )[:2]
-    return Saved(out, lse)
-
-
-def flash_attention_backward(
-    d_output: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the inputs of :func:`flash_attention` in their shapes."""
-    if q.device.type == "cpu":
-        heads = (t.transpose(1, 2) for t in (d_output, q, k, v, saved.output))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads, saved.lse, 0.0, True, scale=scale
-        )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        return dq, dk, dv
-    size = q.shape[1]
-    unused = q.new_empty(2, dtype=torch.uint64)  # the state of the dropout that there is not
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        d_output,
-        q,
-        k,
-        v,
-        saved.output,
-        saved.lse,
-        None,
-        None,
-        size,
-        size,
-        0.0,
-        True,
-        unused,
-        unused,
-        scale=scale,
-    )
-    return dq, dk, dv
-
-
 class RecordedAttention:
     """One attention forward, kept for its backward: the only autograd graph in a decoder layer.
 
-    Flash attention without a mask needs no graph, and no forward either if it is ``saved``. Holds
+    A fused kernel without a mask needs no graph, and no forward either if it is ``saved``. Holds
     the inputs, the output and what the kernel saved; drop the object to free them.
     """
 
@@ -183,9 +128,9 @@ class RecordedAttention:
     ) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
         self._inputs: tuple[Tensor, ...] = (q, k, v)
-        self._scale, self._saved = scale, saved
-        if has_flash(q, mask):
-            self._saved = flash_attention(q, k, v, scale) if saved is None else saved
+        self._fused = fused_attention(q, k, v, scale) if mask is None else None
+        if self._fused is not None:
+            self._saved = self._fused.forward(q, k, v) if saved is None else saved
             self._output = self._saved.output
             return
         with torch.enable_grad():
@@ -201,8 +146,8 @@ class RecordedAttention:
 
     def backward(self, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their shapes, given that of the output; callable once."""
-        if self._saved is not None:
+        if self._fused is not None:
             q, k, v = self._inputs
-            return flash_attention_backward(d_output, q, k, v, self._saved, self._scale)
+            return self._fused.backward(d_output, q, k, v, self._saved)
         dq, dk, dv = torch.autograd.grad(self._output, self._inputs, d_output)
         return dq, dk, dv

@@ -18,13 +18,7 @@ from torch import Tensor
 
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
-from slideformer.models.attention import (
-    Mask,
-    RecordedAttention,
-    attention,
-    flash_attention,
-    has_flash,
-)
+from slideformer.models.attention import Mask, RecordedAttention, attention
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept
 from slideformer.models.mlp import mlp_backward_, mlp_forward
@@ -62,13 +56,8 @@ def forward(
     del normed
     # Backward asks for the inputs of the heads' norms.
     q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=kept is None or not cfg.qk_norm)
-    if kept is not None and kept.attention is not None and has_flash(q, mask):
-        attended, lse = flash_attention(q, k, v, cfg.scale)
-        kept.attention.output.copy_(attended)
-        kept.attention.lse.copy_(lse)
-        del lse
-    else:
-        attended = attention(q, k, v, scale=cfg.scale, mask=mask)
+    saved = kept.attention if kept is not None else None
+    attended = attention(q, k, v, scale=cfg.scale, mask=mask, saved=saved)
     del heads, q, k, v
     middle = stream if kept is None else kept.middle
     residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=middle)

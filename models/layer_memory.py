@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from slideformer.models.attention import Saved
 from slideformer.models.decoder import DecoderConfig
+from slideformer.models.fused_attention import Saved
 
 
 class Kept(NamedTuple):
@@ -28,7 +28,7 @@ class Kept(NamedTuple):
     gate_up: Tensor
     """[B·S, 2I]: the MLP's projections."""
     attention: Saved | None
-    """What flash attention saves; None where attention runs again."""
+    """What attention saves; None where it runs again."""
 
 
 def kept_views(
