@@ -14,11 +14,12 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import place_weights
-from slideformer.graph.plan import MemoryPlan, backward_flops, efficiency, forward_flops
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.step_head import HeadWriter
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.step_update import UpdateWriter
-from slideformer.graph.tasks import Cost, TaskKind
+from slideformer.graph.tasks import Cost, Product, TaskKind
 
 
 def compile_step(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
@@ -106,7 +107,6 @@ class _LayerWriter:
         self._offloaded = self.plan.offloaded if train else 0
         self._micro = range(self.plan.micro_batches)
         self._layout = [*memory.constants, *(["documents"] if self.plan.packed else [])]
-        self._efficiency = efficiency(self.plan.micro_tokens)
         layers = len(self.spec.layers)
         self._keeping = self.plan.keeps(layers) if train else frozenset()
         self._spilling = self.plan.spills(layers) if train else frozenset()
@@ -135,7 +135,7 @@ class _LayerWriter:
             TaskKind.COMPUTE,
             reads=[*weights, x, *self._layout],
             writes=[out, *kept],
-            cost=Cost(flops=self._flops(unit), efficiency=self._efficiency),
+            cost=Cost(products=self._products(unit)),
             unit=unit.name,
             micro=m,
         )
@@ -149,8 +149,8 @@ class _LayerWriter:
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
 
-    def _flops(self, unit: UnitSpec) -> int:
-        return forward_flops(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
+    def _products(self, unit: UnitSpec) -> tuple[Product, ...]:
+        return forward_products(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
 
     def _stage_batch(self) -> None:
         memory = self.memory
@@ -220,8 +220,7 @@ class _LayerWriter:
                     reads=[*weights, x, dx, *kept, *self._layout] + (accumulators if m else []),
                     writes=[dx, *kept, *accumulators],
                     cost=Cost(
-                        flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept)),
-                        efficiency=self._efficiency,
+                        products=backward_products(self.spec, unit, self.plan, kept=bool(kept))
                     ),
                     unit=unit.name,
                     micro=m,

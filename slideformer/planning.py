@@ -89,8 +89,8 @@ def plan_for(
     def predict(graph: TaskGraph) -> Prediction:
         """The middle one of three steps, simulated under a policy of the same kind."""
         timeline = simulate(graph, make_policy(config.policy), profile, instances=3)
-        seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
-        return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
+        stops = {span.task: span.stopped for span in timeline.instance(1).spans}
+        return Prediction(timeline.step_seconds, stops)
 
     return make_plan(
         PlanRequest(
