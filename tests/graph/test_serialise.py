@@ -131,7 +131,7 @@ def top(**changes: Any) -> Callable[[Document], None]:
     ("change", "message"),
     [
         (top(version=1), r"has version 1, this program reads version 2"),
-        (top(version="1"), r"has version '1', this program reads version 1"),
+        (top(version="1"), r"has version '1', this program reads version 2"),
         (top(format="dot"), r"not a task graph: format is 'dot'"),
         (top(extra=1), r"graph: extra is 1: Extra inputs are not permitted"),
         (top(tasks={}), r"graph: tasks is \{\}: .*array"),
