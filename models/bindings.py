@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slideformer.graph.errors import CheckpointError, NonFiniteError
+from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
-from slideformer.models.context import SaveContext, StepContext
+from slideformer.models.context import StepContext
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.layouts import Layout, layer_layout, step_documents
@@ -69,11 +69,11 @@ class ModelMemory:
         dtype = torch.float32 if size == 4 else torch.bfloat16
         return whole(views, names, f"acc.{unit}.").view(dtype)
 
-    def updated(self, task: Task, views: Views) -> UnitState:
-        """The state of the chunk that an update works on, its part from NVMe where that is."""
+    def chunk_state(self, task: Task, views: Views) -> UnitState:
+        """The state of the chunk that a task works on, its part from NVMe where that is."""
         begin, end = int(task.args["begin"]), int(task.args["end"])
         state = self.states[str(task.args["unit"])].part(begin, end)
-        for name in task.writes:
+        for name in task.reads:
             if name.startswith("staged.moments."):
                 state = state.with_moments(views[name])
             elif name.startswith("staged.lo."):
@@ -136,9 +136,7 @@ class StreamOps:
             "join": self.join,
             "fwd": self.forward,
             "bwd": self.backward,
-            "download_master": self.download_master,
             "unstage": self.unstage,
-            "save": self.save,
         }
 
     def copy(self, task: Task, views: Views) -> Operation:
@@ -272,36 +270,11 @@ class StreamOps:
         weights = operands(memory.weights(views, task.reads, unit.name), unit)
         return unit, weights, layer_layout(memory, task, views, unit)
 
-    def download_master(self, task: Task, views: Views) -> Operation:
-        """Bring both halves of a resident unit's master down, to be saved."""
-        state = self._memory.states[str(task.args["unit"])]
-        hi, lo = views[task.writes[0]].view(torch.int16).chunk(2)
-
-        def run(_: SaveContext) -> None:
-            hi.copy_(state.hi, non_blocking=True)
-            lo.copy_(state.lo, non_blocking=True)
-
-        return run
-
     def unstage(self, task: Task, views: Views) -> Operation:
         """Put a chunk's lower halves, read from NVMe, beside those of its unit."""
         target = views[task.writes[0]]
         source = views[task.reads[0]][: len(target)]
         return lambda _: target.copy_(source)
-
-    def save(self, task: Task, views: Views) -> Operation:
-        """Hand a unit to the checkpoint writer."""
-        unit = str(task.args["unit"])
-
-        def run(context: SaveContext) -> None:
-            if context.errors:  # the writer is of no more use
-                return
-            try:
-                context.writer.write_unit(unit)
-            except CheckpointError as error:
-                context.errors.append(error)
-
-        return run
 
 
 def finite(value: float, where: str = "") -> float:

@@ -24,10 +24,11 @@ from typing import TYPE_CHECKING, Protocol, cast
 from transformers import AutoTokenizer
 
 from slideformer.config import Config, save_config
-from slideformer.engine import Engine, StepHandle
+from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.handles import StepHandle
 from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
 from slideformer.models.data.batches import Batch, BatchStream

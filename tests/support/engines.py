@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from slideformer import engine as engine_module
+from slideformer.checkpointing import Checkpoint
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.model import ModelSpec
@@ -93,6 +94,7 @@ def engine_with(
     config: EngineConfig,
     *,
     policy: Policy | None = None,
+    checkpoint: Checkpoint | None = None,
     gradient_slots: int = 0,
     seed: int = 0,
     **plan: Any,
@@ -115,7 +117,7 @@ def engine_with(
     original = engine_module.plan_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "plan_for", planned)
-        engine = Engine(config, policy=policy)
+        engine = Engine(config, policy=policy, checkpoint=checkpoint)
     with engine:
         yield engine
 
