@@ -228,6 +228,7 @@ class BatchStream(Iterator[Batch]):
             "batch_size": self._batch_size,
             "seed": self._seed,
             "packing": int(self._packing),
+            "contents": self._dataset.digest,
         }
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:

@@ -6,6 +6,8 @@ made elsewhere.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
@@ -17,11 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DataError
+from slideformer.models.data.cache import tokenised
 from slideformer.models.data.order import split_off
-from slideformer.models.data.parts import Part, PartBuilder, part_of, part_of_text
-from slideformer.models.data.reading import is_plain_text, read_records, read_text
+from slideformer.models.data.parts import Part, part_from, part_of
+from slideformer.models.data.reading import is_plain_text
 from slideformer.models.data.sources import Source
-from slideformer.models.data.tokenise import RowTokenizer, cut_text, groups, record_chars
+from slideformer.models.data.tokenise import RowTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -35,7 +38,7 @@ class TokenDataset:
     lengths: int64 [documents]. bounds: int64 [parts + 1]; the documents of part p are those from
     ``bounds[p]`` to below ``bounds[p + 1]``. ``tokens`` counts what is held, ``target_tokens`` what
     is learnt; ``truncated_rows`` and ``truncated_tokens`` count the documents that did not fit
-    ``seq_len``, and what was cut off them.
+    ``seq_len``, and what was cut off them. ``digest`` tells these parts and weights from others.
     """
 
     def __init__(self, parts: Sequence[Part], *, seq_len: int, pad_id: int = 0) -> None:
@@ -47,8 +50,11 @@ class TokenDataset:
         assert self.lengths.max(initial=0) <= seq_len
         self.bounds = np.cumsum([0, *map(len, parts)])
         self.tokens = int(self.lengths.sum())
-        self.target_tokens = sum(int(part.targets().sum()) for part in parts)
+        self.target_tokens = sum(int(part.targets.sum()) for part in parts)
         self.truncated_rows = sum(int(np.count_nonzero(part.cut)) for part in parts)
+        contents = [[part.tokens.digest, part.weight] for part in parts]
+        digest = hashlib.blake2b(json.dumps(contents).encode(), digest_size=8).digest()
+        self.digest = int.from_bytes(digest, "little")
         self.truncated_tokens = sum(int(part.cut.sum()) for part in parts)
 
     def __len__(self) -> int:
@@ -83,7 +89,8 @@ class TokenDataset:
         """Reads and tokenises ``.jsonl``, ``.json`` (one object on each line) and ``.txt`` files.
 
         A record becomes one document, cut off at ``seq_len`` tokens; a plain text is cut into
-        consecutive documents of ``seq_len`` tokens, none of them lost. Files are streamed. Raises
+        consecutive documents of ``seq_len`` tokens, none of them lost. The tokens are kept on disk
+        and mapped. Raises
         DataError, with the line where there is one, for whatever is wrong with a file and for one
         without a single target; ConfigError for a ``seq_len`` below two.
         """
@@ -125,7 +132,7 @@ class TokenDataset:
             "validation": [replace(part, weight=1.0) for part in self._select(aside)],
         }
         for name, chosen in parts.items():
-            if not any(part.targets().any() for part in chosen):
+            if not any(part.targets.any() for part in chosen):
                 raise DataError(
                     f"{self.source}: a validation split of {share:g} leaves no target token for "
                     f"{name}, out of {len(self)} documents; choose another share, or name a file "
@@ -151,7 +158,7 @@ class TokenDataset:
         their embedding has rows.
         """
         for part in self.parts:
-            largest = max(part.largest_id, self.pad_id)
+            largest = max(part.tokens.largest_id, self.pad_id)
             if largest >= vocab_size:
                 pad = " (the pad token)" if largest == self.pad_id else ""
                 raise DataError(
@@ -190,25 +197,20 @@ def load_datasets(
 
 def _read(source: Source, rows: RowTokenizer, seq_len: int) -> Part:
     path = source.path
-    if is_plain_text(path):
-        held = bytearray()
-        for ids in rows.document(cut_text(read_text(path))):
-            held += ids.tobytes()
-        text = np.frombuffer(held, dtype=np.int32)
-        part = part_of_text(text, seq_len=seq_len, source=str(path), weight=source.weight)
-    else:
-        builder = PartBuilder()
-        for group in groups(read_records(path), record_chars):
-            for row in rows.rows(group):
-                builder.add(row.ids, row.labels)
-        part = builder.build(seq_len=seq_len, source=str(path), weight=source.weight)
+    part = part_from(
+        tokenised(path, rows),
+        seq_len=seq_len,
+        text=is_plain_text(path),
+        source=str(path),
+        weight=source.weight,
+    )
     _report(part, seq_len)
     return part
 
 
 def _report(part: Part, seq_len: int) -> None:
     """Log what a part holds and what was cut off; raises DataError if nothing is learnt."""
-    targets = int(part.targets().sum())
+    targets = int(part.targets.sum())
     truncated = int(np.count_nonzero(part.cut))
     if not targets:
         raise DataError(

@@ -1,15 +1,15 @@
-"""The tokenised documents of one source, cut to the sequence length."""
+"""The tokenised documents of one source, cut to the sequence length, in memory or on disk."""
 
 from __future__ import annotations
 
-from array import array
 from dataclasses import dataclass, replace
-from typing import Self, TypeVar
+from functools import cached_property
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-Scalar = TypeVar("Scalar", bound=np.generic)
+from slideformer.models.data.cache import Tokens, release
 
 _SCAN_TOKENS = 1 << 22
 """Tokens looked at together when targets are counted: it bounds the memory that this takes."""
@@ -17,22 +17,20 @@ _SCAN_TOKENS = 1 << 22
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """Documents of one source, in flat arrays that other parts may share.
+    """Documents of one source, in flat arrays that parts may share.
 
-    Document d is ``ids[starts[d]:starts[d] + lengths[d]]``. ids: int32 [tokens]. labels: bool
-    [tokens], True where a token is learnt; a document's first token never is, whatever its label,
-    since nothing precedes it. starts, lengths, cut: int64 [documents]; ``cut`` counts the tokens of
-    each document that did not fit the sequence length. ``weight``: how often an epoch shows each.
+    Document d is ``tokens.ids[starts[d]:starts[d] + lengths[d]]``. Its first token is never learnt,
+    whatever its label, since nothing precedes it. starts, lengths, cut: int64 [documents];
+    ``cut`` counts the tokens of each document that did not fit the sequence length. ``weight``: how
+    often an epoch shows each.
     """
 
     source: str
-    ids: NDArray[np.int32]
-    labels: NDArray[np.bool_]
+    tokens: Tokens
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     cut: NDArray[np.int64]
-    largest_id: int
-    weight: float = 1.0
+    weight: float
 
     def __len__(self) -> int:
         """The number of documents, those without a target included."""
@@ -43,8 +41,16 @@ class Part:
         lengths = self.lengths[documents]
         position = counted(lengths)
         at = position + np.repeat(self.starts[documents], lengths)
-        return self.ids[at], self.labels[at] & (position > 0)
+        ids, learnt = self.tokens.ids[at], self.tokens.labels[at] & (position > 0)
+        self._release()
+        return ids, learnt
 
+    def _release(self) -> None:
+        """Let go of what was read, so that the process holds no more of the files than a batch."""
+        release(self.tokens.ids)
+        release(self.tokens.labels)
+
+    @cached_property
     def targets(self) -> NDArray[np.int64]:
         """How many tokens of each document are learnt, int64 [documents]."""
         found = np.zeros(len(self), dtype=np.int64)
@@ -55,11 +61,12 @@ class Part:
             last = int(np.searchsorted(self.starts, begin + _SCAN_TOKENS, side="left"))
             last = max(last, first + 1)
             starts, lengths = self.starts[first:last] - begin, self.lengths[first:last]
-            labels = self.labels[begin : begin + starts[-1] + lengths[-1]]
+            labels = self.tokens.labels[begin : begin + starts[-1] + lengths[-1]]
             learnt = np.zeros(len(labels) + 1, dtype=np.int64)
             np.cumsum(labels, out=learnt[1:])
             found[first:last] = learnt[starts + lengths] - learnt[starts + np.minimum(lengths, 1)]
             first = last
+            self._release()
         return found
 
     def select(self, chosen: NDArray[np.bool_]) -> Self:
@@ -82,53 +89,23 @@ def part_of(
     labels: NDArray[np.bool_],
     *,
     seq_len: int,
-    source: str = "data set",
-    weight: float = 1.0,
 ) -> Part:
     """A part of whole documents ``ids[offsets[d]:offsets[d + 1]]``, each cut at ``seq_len``."""
     assert len(ids) == len(labels) == offsets[-1]
-    whole = np.diff(offsets)
+    tokens = Tokens(ids.view(), labels.view(), offsets, int(ids.max(initial=0)), "")
+    for held in (tokens.ids, tokens.labels):
+        held.flags.writeable = False
+    return part_from(tokens, seq_len=seq_len)
+
+
+def part_from(
+    tokens: Tokens, *, seq_len: int, text: bool = False, source: str = "data set", weight: float = 1
+) -> Part:
+    """A part of documents cut at ``seq_len``; a ``text`` makes consecutive ones of that length."""
+    bounds = tokens.offsets
+    if text:
+        bounds = np.append(np.arange(0, len(tokens.ids), seq_len), len(tokens.ids))
+    whole = np.diff(bounds)
     assert not len(whole) or whole.min() >= 0
     lengths = np.minimum(whole, seq_len)
-    return Part(
-        source, _read_only(ids), _read_only(labels), offsets[:-1], lengths, whole - lengths,
-        int(ids.max(initial=0)), weight,
-    )  # fmt: skip
-
-
-def part_of_text(
-    ids: NDArray[np.int32], *, seq_len: int, source: str = "data set", weight: float = 1.0
-) -> Part:
-    """A part of one long text: documents of ``seq_len`` tokens and a last one with the rest."""
-    bounds = np.append(np.arange(0, len(ids), seq_len), len(ids))
-    learnt = np.broadcast_to(np.True_, len(ids))
-    return part_of(ids, bounds, learnt, seq_len=seq_len, source=source, weight=weight)
-
-
-class PartBuilder:
-    """Grows a part; byte arrays grow in place, so the tokens are never held twice."""
-
-    def __init__(self) -> None:
-        self._ids = bytearray()
-        self._labels = bytearray()
-        self._lengths = array("q")
-
-    def add(self, ids: NDArray[np.int32], labels: NDArray[np.bool_]) -> None:
-        """One more document."""
-        self._ids += ids.tobytes()
-        self._labels += labels.tobytes()
-        self._lengths.append(len(ids))
-
-    def build(self, *, seq_len: int, source: str, weight: float) -> Part:
-        """The part of all documents."""
-        offsets = np.zeros(len(self._lengths) + 1, dtype=np.int64)
-        np.cumsum(np.frombuffer(self._lengths, dtype=np.int64), out=offsets[1:])
-        ids = np.frombuffer(self._ids, dtype=np.int32)
-        labels = np.frombuffer(self._labels, dtype=np.bool_)
-        return part_of(ids, offsets, labels, seq_len=seq_len, source=source, weight=weight)
-
-
-def _read_only(held: NDArray[Scalar]) -> NDArray[Scalar]:
-    view = held.view()
-    view.flags.writeable = False
-    return view
+    return Part(source, tokens, bounds[:-1], lengths, whole - lengths, weight)

@@ -63,9 +63,9 @@ def test_held_compactly_and_read_only(
 ) -> None:
     dataset = TokenDataset.from_file(write_records({"text": "ab"}), tokenizer, 8)
     (part,) = dataset.parts
-    assert part.ids.dtype == np.int32
-    assert part.labels.dtype == np.bool_
-    for held in (part.ids, part.labels):
+    assert part.tokens.ids.dtype == np.int32
+    assert part.tokens.labels.dtype == np.bool_
+    for held in (part.tokens.ids, part.tokens.labels):
         with pytest.raises(ValueError, match="read-only"):
             held[0] = 1
 
@@ -126,7 +126,7 @@ def test_plain_text_is_cut_into_rows_and_none_of_it_lost(
     path.write_bytes(text.encode())
     dataset = TokenDataset.from_file(path, tokenizer, seq_len)
     ids = [*text.encode(), END_OF_TEXT_ID]
-    assert dataset.parts[0].ids.tolist() == ids
+    assert dataset.parts[0].tokens.ids.tolist() == ids
     rows = rows_of(dataset)
     assert [len(row) for row, _ in rows[:-1]] == [seq_len] * (len(rows) - 1)
     assert 1 <= len(rows[-1][0]) <= seq_len
