@@ -12,8 +12,7 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from slideformer.config import Config
-from slideformer.config_problems import flag_name
+from slideformer.config import Config, flag_name
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -16,7 +16,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from slideformer import engine as engine_module
-from slideformer.checkpointing import Checkpoint
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.model import ModelSpec
@@ -65,7 +64,7 @@ def packed_batch(
     """Rows of random documents of these lengths, padded on the right."""
     generator = np.random.default_rng(seed)
     lengths = [length for row in documents for length in row]
-    dataset = TokenDataset.from_arrays(
+    dataset = TokenDataset(
         generator.integers(1, vocab, sum(lengths), dtype=np.int32),
         np.cumsum([0, *lengths]),
         generator.random(sum(lengths)) < 0.8,
@@ -94,7 +93,6 @@ def engine_with(
     config: EngineConfig,
     *,
     policy: Policy | None = None,
-    checkpoint: Checkpoint | None = None,
     gradient_slots: int = 0,
     seed: int = 0,
     **plan: Any,
@@ -117,7 +115,7 @@ def engine_with(
     original = engine_module.plan_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "plan_for", planned)
-        engine = Engine(config, policy=policy, checkpoint=checkpoint)
+        engine = Engine(config, policy=policy)
     with engine:
         yield engine
 
@@ -179,9 +177,7 @@ def train_reference(
 
     Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         [
             {
@@ -209,9 +205,7 @@ def train_reference(
 
 def reference_loss(folder: Path, batch: Batch) -> float:
     """Mean loss per target token of a checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 
