@@ -1,25 +1,28 @@
 """Machine profiles as data: named machines that ship with the package, and files of the same form.
 
-A profile file gives a sustained rate for each kind of work, each with its source. Nothing is
-measured here; measured files have the same form.
+A profile file gives a sustained rate for each kind of work, each with its source. One that was
+measured (by ``slideformer profile``) also has rates of matrix products by kind and size, what lanes
+take from each other, and what exists on the GPU beside what is planned. Nothing is measured here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slideformer.graph.errors import ConfigError
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.rates import RatePoint
+from slideformer.graph.tasks import ProductKind
 
-VERSION = 1
+VERSION: Literal[2] = 2
 
 _FILES = resources.files("slideformer.graph") / "data"
 
@@ -40,18 +43,45 @@ class _Rates(_Schema):
     flops: _Rate
     update: _Rate
     host_copy: _Rate
+    gpu_copy: _Rate
     nvme_read: _Rate
     nvme_write: _Rate
     launch: _Rate
+    handover: _Rate
+
+
+_Size = Annotated[int, Field(gt=0, lt=1 << 63)]
+
+
+class _Point(_Schema):
+    kind: ProductKind
+    width: _Size
+    tokens: _Size
+    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class _Share(_Rate):
+    value: Annotated[float, Field(gt=0, le=1)]
+
+
+class _Contention(_Schema):
+    both_ways: _Share | None = None
+    copies: _Share | None = None
+    updates: _Share | None = None
+    compute: _Share | None = None
 
 
 class _File(_Schema):
-    format: Literal["slideformer-machine"]
-    version: Literal[1]
+    format: Literal["slideformer-machine"] = "slideformer-machine"
+    version: Literal[2] = VERSION
     name: Annotated[str, Field(min_length=1)]
     title: str
-    gpu_memory: Annotated[int, Field(gt=0, lt=1 << 63)]
+    gpu_memory: _Size
     rates: _Rates
+    products: tuple[_Point, ...] = ()
+    contention: _Contention = _Contention()
+    gpu_overhead: _Size | None = None
+    measured: dict[str, str] = Field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +89,15 @@ class Machine:
     """A named machine: its profile, bytes of GPU memory, and where each rate comes from.
 
     ``sources`` maps a rate to its basis and source: ``measured`` on such a machine, a datasheet's
-    figure ``derated`` by a share measured elsewhere, or ``assumed``.
+    figure ``derated`` by a share measured elsewhere, or ``assumed``. ``measured`` says with what
+    and when a measured profile was made.
     """
 
     title: str
     profile: MachineProfile
     gpu_memory: int
     sources: Mapping[str, str]
+    measured: Mapping[str, str] = field(default_factory=dict)
 
 
 @cache
@@ -107,10 +139,50 @@ def parse_machine(text: bytes | str, where: str) -> Machine:
         field = ".".join(map(str, problem["loc"])) or "file"
         found = "" if problem["type"] == "missing" else f" is {problem['input']!r:.60}"
         raise ConfigError(f"{where}: {field}{found}: {problem['msg']}") from None
-    rates = {key: getattr(file.rates, key) for key in _Rates.model_fields}
+    rates: dict[str, _Rate] = {key: getattr(file.rates, key) for key in _Rates.model_fields}
+    shares: dict[str, _Share] = {key: share for key, share in file.contention if share is not None}
+    values: dict[str, Any] = {key: rate.value for key, rate in rates.items()}
+    profile = MachineProfile(
+        name=file.name,
+        **values,
+        points=tuple(RatePoint(p.kind, p.width, p.tokens, p.rate) for p in file.products),
+        contention=Contention(**{key: share.value for key, share in shares.items()}),
+    )
+    if file.gpu_overhead is not None:
+        profile = replace(profile, gpu_overhead=file.gpu_overhead)
     return Machine(
         title=file.title,
-        profile=MachineProfile(name=file.name, **{key: rate.value for key, rate in rates.items()}),
+        profile=profile,
         gpu_memory=file.gpu_memory,
-        sources={key: f"{rate.basis}: {rate.source}" for key, rate in rates.items()},
+        sources={key: f"{r.basis}: {r.source}" for key, r in {**rates, **shares}.items()},
+        measured=file.measured,
     )
+
+
+def write_machine(machine: Machine) -> str:
+    """The file of a machine, which `parse_machine` reads."""
+    profile = machine.profile
+    file = _File.model_validate(
+        {
+            "name": profile.name,
+            "title": machine.title,
+            "gpu_memory": machine.gpu_memory,
+            "rates": _with_sources(machine, _Rates, profile),
+            "products": tuple(asdict(point) for point in profile.points),
+            "contention": _with_sources(machine, _Contention, profile.contention),
+            "gpu_overhead": profile.gpu_overhead,
+            "measured": dict(machine.measured),
+        }
+    )
+    return file.model_dump_json(indent=2) + "\n"
+
+
+def _with_sources(
+    machine: Machine, schema: type[_Schema], values: MachineProfile | Contention
+) -> dict[str, Any]:
+    """The values that the machine gives a source for."""
+    found = {}
+    for key in schema.model_fields.keys() & machine.sources.keys():
+        basis, _, source = machine.sources[key].partition(": ")
+        found[key] = {"value": getattr(values, key), "basis": basis, "source": source}
+    return found

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from functools import cached_property
 
 from slideformer.graph.buffers import Tier
-from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Lane, Task, TaskKind
+
+HOST_LANES = frozenset({Lane.CPU, Lane.NVME_READ, Lane.NVME_WRITE})
+"""Lanes whose tasks threads of the host carry out."""
 
 
 class Compute(StrEnum):
@@ -36,13 +42,30 @@ class Budgets:
     nvme_writes: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Contention:
+    """What is left of a rate while other lanes work, as shares of what it is alone.
+
+    ``both_ways``: a copy's, beside one the other way. ``copies``: a copy's, beside CPU updates.
+    ``updates`` and ``compute``: those of CPU updates and of the GPU, beside copies both ways;
+    beside copies one way, the square root.
+    """
+
+    both_ways: float = 1.0
+    copies: float = 1.0
+    updates: float = 1.0
+    compute: float = 1.0
+
+
 @dataclass(frozen=True)
 class MachineProfile:
     """How fast a machine does each kind of work; turns a task's cost into seconds.
 
-    Rates are bytes/s, FLOP/s and parameters/s; ``launch`` is the least a task takes, in seconds.
-    ``gpu_overhead`` and ``host_overhead`` are bytes that exist beside everything planned: CUDA
-    context (0.8 GiB on an H100), library workspaces and what the allocator holds between
+    Rates are bytes/s, FLOP/s and parameters/s; ``gpu_copy`` counts bytes read and written.
+    ``launch`` is the least that a task takes, in seconds, and ``handover`` what lies between two
+    tasks of a host lane. ``points`` are measured rates of products, ``contention`` what lanes take
+    from each other. ``gpu_overhead`` and ``host_overhead`` are bytes beside everything planned:
+    CUDA context (0.8 GiB on an H100), library workspaces and what the allocator holds between
     temporaries (up to 1 GiB there), and the interpreter with its libraries.
     """
 
@@ -52,31 +75,54 @@ class MachineProfile:
     flops: float = 640e12
     update: float = 3.2e9
     host_copy: float = 40e9
+    gpu_copy: float = 2e12
     nvme_read: float = 1.2e9
     nvme_write: float = 1.8e9
     launch: float = 20e-6
+    handover: float = 250e-6
+    points: tuple[RatePoint, ...] = ()
+    contention: Contention = Contention()
     gpu_overhead: int = 1900 << 20
     host_overhead: int = 2 << 30
     widths: Mapping[Lane, int] = field(default_factory=dict)
 
     def seconds(self, task: Task) -> float:
-        """Predicted duration of ``task``."""
+        """Predicted duration of ``task`` while nothing else runs."""
         cost = task.cost
         if cost.seconds is not None:
             return cost.seconds
-        rates = {
+        work = self.products.seconds(cost.products) + cost.flops / self.flops
+        work += cost.nbytes / self._byte_rates[task.kind] + cost.params / self.update
+        return self.launch + work + (self.handover if task.lane in HOST_LANES else 0.0)
+
+    def speed(self, lane: Lane, busy: Collection[Lane]) -> float:
+        """What is left of a lane's rates while the lanes ``busy`` work, as a share."""
+        share, copies = self.contention, [x for x in (Lane.H2D, Lane.D2H) if x in busy]
+        if lane in (Lane.H2D, Lane.D2H):
+            both = share.both_ways if len({lane, *copies}) == 2 else 1.0
+            return both * (share.copies if Lane.CPU in busy else 1.0)
+        if lane in (Lane.CPU, Lane.COMPUTE) and copies:
+            full = share.updates if lane is Lane.CPU else share.compute
+            return full if len(copies) == 2 else math.sqrt(full)
+        return 1.0
+
+    @cached_property
+    def products(self) -> ProductRates:
+        """FLOP/s of products by kind and size."""
+        return ProductRates(self.flops, self.points)
+
+    @cached_property
+    def _byte_rates(self) -> Mapping[TaskKind, float]:
+        return {
             TaskKind.H2D: self.h2d,
             TaskKind.D2H: self.d2h,
-            TaskKind.COMPUTE: 2e12,
+            TaskKind.COMPUTE: self.gpu_copy,
             TaskKind.CPU_UPDATE: self.host_copy,
             TaskKind.CPU: self.host_copy,
             TaskKind.NVME_READ: self.nvme_read,
             TaskKind.NVME_WRITE: self.nvme_write,
             TaskKind.SAVE: self.nvme_write,
         }
-        flops = self.flops * cost.efficiency
-        work = cost.nbytes / rates[task.kind] + cost.flops / flops + cost.params / self.update
-        return self.launch + work
 
 
 @dataclass(frozen=True)
@@ -172,45 +218,13 @@ class MemoryPlan:
         return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())
 
 
-def efficiency(micro_tokens: int) -> float:
-    """Share of the GPU's sustained rate that a micro-batch of that many tokens reaches.
-
-    T/(T + 512) fits decoder layers of 3 to 123 billion-parameter models within a few percent.
-    """
-    return micro_tokens / (micro_tokens + 512)
-
-
-def forward_flops(spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int) -> int:
-    """FLOPs of one layer's forward: 2 per weight and token, and 2·S²·H·D a row for attention."""
-    matmul = 2 * unit.matrix_numel * rows * seq_len
-    attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
-    return matmul + attention
-
-
-def backward_flops(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: bool) -> int:
-    """FLOPs of one layer's recompute and backward on a micro-batch.
-
-    Backward costs twice forward and attention's one product more. Recompute leaves the down
-    projection out, and from what is ``kept`` only attention is computed again, if that.
-    """
-    forward = forward_flops(spec, unit, plan.micro_rows, plan.seq_len)
-    spared = 2 * spec.hidden * spec.intermediate * plan.micro_tokens
-    if kept:
-        spared = 2 * unit.matrix_numel * plan.micro_tokens
-        if keeps_attention(spec, plan):
-            spared = forward
-    return 3 * forward - spared
-
-
 def keeps_attention(spec: ModelSpec, plan: MemoryPlan) -> bool:
     """Whether what layers keep contains the output of attention.
 
-    Flash attention alone can go on from there: in BF16, over whole rows without a window, where
-    scores have no cap.
+    A fused kernel can go on from there: in BF16, over whole rows without a window.
     """
     windowed = any(window < plan.seq_len for window in spec.windows)
-    plain = not (plan.packed or windowed or spec.softcapped)
-    return plan.compute is Compute.BF16 and plain
+    return plan.compute is Compute.BF16 and not plan.packed and not windowed
 
 
 def kept_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:

@@ -4,7 +4,7 @@ The file is data only: reading it resolves no name, imports nothing and runs not
 stored, since they follow from the buffers. Other formats, which are written only, are in
 ``exchange.py``.
 
-    {"format": "slideformer-graph", "version": 1, "name": "step",
+    {"format": "slideformer-graph", "version": 2, "name": "step",
      "slots": [{"name": "w.0", "tier": "gpu", "nbytes": 4096}],
      "buffers": [{"name": "w.L00.fwd.c0", "nbytes": 4096, "tier": "gpu", "slot": "w.0"}, …],
      "tasks": [{"name": "h2d.L00.fwd.c0", "kind": "H2D", "lane": "h2d", "op": "copy",
@@ -26,11 +26,11 @@ from pydantic_core import ErrorDetails
 from slideformer.graph.buffers import Buffer, Role, Slot, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.tasks import LANE_OF, Cost, Lane, Task, TaskKind
+from slideformer.graph.tasks import LANE_OF, Cost, Lane, Product, ProductKind, Task, TaskKind
 from slideformer.graph.verify import verify
 
 FORMAT = "slideformer-graph"
-VERSION = 1
+VERSION = 2
 
 _SHOWN = 20
 """Problems that one message lists; the rest is counted."""
@@ -44,11 +44,18 @@ class _Item(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+class _Product(_Item):
+    kind: ProductKind
+    flops: _Size
+    tokens: Annotated[_Size, Field(gt=0)]
+    width: Annotated[_Size, Field(gt=0)]
+
+
 class _Cost(_Item):
     nbytes: _Size = 0
     flops: _Size = 0
     params: _Size = 0
-    efficiency: Annotated[float, Field(gt=0, le=1)] = 1.0
+    products: tuple[_Product, ...] = ()
     seconds: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
 
 
@@ -89,7 +96,7 @@ class _Task(_Item):
 
 class _Document(_Item):
     format: Literal["slideformer-graph"]
-    version: Literal[1]
+    version: Literal[2]
     name: _Text
     slots: tuple[_Slot, ...]
     buffers: tuple[_Buffer, ...]
@@ -150,7 +157,7 @@ def from_json(text: str | bytes) -> TaskGraph:
 # -- between dataclasses and the schema ----------------------------------------------------------
 
 
-def _fields(item: Slot | Buffer | Task | Cost) -> dict[str, Any]:
+def _fields(item: Slot | Buffer | Task | Cost | Product) -> dict[str, Any]:
     return {name: getattr(item, name) for name in item.__dataclass_fields__}
 
 
@@ -168,8 +175,8 @@ def _buffer_fields(buffer: Buffer) -> dict[str, Any]:
 
 
 def _task_fields(task: Task) -> dict[str, Any]:
-    more = {"lane": task.lane, "cost": _fields(task.cost), "args": dict(task.args)}
-    return _fields(task) | more
+    cost = _fields(task.cost) | {"products": tuple(_fields(p) for p in task.cost.products)}
+    return _fields(task) | {"lane": task.lane, "cost": cost, "args": dict(task.args)}
 
 
 def _buffer(item: _Buffer) -> Buffer:
@@ -179,7 +186,9 @@ def _buffer(item: _Buffer) -> Buffer:
 
 
 def _task(item: _Task) -> Task:
-    cost = Cost(**{name: getattr(item.cost, name) for name in _Cost.model_fields})
+    known = item.cost
+    products = tuple(Product(p.kind, p.flops, p.tokens, p.width) for p in known.products)
+    cost = Cost(known.nbytes, known.flops, known.params, products, known.seconds)
     return Task(item.name, item.kind, item.op, item.reads, item.writes, item.after, cost, item.args)
 
 

@@ -72,7 +72,7 @@ def _loads(keyed: Sequence[tuple[_Key, Task, float]]) -> dict[_Key, Load]:
         loads[key] = Load(
             known.tasks + 1,
             known.nbytes + cost.nbytes,
-            known.flops + cost.flops,
+            known.flops + cost.total_flops,
             known.params + cost.params,
             known.seconds + seconds,
         )

@@ -1,11 +1,11 @@
-"""Compile a memory plan into the graph of one training step, of an evaluation, or of a save.
+"""Compile a memory plan into the graph of a training step, an evaluation, a save or a checkpoint.
 
 The order of the statements below is the program order from which all edges follow: embedding,
 layers forward, output matrix and loss, layers backward, embedding's update. Within a unit the order
 is micro-batch by micro-batch, so a unit's weights cross PCIe once per pass.
 
 Buffers and slots are declared in ``step_memory.py``, the output matrix is in ``step_head.py``,
-updates are in ``step_update.py``.
+updates are in ``step_update.py``, saves and checkpoints in ``step_save.py``.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import place_weights
-from slideformer.graph.plan import MemoryPlan, backward_flops, efficiency, forward_flops
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.step_head import HeadWriter
 from slideformer.graph.step_memory import StepMemory
+from slideformer.graph.step_save import write_checkpoint, write_save
 from slideformer.graph.step_update import UpdateWriter
-from slideformer.graph.tasks import Cost, TaskKind
+from slideformer.graph.tasks import Cost, Product, TaskKind
 
 
 def compile_step(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
@@ -33,13 +35,21 @@ def compile_evaluation(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
 
 def compile_save(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
     """The graph that hands every unit's weights to the checkpoint writer, one unit at a time."""
-    return _write_save(spec, plan).build()
+    return write_save(spec, plan).build()
+
+
+def compile_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
+    """The graph that writes masters and optimizer state, to resume from; trains nothing."""
+    return write_checkpoint(spec, plan).build()
 
 
 def footprint(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[Tier, int]]:
-    """Tier and bytes of every place that these three graphs use, without building them."""
+    """Tier and bytes of every place that these graphs use, without building them.
+
+    A checkpoint has no places of its own.
+    """
     found: dict[str, tuple[Tier, int]] = {}
-    for write in (_write_step, _write_evaluation, _write_save):
+    for write in (_write_step, _write_evaluation, write_save):
         for name, (tier, nbytes) in write(spec, plan).places().items():
             found[name] = (tier, max(nbytes, found.get(name, (tier, 0))[1]))
     return found
@@ -65,37 +75,6 @@ def _write_evaluation(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     return memory
 
 
-def _write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
-    """Units on the GPU come down one after another to one place in pinned memory."""
-    memory = StepMemory(spec, plan, "save")
-    for unit in spec.units:
-        chunks = memory.chunks[unit.name]
-        weights = [name for c in chunks for name in memory.owned(c)]
-        weights += memory.stored.read_lo(unit)
-        if memory.resident(unit.name):
-            staged = memory.buffer(
-                f"saved.{unit.name}", 4 * unit.numel, Tier.PINNED, Role.WEIGHT, slot="saved"
-            )
-            memory.task(
-                f"d2h.{unit.name}.save",
-                TaskKind.D2H,
-                op="download_master",
-                reads=weights,
-                writes=[staged],
-                cost=Cost(nbytes=4 * unit.numel),
-                unit=unit.name,
-            )
-            weights = [staged]
-        memory.task(
-            f"save.{unit.name}",
-            TaskKind.SAVE,
-            reads=weights,
-            cost=Cost(nbytes=4 * unit.numel),
-            unit=unit.name,
-        )
-    return memory
-
-
 class _LayerWriter:
     """Writes the embedding's look-up and the decoder layers, forward and backward."""
 
@@ -106,7 +85,6 @@ class _LayerWriter:
         self._offloaded = self.plan.offloaded if train else 0
         self._micro = range(self.plan.micro_batches)
         self._layout = [*memory.constants, *(["documents"] if self.plan.packed else [])]
-        self._efficiency = efficiency(self.plan.micro_tokens)
         layers = len(self.spec.layers)
         self._keeping = self.plan.keeps(layers) if train else frozenset()
         self._spilling = self.plan.spills(layers) if train else frozenset()
@@ -135,7 +113,7 @@ class _LayerWriter:
             TaskKind.COMPUTE,
             reads=[*weights, x, *self._layout],
             writes=[out, *kept],
-            cost=Cost(flops=self._flops(unit), efficiency=self._efficiency),
+            cost=Cost(products=self._products(unit)),
             unit=unit.name,
             micro=m,
         )
@@ -149,8 +127,8 @@ class _LayerWriter:
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
 
-    def _flops(self, unit: UnitSpec) -> int:
-        return forward_flops(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
+    def _products(self, unit: UnitSpec) -> tuple[Product, ...]:
+        return forward_products(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
 
     def _stage_batch(self) -> None:
         memory = self.memory
@@ -220,8 +198,7 @@ class _LayerWriter:
                     reads=[*weights, x, dx, *kept, *self._layout] + (accumulators if m else []),
                     writes=[dx, *kept, *accumulators],
                     cost=Cost(
-                        flops=backward_flops(self.spec, unit, self.plan, kept=bool(kept)),
-                        efficiency=self._efficiency,
+                        products=backward_products(self.spec, unit, self.plan, kept=bool(kept))
                     ),
                     unit=unit.name,
                     micro=m,

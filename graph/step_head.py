@@ -8,7 +8,7 @@ reverse so that the last chunk need not come up again, the gradients.
 from __future__ import annotations
 
 from slideformer.graph.chunks import Chunk, VocabChunk, vocab_chunks
-from slideformer.graph.plan import efficiency
+from slideformer.graph.products import head_products
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.step_update import UpdateWriter
 from slideformer.graph.tasks import Cost, TaskKind
@@ -160,5 +160,4 @@ class HeadWriter:
 
     def _cost(self, part: VocabChunk, products: int) -> Cost:
         rows = part.stop - part.start
-        flops = products * 2 * rows * self.spec.hidden * self.plan.micro_tokens
-        return Cost(flops=flops, efficiency=efficiency(self.plan.micro_tokens))
+        return Cost(products=head_products(self.spec, self.plan, rows, products))

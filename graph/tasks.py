@@ -77,20 +77,55 @@ class TaskName(NamedTuple):
         return cls(parts[0], parts[1], tuple(parts[2:]))
 
 
+class ProductKind(StrEnum):
+    """Sorts of matrix products, by what else is done around them.
+
+    ``FORWARD``: a layer's activations times its weights, with norms, rotation and activation.
+    ``GRADIENT``: the two products that each of those has in backward; ``SUMMED``: the same where
+    the weights' gradients are summed in FP32. ``ATTENTION``: scores and their product with the
+    values. ``HEAD``: those of the output matrix, with the loss.
+    """
+
+    FORWARD = "forward"
+    GRADIENT = "gradient"
+    SUMMED = "summed"
+    ATTENTION = "attention"
+    HEAD = "head"
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """Matrix products of one kind: their FLOPs, and the size that decides how fast they are.
+
+    ``tokens`` go through each at once; for attention, those of a row. ``width`` is the layer's
+    hidden size; for attention, a head's.
+    """
+
+    kind: ProductKind
+    flops: int
+    tokens: int
+    width: int
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a task costs, from which a machine profile computes its duration.
 
-    ``nbytes`` are moved or touched bytes, ``flops`` floating-point operations, ``params`` elements
-    updated by the optimizer. ``efficiency`` is the share of the machine's FLOP rate that work of
-    this size reaches. ``seconds``, if given, is a measured duration and overrides all.
+    ``nbytes`` are moved or touched bytes, ``params`` elements updated by the optimizer. ``flops``
+    are floating-point operations at the machine's sustained rate, and ``products`` those at the
+    rate of their kind and size. ``seconds``, if given, is a measured duration and overrides all.
     """
 
     nbytes: int = 0
     flops: int = 0
     params: int = 0
-    efficiency: float = 1.0
+    products: tuple[Product, ...] = ()
     seconds: float | None = None
+
+    @property
+    def total_flops(self) -> int:
+        """All floating-point operations."""
+        return self.flops + sum(product.flops for product in self.products)
 
 
 @dataclass(frozen=True, slots=True)

@@ -79,7 +79,7 @@ def load_library(source: Path, compiler: str) -> Build:
     identifier = f"{source.name} {_digest(text)[:12]}, CPU {_digest(cpu.encode())[:12]}, {version}"
     name = f"{source.stem}-{digest[:32]}.so"
     try:
-        return Build(_load(_cache_folder(), name, source, command), identifier)
+        return Build(_load(cache_folder(), name, source, command), identifier)
     except OSError as error:
         _logger.warning(
             "The kernel cache is not usable (%s): compiling %s for this process alone. "
@@ -116,7 +116,7 @@ def _aside(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _cache_folder() -> Path:
+def cache_folder() -> Path:
     """The per-user cache folder, made with mode 0700. OSError: it cannot be made or trusted."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:

@@ -7,14 +7,8 @@ a second. It ranks candidates; the plan that is chosen is then simulated.
 from __future__ import annotations
 
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import (
-    MachineProfile,
-    MemoryPlan,
-    backward_flops,
-    efficiency,
-    forward_flops,
-    kept_nbytes,
-)
+from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
+from slideformer.graph.products import backward_products, forward_products, head_products
 from slideformer.memory.nvme_needs import nvme_seconds
 
 OVERLAP_LOSS = 0.12
@@ -22,9 +16,6 @@ OVERLAP_LOSS = 0.12
 
 NARROW_LOSS = 0.005
 """What a window of two units costs: a load starts only when the unit before last is done."""
-
-GPU_MEMORY_RATE = 2e12
-"""Bytes per second of updates and casts on the GPU."""
 
 LAUNCH_SECONDS = 60e-6 * 40
 """What launching one layer's kernels on one micro-batch takes at least, forward and backward."""
@@ -41,20 +32,17 @@ def step_bound(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> fl
 def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
     layers, layer = len(spec.layers), spec.layers[0]
     keeping = len(plan.keeps(layers))
-    micro = plan.micro_batches
-    flops = layers * forward_flops(spec, layer, plan.rows, plan.seq_len)
-    flops += keeping * micro * backward_flops(spec, layer, plan, kept=True)
-    flops += (layers - keeping) * micro * backward_flops(spec, layer, plan, kept=False)
+    micro, rates = plan.micro_batches, profile.products
+    seconds = layers * rates.seconds(forward_products(spec, layer, plan.micro_rows, plan.seq_len))
+    for count, kept in ((keeping, True), (layers - keeping, False)):
+        if count:
+            seconds += count * rates.seconds(backward_products(spec, layer, plan, kept=kept))
     products = 3 if plan.vocab_chunks == 1 else 4
-    flops += products * 2 * spec.vocab * spec.hidden * plan.tokens
-    seconds = flops / profile.flops / efficiency(plan.micro_tokens)
+    seconds += rates.seconds(head_products(spec, plan, spec.vocab, products))
+    seconds = micro * max(seconds, layers * LAUNCH_SECONDS)
     resident = sum(spec.unit(name).numel for name in plan.resident)
     moved = 26 * resident + 6 * (spec.param_count - resident)
-    if micro > 1:  # every micro-batch reads and writes the FP32 accumulators
-        moved += 8 * micro * layers * layer.numel
-    tiles = plan.tokens // plan.head_tile
-    moved += 8 * (tiles - 1) * spec.head.numel
-    return max(seconds, layers * micro * LAUNCH_SECONDS) + moved / GPU_MEMORY_RATE
+    return seconds + moved / profile.gpu_copy
 
 
 def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
@@ -69,11 +57,13 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     up = (streamed + again * layer_numel) * size + plan.offloaded * boundary + spilled
     down = streamed * size + plan.offloaded * boundary + spilled
     # The last layer's update is due before its forward, and the next gradient comes after the loss.
-    rate = profile.flops * efficiency(plan.micro_tokens)
-    idle = forward_flops(spec, spec.layers[0], plan.rows, plan.seq_len) / rate
-    idle += 6 * spec.vocab * spec.hidden * plan.tokens / rate
+    rates, micro = profile.products, plan.micro_batches
+    forward = micro * rates.seconds(
+        forward_products(spec, spec.layers[0], plan.micro_rows, plan.seq_len)
+    )
+    idle = forward + micro * rates.seconds(head_products(spec, plan, spec.vocab, 3))
     if spec.head.name in plan.resident:  # then it is the last layer's
-        idle += 3 * forward_flops(spec, spec.layers[0], plan.rows, plan.seq_len) / rate
+        idle += 3 * forward
     return [
         up / profile.h2d,
         down / profile.d2h,
@@ -89,7 +79,10 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     waits for spilled activations that go down slower than it makes them.
     """
     layer = spec.layers[0]
-    forward = len(spec.layers) * forward_flops(spec, layer, plan.rows, plan.seq_len) / profile.flops
+    forward = plan.micro_batches * profile.products.seconds(
+        forward_products(spec, layer, plan.micro_rows, plan.seq_len)
+    )
+    forward *= len(spec.layers)
     spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     seconds = max(0.0, spilled / profile.d2h - forward)
     if "embed" not in plan.resident:

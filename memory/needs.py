@@ -35,7 +35,8 @@ class PlanRequest:
 
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile); ``predict`` simulates a step under the policy that will run it.
-    ``micro_rows`` and ``window`` fix what is otherwise chosen; ``packed`` is that of the plan.
+    ``micro_rows``, ``vocab_chunks``, ``head_tile`` and ``window`` fix what is otherwise chosen;
+    ``packed`` is that of the plan.
     """
 
     spec: ModelSpec
@@ -47,6 +48,8 @@ class PlanRequest:
     workspace: Callable[[int, int, int], int]
     predict: Callable[[TaskGraph], Prediction]
     micro_rows: int | None = None
+    vocab_chunks: int | None = None
+    head_tile: int | None = None
     window: int | None = None
     packed: bool = False
 

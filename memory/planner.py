@@ -16,7 +16,12 @@ from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
-from slideformer.graph.step import compile_evaluation, compile_save, compile_step
+from slideformer.graph.step import (
+    compile_checkpoint,
+    compile_evaluation,
+    compile_save,
+    compile_step,
+)
 from slideformer.graph.step_activations import SPILL_SLOTS
 from slideformer.graph.step_memory import STATE_NBYTES
 from slideformer.memory.bound import step_bound
@@ -80,9 +85,10 @@ def _ranked(request: PlanRequest) -> Iterator[tuple[float, MemoryPlan]]:
         yield step_bound(request.spec, ideal, request.profile), base
 
 
-def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> tuple[TaskGraph, TaskGraph, TaskGraph]:
-    """The graphs of a run: train, evaluate, save."""
-    return compile_step(spec, plan), compile_evaluation(spec, plan), compile_save(spec, plan)
+def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
+    """The graphs of a run: train, evaluate, save, checkpoint."""
+    compilers = (compile_step, compile_evaluation, compile_save, compile_checkpoint)
+    return [compile_graph(spec, plan) for compile_graph in compilers]
 
 
 def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
@@ -93,8 +99,9 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
     chunk = max(CHUNK_NUMEL, -(-largest_layer // MAX_LAYER_CHUNKS))
     ratio = -(-spec.head.numel // largest_layer)
     for micro_rows in [request.micro_rows] if request.micro_rows else divisors:
-        tile = min(HEAD_TILE, micro_rows * request.seq_len)
-        for vocab_chunks in sorted({1, ratio, 2 * ratio}):
+        tile = request.head_tile or min(HEAD_TILE, micro_rows * request.seq_len)
+        fixed = request.vocab_chunks
+        for vocab_chunks in [fixed] if fixed else sorted({1, ratio, 2 * ratio}):
             vocab_rows = -(-spec.vocab // vocab_chunks)
             for window in [request.window] if request.window else _WINDOWS:
                 yield MemoryPlan(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import glob
 import itertools
 import logging
 import os
@@ -21,16 +22,21 @@ from slideformer.graph.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 
+_HEADROOM = 64 * 2**20
+"""Bytes left free beside a checkpoint: for its small files and the file system's own records."""
 
-def check_output(output: Path) -> None:
+
+def check_output(output: Path, *, replace: bool = False) -> None:
     """Check that a checkpoint could be saved as ``output``, without leaving anything behind.
 
+    ``replace``: a folder that is there need not be empty, as it is to be replaced.
+
     Raises:
-        CheckpointError: ``output`` is there and not an empty folder, or it could not be created.
+        CheckpointError: ``output`` is there and not such a folder, or it could not be created.
     """
     output = output.absolute()
     if output.is_dir():
-        if any(output.iterdir()):
+        if any(output.iterdir()) and not replace:
             raise CheckpointError(
                 f"output folder {output} is not empty: give another one, or empty it first"
             )
@@ -51,6 +57,30 @@ def check_output(output: Path) -> None:
             f"output folder {output} cannot be created in {parent} ({error.strerror or error}):"
             " give a path that you may write to"
         ) from error
+
+
+def check_room(output: Path, nbytes: int) -> None:
+    """Raise `CheckpointError` unless the disk of ``output`` has room for that and some to spare."""
+    free = shutil.disk_usage(existing_parent(output)).free
+    if nbytes + _HEADROOM > free:
+        raise no_room(output, nbytes)
+
+
+def no_room(output: Path, nbytes: int) -> CheckpointError:
+    """The error for a checkpoint of so many bytes that does not fit on its disk."""
+    free = shutil.disk_usage(existing_parent(output)).free
+    needed, spare, left = (f"{size / 2**20:,.1f} MiB" for size in (nbytes, _HEADROOM, free))
+    return CheckpointError(
+        f"no room for checkpoint {output}: it needs {needed} and {spare} to spare, free are {left};"
+        " free some or give a folder on another disk"
+    )
+
+
+def write_error(output: Path, nbytes: int, error: OSError) -> CheckpointError:
+    """The error for a checkpoint of so many bytes that the file system refused with ``error``."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return no_room(output, nbytes)
+    return CheckpointError(f"cannot write checkpoint {output}: {error}")
 
 
 def free_name(output: Path) -> Path:
@@ -90,11 +120,12 @@ class AsideFolder:
                 if self._lock >= 0:
                     break
 
-    def move(self) -> Path:
+    def move(self, *, replace: bool = False) -> Path:
         """Make the contents durable and put the folder in its place; returns where it lies.
 
-        If something took that place meanwhile, it goes beside it under a free name, and a warning
-        says so: what took hours is not thrown away. The files must have been fsynced.
+        With ``replace`` a folder that lies there goes first. Otherwise, if something took that
+        place meanwhile, it goes beside it under a free name, and a warning says so: what took hours
+        is not thrown away. The files must have been fsynced.
 
         Raises:
             OSError: nothing can be renamed here; the folder stays aside then, with its contents.
@@ -103,6 +134,8 @@ class AsideFolder:
             fsync(folder)
         self._over = True
         target = self.output
+        if replace and target.is_dir():
+            discard(target)
         while True:
             try:
                 os.rename(self.path, target)
@@ -125,17 +158,25 @@ class AsideFolder:
         if self._over:
             return
         self._over = True
-        # Moved first: a thread that still writes can then add no file while this removes them.
-        doomed = self.path.with_name(f"{self.path.name}.removed")
-        with contextlib.suppress(OSError):
-            os.rename(self.path, doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
-        shutil.rmtree(self.path, ignore_errors=True)
+        _remove(self.path, self.path.with_name(f"{self.path.name}.removed"))
         os.close(self._lock)
 
 
+def discard(folder: Path) -> None:
+    """Remove a folder so that it is whole or gone for whoever looks, whenever this is killed."""
+    _remove(folder, folder.with_name(f".{folder.name}.tmp-{os.getpid()}.removed"))
+
+
+def _remove(path: Path, doomed: Path) -> None:
+    # Moved first: a thread that still writes can then add no file while this removes them.
+    with contextlib.suppress(OSError):
+        os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def remove_orphans(output: Path) -> None:
-    """Remove the folders aside of ``output`` whose owners were killed."""
+    """Remove the folders aside of ``output`` whose owners were killed; of ``*`` all beside it."""
     for path in _asides(output.absolute()):
         try:
             lock = _lock(path)
@@ -148,9 +189,8 @@ def remove_orphans(output: Path) -> None:
 
 
 def _asides(output: Path) -> Iterator[Path]:
-    prefix = f".{output.name}.tmp-"
-    if output.parent.is_dir():
-        yield from [p for p in output.parent.iterdir() if p.name.startswith(prefix) and p.is_dir()]
+    name = "*" if output.name == "*" else glob.escape(output.name)
+    yield from [path for path in output.parent.glob(f".{name}.tmp-*") if path.is_dir()]
 
 
 def _lock(path: Path) -> int:

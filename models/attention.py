@@ -4,21 +4,18 @@ Sequences are padded on the right only, so a causal mask already hides every pad
 real query; no padding mask exists. A layer whose window is shorter than the sequence takes a
 boolean mask instead. Rows that hold several documents take no mask: flash attention over sequences
 of different lengths (Dao, 2023, arXiv 2307.08691) where there is one, elsewhere each document is
-attended to by itself. Capped scores, which the fused kernels do not know, are the matter of
-``softcapped.py``. Projections, norms and rotary embedding belong to the layer; determinism and the
-choice of backend are PyTorch's global settings.
+attended to by itself. Projections, norms and rotary embedding belong to the layer; determinism and
+the choice of backend are PyTorch's global settings.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from slideformer.models.documents import Documents
-from slideformer.models.softcapped import softcapped_attention
+from slideformer.models.fused_attention import Saved, fused_attention
 
 Mask = Tensor | Documents | None
 """What a query may see of the keys before it: where a boolean mask says so, its document, all."""
@@ -37,29 +34,24 @@ def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    mask: Mask,
-    softcap: float | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask, saved: Saved | None = None
 ) -> Tensor:
     """softmax(scale · q kᵀ + causal, window or document mask) v, head by head.
 
-    With ``softcap`` c the scores are c · tanh(scale · q kᵀ / c).
-
     ``q`` is [B, S, H, D], ``k`` and ``v`` [B, S, K, D] with K a divisor of H: query heads
     i·H/K … (i+1)·H/K − 1 share key head i (grouped-query attention, Ainslie et al., 2023). Any
-    strides with a contiguous last axis. Returns [B, S, H, D].
+    strides with a contiguous last axis. Returns [B, S, H, D]. ``saved`` receives what a backward
+    can go on from, where :func:`fused_attention` has a kernel and there is no mask.
     """
+    if saved is not None and mask is None and (fused := fused_attention(q, k, v, scale)):
+        found = fused.forward(q, k, v)
+        for target, value in zip(saved, found, strict=True):
+            target.copy_(value)
+        return found.output
     if isinstance(mask, Documents):
-        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
-        if softcap is None and _has_varlen(q):
-            return _varlen(*flat, scale, mask).view(q.shape)
-        return _one_by_one(*flat, scale, mask, softcap).view(q.shape)
-    if softcap is not None:
-        return softcapped_attention(q, k, v, scale=scale, softcap=softcap, mask=mask)
+        attend = _varlen if _has_varlen(q) else _one_by_one
+        tokens = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask)
+        return tokens.view(q.shape)
     groups = q.shape[2] // k.shape[2]
     # On CUDA only the half-precision kernels without a mask read shared heads in place; the others
     # would fall back to one that materialises all scores.
@@ -107,84 +99,20 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents)
     return out
 
 
-def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, softcap: float | None
-) -> Tensor:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
     """The same, one document after another."""
     parts = (t.unsqueeze(0).split(documents.lengths, dim=1) for t in (q, k, v))
-    outputs = []
-    for length, *part in zip(documents.lengths, *parts, strict=True):
-        mask = window_mask(length, documents.window, q.device)
-        outputs.append(attention(*part, scale=scale, mask=mask, softcap=softcap))
+    outputs = [
+        attention(*part, scale=scale, mask=window_mask(length, documents.window, q.device))
+        for length, *part in zip(documents.lengths, *parts, strict=True)
+    ]
     return torch.cat(outputs, dim=1)[0]
-
-
-class Saved(NamedTuple):
-    """What flash attention's backward needs of its forward beside the inputs."""
-
-    output: Tensor
-    """[B, S, H, D] in the dtype of the inputs."""
-    lse: Tensor
-    """Logarithm of each row's sum of exponentials, FP32 [B, H, S]."""
-
-
-def has_flash(q: Tensor, mask: Mask, softcap: float | None) -> bool:
-    """Whether :func:`flash_attention` takes queries ``q`` [B, S, H, D] under ``mask``."""
-    return mask is None and softcap is None and (q.device.type == "cpu" or _has_varlen(q))
-
-
-def flash_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Saved:
-    """:func:`attention` without a mask, where :func:`has_flash`, and what backward needs of it."""
-    if q.device.type == "cpu":
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            *heads, 0.0, True, scale=scale
-        )
-        return Saved(out.transpose(1, 2), lse)
-    size = q.shape[1]
-    out, lse = torch.ops.aten._flash_attention_forward(
-        q, k, v, None, None, size, size, 0.0, True, False, scale=scale
-    )[:2]
-    return Saved(out, lse)
-
-
-def flash_attention_backward(
-    d_output: Tensor, q: Tensor, k: Tensor, v: Tensor, saved: Saved, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the inputs of :func:`flash_attention` in their shapes."""
-    if q.device.type == "cpu":
-        heads = (t.transpose(1, 2) for t in (d_output, q, k, v, saved.output))
-        grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *heads, saved.lse, 0.0, True, scale=scale
-        )
-        dq, dk, dv = (grad.transpose(1, 2) for grad in grads)
-        return dq, dk, dv
-    size = q.shape[1]
-    unused = q.new_empty(2, dtype=torch.uint64)  # the state of the dropout that there is not
-    dq, dk, dv = torch.ops.aten._flash_attention_backward(
-        d_output,
-        q,
-        k,
-        v,
-        saved.output,
-        saved.lse,
-        None,
-        None,
-        size,
-        size,
-        0.0,
-        True,
-        unused,
-        unused,
-        scale=scale,
-    )
-    return dq, dk, dv
 
 
 class RecordedAttention:
     """One attention forward, kept for its backward: the only autograd graph in a decoder layer.
 
-    Flash attention without a mask needs no graph, and no forward either if it is ``saved``. Holds
+    A fused kernel without a mask needs no graph, and no forward either if it is ``saved``. Holds
     the inputs, the output and what the kernel saved; drop the object to free them.
     """
 
@@ -196,21 +124,20 @@ class RecordedAttention:
         *,
         scale: float,
         mask: Mask,
-        softcap: float | None = None,
         saved: Saved | None = None,
     ) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
         self._inputs: tuple[Tensor, ...] = (q, k, v)
-        self._scale, self._saved = scale, saved
-        if has_flash(q, mask, softcap):
-            self._saved = flash_attention(q, k, v, scale) if saved is None else saved
+        self._fused = fused_attention(q, k, v, scale) if mask is None else None
+        if self._fused is not None:
+            self._saved = self._fused.forward(q, k, v) if saved is None else saved
             self._output = self._saved.output
             return
         with torch.enable_grad():
             # .data has a version of its own: other parts of what a layer keeps are overwritten
             # before backward, and autograd would take that for a change of these.
             self._inputs = tuple(t.data.requires_grad_() for t in (q, k, v))
-            self._output = attention(*self._inputs, scale=scale, mask=mask, softcap=softcap)
+            self._output = attention(*self._inputs, scale=scale, mask=mask)
 
     @property
     def output(self) -> Tensor:
@@ -219,8 +146,8 @@ class RecordedAttention:
 
     def backward(self, d_output: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v in their shapes, given that of the output; callable once."""
-        if self._saved is not None:
+        if self._fused is not None:
             q, k, v = self._inputs
-            return flash_attention_backward(d_output, q, k, v, self._saved, self._scale)
+            return self._fused.backward(d_output, q, k, v, self._saved)
         dq, dk, dv = torch.autograd.grad(self._output, self._inputs, d_output)
         return dq, dk, dv

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slideformer.graph.errors import CheckpointError, NonFiniteError
+from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
-from slideformer.models.context import SaveContext, StepContext
+from slideformer.models.context import StepContext
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.layouts import Layout, layer_layout, step_documents
@@ -69,25 +69,16 @@ class ModelMemory:
         dtype = torch.float32 if size == 4 else torch.bfloat16
         return whole(views, names, f"acc.{unit}.").view(dtype)
 
-    def updated(self, task: Task, views: Views) -> UnitState:
-        """The state of the chunk that an update works on, its part from NVMe where that is."""
+    def chunk_state(self, task: Task, views: Views) -> UnitState:
+        """The state of the chunk that a task works on, its part from NVMe where that is."""
         begin, end = int(task.args["begin"]), int(task.args["end"])
         state = self.states[str(task.args["unit"])].part(begin, end)
-        for name in task.writes:
+        for name in task.reads:
             if name.startswith("staged.moments."):
                 state = state.with_moments(views[name])
             elif name.startswith("staged.lo."):
                 state = state.with_lo(views[name])
         return state
-
-    def scale_embedding_(self, rows: Tensor) -> None:
-        """Multiply what the embedding looked up, or its gradient, by the model's factor, if any.
-
-        The factor is rounded to the compute dtype first, as transformers does.
-        """
-        scale = self.decoder.embed_scale
-        if scale is not None:
-            rows.mul_(float(torch.tensor(scale, dtype=self.dtype)))
 
     def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
@@ -145,9 +136,7 @@ class StreamOps:
             "join": self.join,
             "fwd": self.forward,
             "bwd": self.backward,
-            "download_master": self.download_master,
             "unstage": self.unstage,
-            "save": self.save,
         }
 
     def copy(self, task: Task, views: Views) -> Operation:
@@ -181,16 +170,15 @@ class StreamOps:
         hi = state.hi[: memory.spec.vocab * width].view(-1, width)
         lo = state.lo[: memory.spec.vocab * width].view(-1, width)
         rows = memory.tokens(int(task.args["micro"]))
-        out = views[task.writes[0]].view(memory.dtype).view(-1, width)
+        out = views[task.writes[0]]
 
         def run_bf16(context: StepContext) -> None:
-            torch.index_select(hi, 0, context.input_ids[rows], out=out.view(torch.int16))
-            memory.scale_embedding_(out)
+            target = out.view(torch.int16).view(-1, width)
+            torch.index_select(hi, 0, context.input_ids[rows], out=target)
 
         def run_fp32(context: StepContext) -> None:
             ids = context.input_ids[rows]
-            join_master(hi[ids], lo[ids], out)
-            memory.scale_embedding_(out)
+            join_master(hi[ids], lo[ids], out.view(torch.float32).view(-1, width))
 
         return run_bf16 if memory.plan.compute is Compute.BF16 else run_fp32
 
@@ -200,12 +188,7 @@ class StreamOps:
         matrix = memory.weights(views, task.reads, "embed").view(-1, memory.spec.hidden)
         ids = views["ids"].view(torch.int64)[memory.tokens(int(task.args["micro"]))]
         out = memory.boundary(views[task.writes[0]]).view(-1, memory.spec.hidden)
-
-        def run(_: StepContext) -> None:
-            torch.index_select(matrix, 0, ids, out=out)
-            memory.scale_embedding_(out)
-
-        return without_grad(run)
+        return without_grad(lambda _: torch.index_select(matrix, 0, ids, out=out))
 
     def upload_halves(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a chunk's master up, for FP32 compute."""
@@ -251,7 +234,6 @@ class StreamOps:
         # Whatever used the slot before may have left something between the operands, where nothing
         # is written; it would get into the norm and, by the update, into the padding of the master.
         gaps = [] if accumulate else padding(flat, unit)
-        first = unit is memory.spec.layers[0]
 
         def run(context: StepContext) -> None:
             for gap in gaps:
@@ -268,8 +250,6 @@ class StreamOps:
                 mask=mask,
                 kept=kept,
             )
-            if first:  # what leaves it is the gradient of what the embedding looked up
-                memory.scale_embedding_(dx)
 
         return without_grad(run)
 
@@ -290,36 +270,11 @@ class StreamOps:
         weights = operands(memory.weights(views, task.reads, unit.name), unit)
         return unit, weights, layer_layout(memory, task, views, unit)
 
-    def download_master(self, task: Task, views: Views) -> Operation:
-        """Bring both halves of a resident unit's master down, to be saved."""
-        state = self._memory.states[str(task.args["unit"])]
-        hi, lo = views[task.writes[0]].view(torch.int16).chunk(2)
-
-        def run(_: SaveContext) -> None:
-            hi.copy_(state.hi, non_blocking=True)
-            lo.copy_(state.lo, non_blocking=True)
-
-        return run
-
     def unstage(self, task: Task, views: Views) -> Operation:
         """Put a chunk's lower halves, read from NVMe, beside those of its unit."""
         target = views[task.writes[0]]
         source = views[task.reads[0]][: len(target)]
         return lambda _: target.copy_(source)
-
-    def save(self, task: Task, views: Views) -> Operation:
-        """Hand a unit to the checkpoint writer."""
-        unit = str(task.args["unit"])
-
-        def run(context: SaveContext) -> None:
-            if context.errors:  # the writer is of no more use
-                return
-            try:
-                context.writer.write_unit(unit)
-            except CheckpointError as error:
-                context.errors.append(error)
-
-        return run
 
 
 def finite(value: float, where: str = "") -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -139,4 +139,22 @@ class SaveContext:
     """
 
     writer: HuggingFaceWriter
+    errors: list[CheckpointError] = field(default_factory=list)
+
+
+class StateSink(Protocol):
+    """Where a checkpoint's state goes."""
+
+    def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
+        """Write elements of a part (`STATE_DTYPES`) from ``begin`` on; returns when it has them.
+
+        ``values`` is one-dimensional and in host memory. Raises `CheckpointError`.
+        """
+
+
+@dataclass(frozen=True)
+class CheckpointContext:
+    """One checkpoint: where state goes, and what kept it from going there."""
+
+    sink: StateSink
     errors: list[CheckpointError] = field(default_factory=list)

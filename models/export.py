@@ -7,13 +7,12 @@ masters in pieces; BF16 needs no conversion at all. Optimizer states are not sav
 
 from __future__ import annotations
 
-import errno
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 import torch
@@ -25,9 +24,10 @@ from slideformer.kernels.split import join_master
 from slideformer.models.aside import (
     AsideFolder,
     check_output,
-    existing_parent,
+    check_room,
     fsync,
     remove_orphans,
+    write_error,
 )
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
@@ -50,8 +50,15 @@ _COMPANIONS = (
 )
 """Patterns of the files beside the weights that belong to a model and are copied as they are."""
 
-_HEADROOM = 64 * 2**20
-"""Bytes left free beside the weights: for the companions and the file system's own records."""
+
+def companions(source: Path) -> dict[str, Path]:
+    """The files of a model folder that belong to a model beside config and weights, by name."""
+    return {
+        str(path.relative_to(source)): path
+        for pattern in _COMPANIONS
+        for path in source.glob(pattern)
+        if path.is_file()
+    }
 
 
 class HuggingFaceWriter:
@@ -63,6 +70,7 @@ class HuggingFaceWriter:
         spec: the model.
         weights: masters of all units; a unit's are read while :meth:`write_unit` runs.
         dtype: float32, bfloat16 or float16: what the weights are stored as.
+        replace: whether a folder that is at ``output`` makes room for this one in the end.
 
     Raises:
         CheckpointError: see :func:`check_output`; or the disk has not enough room.
@@ -75,8 +83,11 @@ class HuggingFaceWriter:
         spec: ModelSpec,
         weights: MasterWeights,
         dtype: torch.dtype,
+        *,
+        replace: bool = False,
     ) -> None:
-        check_output(output)
+        check_output(output, replace=replace)
+        self._replace = replace
         self._source = source
         self._output = output.absolute()
         self._spec = spec
@@ -89,13 +100,11 @@ class HuggingFaceWriter:
         }
         self._unwritten = set(self._shards)
         remove_orphans(self._output)
-        free = shutil.disk_usage(existing_parent(self._output)).free
-        if self._bytes + _HEADROOM > free:
-            raise self._no_room(free)
+        check_room(self._output, self._bytes)
         try:
             self._folder = AsideFolder(self._output)
         except OSError as error:
-            raise self._failed(error) from error
+            raise write_error(self._output, self._bytes, error) from error
         self._aside = self._folder.path
 
     def __enter__(self) -> Self:
@@ -127,10 +136,11 @@ class HuggingFaceWriter:
             )
         self._unwritten.remove(name)
 
-    def finish(self) -> Path:
+    def finish(self, records: Mapping[str, str] = MappingProxyType({})) -> Path:
         """Add index, config and tokenizer, and put the folder in its place; returns where it lies.
 
         That is the output, or if something came to lie there meanwhile a free name beside it.
+        ``records`` are further files by name.
 
         Raises:
             CheckpointError: as :meth:`write_unit`; or the finished folder cannot be moved, and then
@@ -140,11 +150,16 @@ class HuggingFaceWriter:
         with self._cleaned_up():
             self._write_index()
             self._write_config()
-            self._copy_companions()
+            for name, path in companions(self._source).items():
+                target = self._aside / name
+                target.parent.mkdir(exist_ok=True)
+                shutil.copyfile(path, target)
+            for name, text in records.items():
+                (self._aside / name).write_text(text, encoding="utf-8")
             for path in self._aside.rglob("*"):
                 fsync(path)
         try:
-            return self._folder.move()
+            return self._folder.move(replace=self._replace)
         except (OSError, CheckpointError) as error:
             raise CheckpointError(
                 f"the checkpoint is complete but cannot be moved to {self._output} ({error}): it"
@@ -196,14 +211,6 @@ class HuggingFaceWriter:
         text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
         (self._aside / "config.json").write_text(text, encoding="utf-8")
 
-    def _copy_companions(self) -> None:
-        for pattern in _COMPANIONS:
-            for path in self._source.glob(pattern):
-                if path.is_file():
-                    target = self._aside / path.relative_to(self._source)
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(path, target)
-
     @contextmanager
     def _cleaned_up(self) -> Iterator[None]:
         """Remove the folder aside after any failure, and say plainly what the disk refused."""
@@ -211,23 +218,7 @@ class HuggingFaceWriter:
             yield
         except OSError as error:
             self.abort()
-            raise self._failed(error) from error
+            raise write_error(self._output, self._bytes, error) from error
         except BaseException:
             self.abort()
             raise
-
-    def _failed(self, error: OSError) -> CheckpointError:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            return self._no_room(shutil.disk_usage(existing_parent(self._output)).free)
-        return CheckpointError(f"cannot write checkpoint {self._output}: {error}")
-
-    def _no_room(self, free: int) -> CheckpointError:
-        return CheckpointError(
-            f"no room for checkpoint {self._output}: it needs {_mib(self._bytes)} and"
-            f" {_mib(_HEADROOM)} to spare, free are {_mib(free)}; free some"
-            " or give a folder on another disk"
-        )
-
-
-def _mib(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"

@@ -10,6 +10,9 @@ from torch import Tensor
 from slideformer.graph.model import UnitSpec
 from slideformer.graph.step_memory import STATE_NBYTES
 
+STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
+"""The parts of a unit's state and their element types."""
+
 
 @dataclass(frozen=True)
 class UnitState:

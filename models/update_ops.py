@@ -55,7 +55,7 @@ class UpdateOps:
     def update(self, task: Task, views: Views) -> Operation:
         """AdamW on one chunk of a unit."""
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
-        state = self._memory.updated(task, views)
+        state = self._memory.chunk_state(task, views)
         runs = rate_runs(self._memory.spec.unit(name), begin, end)
         gradient, norm = self._memory.travelling(views[task.reads[0]], end - begin)
         square = views[task.writes[-1]].view(torch.float64)

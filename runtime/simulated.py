@@ -7,8 +7,9 @@ around them, which decides nothing, is left out.
 
 from __future__ import annotations
 
-import heapq
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
@@ -41,45 +42,87 @@ def simulate(
     return trace.timeline()
 
 
+@dataclass(slots=True)
+class _Running:
+    """A task at work. ``stop`` is when it ends if it keeps its ``speed``; ``order`` breaks ties."""
+
+    stop: float
+    order: int
+    run: TaskRun
+    begin: float
+    speed: float
+
+
 class _Machine:
-    """Lanes on a virtual clock."""
+    """Lanes on a virtual clock, which slow each other down as the profile says."""
 
     def __init__(self, profile: MachineProfile) -> None:
         self._profile = profile
         self._clock = 0.0
         self._count = 0
-        self._free = {
-            lane: [0.0] * (1 if lane in STREAM_LANES else profile.widths.get(lane, 1))
-            for lane in Lane
+        self._places = {
+            lane: 1 if lane in STREAM_LANES else profile.widths.get(lane, 1) for lane in Lane
         }
-        """When each of a lane's places is free again; heaps."""
-        self._stops: dict[TaskRun, float] = {}
-        self._running: list[tuple[float, int, Finished]] = []
+        self._queues: dict[Lane, deque[tuple[int, TaskRun, Sequence[TaskRun]]]] = {
+            lane: deque() for lane in Lane
+        }
+        self._running: list[_Running] = []
+        self._issued: set[TaskRun] = set()
+        """Tasks that are queued or at work."""
+        self._speeds: dict[frozenset[Lane], dict[Lane, float]] = {}
 
     def carry_out(self, instructions: Sequence[Instruction]) -> None:
         """Start what is to start; raises what stops the run."""
         for instruction in instructions:
             match instruction:
                 case Launch(run, waits):
-                    self._start(run, waits)
+                    self._queues[run.task.lane].append((self._count, run, waits))
+                    self._issued.add(run)
+                    self._count += 1
                 case Stop(error):
                     raise error
-
-    def _start(self, run: TaskRun, waits: Sequence[TaskRun]) -> None:
-        """A task begins when its lane has a place and what its stream waits for is done."""
-        places = self._free[run.task.lane]
-        begin = max(self._clock, places[0], *(self._stops.get(w, 0.0) for w in waits))
-        stop = begin + self._profile.seconds(run.task)
-        heapq.heapreplace(places, stop)
-        self._stops[run] = stop
-        heapq.heappush(self._running, (stop, self._count, Finished(run, begin, stop)))
-        self._count += 1
 
     def advance(self) -> list[Finished]:
         """Jump to the next finish; all tasks that finish then, or none if nothing runs."""
         events: list[Finished] = []
-        while self._running and (not events or self._running[0][0] == self._clock):
-            self._clock, _, event = heapq.heappop(self._running)
-            del self._stops[event.run]
-            events.append(event)
-        return events
+        while True:
+            self._begin()
+            if not self._running:
+                return events
+            first = min(self._running, key=_end)
+            if events and first.stop > self._clock:
+                return events
+            self._clock = first.stop
+            self._running.remove(first)
+            self._issued.remove(first.run)
+            self._places[first.run.task.lane] += 1
+            events.append(Finished(first.run, first.begin, first.stop))
+
+    def _begin(self) -> None:
+        """Begin what its lane has a place for and whose stream waits for nothing any more."""
+        for lane, queue in self._queues.items():
+            while queue and self._places[lane]:
+                order, run, waits = queue[0]
+                if not self._issued.isdisjoint(waits):
+                    break
+                queue.popleft()
+                self._places[lane] -= 1
+                stop = self._clock + self._profile.seconds(run.task)
+                self._running.append(_Running(stop, order, run, self._clock, 1.0))
+        self._change_speeds()
+
+    def _change_speeds(self) -> None:
+        busy = frozenset(each.run.task.lane for each in self._running)
+        speeds = self._speeds.get(busy)
+        if speeds is None:
+            speeds = {lane: self._profile.speed(lane, busy) for lane in busy}
+            self._speeds[busy] = speeds
+        for each in self._running:
+            speed = speeds[each.run.task.lane]
+            if speed != each.speed:
+                each.stop = self._clock + (each.stop - self._clock) * each.speed / speed
+                each.speed = speed
+
+
+def _end(running: _Running) -> tuple[float, int]:
+    return running.stop, running.order

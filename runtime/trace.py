@@ -46,6 +46,22 @@ class Timeline:
         """Seconds from the first start to the last finish."""
         return self.stop - self.start
 
+    @property
+    def step_seconds(self) -> float:
+        """Seconds of a step while steps follow each other; of a single instance, its makespan.
+
+        From the end of one instance to the end of the next, but at least what any lane works per
+        instance: where one never idles, tasks of the last instance find it less crowded.
+        """
+        ends: dict[int, float] = {}
+        for span in self.spans:
+            ends[span.instance] = max(span.stopped, ends.get(span.instance, span.stopped))
+        if len(ends) < 2:
+            return self.makespan
+        between = (ends[max(ends)] - ends[min(ends)]) / (len(ends) - 1)
+        lanes = {span.lane for span in self.spans}
+        return max(between, *(self.busy(lane) / len(ends) for lane in lanes))
+
     def of_lane(self, lane: Lane) -> list[Span]:
         """The spans of one lane in order of their start."""
         return sorted((s for s in self.spans if s.lane is lane), key=lambda s: s.started)

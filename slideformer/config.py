@@ -7,7 +7,6 @@ with one line per problem.
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping
@@ -26,9 +25,10 @@ from pydantic import (
     ValidationInfo,
     model_validator,
 )
-from pydantic_core import ErrorDetails
 
+from slideformer.config_problems import describe, flag_name
 from slideformer.graph.errors import ConfigError
+from slideformer.models.data.sources import Source, parse_sources
 from slideformer.sections import ParameterGroup, read_groups
 
 _UNITS = {
@@ -93,6 +93,13 @@ def _path(value: Any) -> Any:
     return value
 
 
+def _sources(value: Any) -> Any:
+    try:
+        return parse_sources(value)
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
+
+
 def _several(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
 
@@ -103,6 +110,7 @@ Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(_several)]
 Groups = Annotated[tuple[ParameterGroup, ...], BeforeValidator(read_groups)]
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources)]
 
 
 class EngineConfig(BaseModel):
@@ -185,7 +193,7 @@ class EngineConfig(BaseModel):
             return handler(data)
         except ValidationError as error:
             sources: Mapping[str, str] = info.context or {}
-            lines = [_describe(cls, problem, sources) for problem in error.errors()]
+            lines = [describe(cls, problem, sources) for problem in error.errors()]
             raise ConfigError("\n".join(lines)) from None
 
 
@@ -198,8 +206,12 @@ class Config(EngineConfig):
 
     version: Literal[1] = 1
     """Version of this format, written into saved files."""
-    data: Location
-    """Training file: ``.jsonl`` or ``.txt``."""
+    data: Sources = Field(min_length=1)
+    """Training file, ``.jsonl`` or ``.txt``; several are mixed, in YAML with weights."""
+    validation: Sources = ()
+    """File to validate with, or several."""
+    validation_split: Number | None = Field(default=None, gt=0, lt=1)
+    """Share of the training documents to set aside for validation, drawn by the seed."""
     output: Location
     """Folder for the fine-tuned checkpoint."""
     steps: Count | None = None
@@ -230,6 +242,13 @@ class Config(EngineConfig):
             raise ConfigError(
                 f"steps is {self.steps} and epochs is {self.epochs}; give only one of them"
             )
+        if self.validation and self.validation_split is not None:
+            raise ConfigError(
+                f"validation is {', '.join(str(each.path) for each in self.validation)} and "
+                f"validation_split is {self.validation_split}; give only one of them"
+            )
+        if any(source.weight != 1 for source in self.validation):
+            raise ConfigError("validation has weights; they belong to data, so leave them out")
         if self.min_lr > self.lr:
             raise ConfigError(
                 f"min_lr is {self.min_lr}, above lr {self.lr}, from which a schedule goes down"
@@ -248,38 +267,6 @@ class Config(EngineConfig):
                     f"{needs}, so give both or neither"
                 )
         return self
-
-
-def _describe(model: type[BaseModel], problem: ErrorDetails, sources: Mapping[str, str]) -> str:
-    """One line for one problem: where it was set, the value found, the limit, what to try."""
-    if not problem["loc"]:
-        return str(problem["ctx"]["error"])
-    name = str(problem["loc"][0])
-    prefix = f"{sources[name]}: " if name in sources else ""
-    kind = problem["type"]
-    if kind == "missing":
-        return f"{name} is not set; give it as {flag_name(name)} or in the YAML file"
-    if kind == "extra_forbidden":
-        near = difflib.get_close_matches(name.lower().replace("-", "_"), model.model_fields, n=1)
-        known = ", ".join(model.model_fields)
-        hint = f"did you mean {near[0]!r}?" if near else f"the settings are {known}"
-        return f"{prefix}unknown setting {name!r}; {hint}"
-    if kind == "value_error":
-        return f"{prefix}{name}: {problem['ctx']['error']}"
-    limit = re.sub(r"^(Input|String)", "it", problem["msg"])
-    field = model.model_fields[name]
-    if field.is_required():
-        hint = "; it has no default"
-    elif field.default is None:
-        hint = "; leave it out to have it chosen"
-    else:
-        hint = f"; the default is {field.default}"
-    return f"{prefix}{name} is {problem['input']!r}: {limit}{hint}"
-
-
-def flag_name(name: str) -> str:
-    """The command-line flag of a setting: ``batch_size`` is ``--batch-size``."""
-    return "--" + name.replace("_", "-")
 
 
 def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Config:

@@ -16,9 +16,8 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,15 +25,18 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
+from slideformer.checkpointing import Checkpoint, CheckpointInfo, PendingCheckpoint
 from slideformer.config import EngineConfig
 from slideformer.determinism import Determinism
+from slideformer.filling import fill
 from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
+from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.bindings import ModelMemory, StreamOps
-from slideformer.models.checkpoint import check_weights, init_random, load_weights
+from slideformer.models.checkpoint import check_weights
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
@@ -44,6 +46,7 @@ from slideformer.models.head_ops import HeadOps
 from slideformer.models.layouts import fill_constants
 from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
+from slideformer.models.save_ops import SaveOps
 from slideformer.models.update_ops import UpdateOps
 from slideformer.numerics import numerics_of
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
@@ -61,38 +64,13 @@ MAX_OPEN_STEPS = 2
 """Steps submitted and not finished: one runs, one is ready to follow without a gap."""
 
 
-@dataclass(frozen=True)
-class StepHandle:
-    """What became of a step or an evaluation; reading a result waits for it.
-
-    Waiting raises the error that failed the run, if one did.
-    """
-
-    number: int
-    target_tokens: int
-    real_tokens: int
-    _results: StepResults
-    _done: Future[None]
-
-    def loss(self) -> float:
-        """Mean loss per target token, in nats."""
-        return self._results.loss.result()
-
-    def gradient_norm(self) -> float:
-        """Euclidean norm of all gradients; known when the step's last update is done."""
-        return self._results.gradient_norm.result()
-
-    def wait(self) -> None:
-        """Until every task of the step is done."""
-        self._done.result()
-
-
 class Engine:
     """Fine-tunes one model; use as a context manager, or `close` it.
 
     ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks);
-    ``policy`` replaces the one that ``config`` names. ``on_plan`` is called with the plan before
-    anything large is allocated; what it raises ends the construction.
+    ``policy`` replaces the one that ``config`` names. With ``checkpoint`` it goes on from there and
+    keeps its numerics. ``on_plan`` is called with the plan before anything large is allocated; what
+    it raises ends the construction.
 
     Raises `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`, `UnsupportedModelError`
     before anything large is allocated.
@@ -104,22 +82,26 @@ class Engine:
         *,
         initial: PretrainedConfig | None = None,
         policy: Policy | None = None,
+        checkpoint: Checkpoint | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
     ) -> None:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
         self.spec = spec_for(self._hf_config, config)
-        if initial is None:
+        if checkpoint is not None:
+            checkpoint.check_model(self.spec)
+        elif initial is None:
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
         self._profile = profile_for(self._device)
         budgets = budgets_for(config, self._device)
-        self.plan = plan_for(self._hf_config, config, budgets, self._profile)
+        kept = checkpoint.info.numerics if checkpoint else {}
+        self.plan = plan_for(self._hf_config, config, budgets, self._profile, kept)
         if on_plan is not None:
             on_plan(self.plan)
-        self._steps = 0
+        self._steps = checkpoint.info.step if checkpoint else 0
         self._open: deque[Future[None]] = deque()
         self._failed: BaseException | None = None
         self._closed = False
@@ -134,7 +116,9 @@ class Engine:
         )
         self._determinism = Determinism(config.deterministic)
         try:
-            self._fill(initial)
+            self._stored = fill(self._memory, self.spec, config.model, initial, checkpoint)
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
             self._start()
         except BaseException:
             self._determinism.restore()
@@ -142,24 +126,6 @@ class Engine:
             raise
 
     # -- making ready ----------------------------------------------------------------------------
-
-    def _fill(self, initial: PretrainedConfig | None) -> None:
-        masters = self._memory.masters()
-
-        def filled(unit: str) -> None:
-            self._memory.put_lo(unit, masters[unit][1])
-
-        for state in self._memory.states.values():  # host memory is zero already
-            if state.m.is_cuda:
-                state.m.zero_()
-                state.v.zero_()
-        if initial is None:
-            self._stored = load_weights(self.config.model, self.spec, masters, filled)
-        else:
-            init_random(initial, self.spec, masters, seed=0, filled=filled)
-            self._stored = torch.bfloat16
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
 
     def _start(self) -> None:
         config, cuda = self.config, self._device.type == "cuda"
@@ -170,6 +136,7 @@ class Engine:
             **HeadOps(memory).table(),
             **UpdateOps(memory, threads).table(),
             **ResidentOps(memory, threads).table(),
+            **SaveOps(memory).table(),
             **self._memory.bindings(),
         }
         step = self._graphs[0]
@@ -178,11 +145,8 @@ class Engine:
             for name, buffer in step.buffers.items()
             if name == "rope" or name.startswith("mask.")
         }
-        ropes = [
-            rope_tables(self._hf_config, config.seq_len, self._device, kind)
-            for kind in self._decoder.rope_kinds
-        ]
-        fill_constants(constants, memory, ropes)
+        rope = rope_tables(self._hf_config, config.seq_len, self._device)
+        fill_constants(constants, memory, rope)
         self._operations = [bind(graph, bindings, self._memory) for graph in self._graphs]
         device: Device = CudaDevice(self._device.index or 0) if cuda else CpuDevice()
         self._trace = Trace()
@@ -297,17 +261,37 @@ class Engine:
         """What decides the rounding: to compare if two runs of one config differ in bits."""
         return numerics_of(self.plan, self._device)
 
-    def save(self, output: Path | str) -> Path:
+    def checkpoint(self, output: Path | str) -> PendingCheckpoint:
+        """Begin to write all state after the submitted steps, to go on from; training may go on.
+
+        Each part is written before the step behind it may change it. `PendingCheckpoint.finish`
+        waits for that and makes the folder appear at ``output``, in place of what lies there. If
+        it cannot be written the run can go on. Raises `CheckpointError` if there is no room, and
+        what failed an earlier step.
+        """
+        info = CheckpointInfo.of(self._steps, self.spec, self.plan, self.numerics, self._stored)
+        pending = PendingCheckpoint(Path(output), self.spec, info, self.config.model)
+        try:
+            pending.started(self._submit(3, pending.context))
+        except BaseException:
+            pending.abort()
+            raise
+        return pending
+
+    def save(
+        self, output: Path | str, records: Mapping[str, str] | None = None, *, replace: bool = False
+    ) -> Path:
         """Write a Hugging Face checkpoint with the weights after all submitted steps.
 
-        The folder appears whole or not at all. Returns where it lies: at ``output``, or if
-        something came to lie there meanwhile, beside it. Raises `CheckpointError`: if it cannot be
-        written, and then the run can go on and save elsewhere; and after a failed step, as weights
-        that are part old and part new are not saved.
+        The folder appears whole or not at all, with ``records`` as further files by name, and with
+        ``replace`` in place of a folder that lies there. Returns where it lies: at ``output``, or
+        if something came to lie there meanwhile, beside it. Raises `CheckpointError`: if it cannot
+        be written, and then the run can go on and save elsewhere; and after a failed step, as
+        weights that are part old and part new are not saved.
         """
         masters = self._memory.saved_masters()
         with HuggingFaceWriter(
-            self.config.model, Path(output), self.spec, masters, self._stored
+            self.config.model, Path(output), self.spec, masters, self._stored, replace=replace
         ) as writer:
             saving = SaveContext(writer)
             try:
@@ -320,7 +304,7 @@ class Engine:
                 ) from error
             if saving.errors:
                 raise saving.errors[0]
-            return writer.finish()
+            return writer.finish(records or {})
 
     def close(self) -> None:
         """Wait for what is in flight and give all memory back."""

@@ -6,8 +6,10 @@ plan that an engine there would run by.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from transformers import PretrainedConfig
@@ -64,10 +66,15 @@ def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
 
 
 def plan_for(
-    hf_config: PretrainedConfig, config: EngineConfig, budgets: Budgets, profile: MachineProfile
+    hf_config: PretrainedConfig,
+    config: EngineConfig,
+    budgets: Budgets,
+    profile: MachineProfile,
+    numerics: Mapping[str, str | int] = MappingProxyType({}),
 ) -> MemoryPlan:
     """The plan for a model under ``budgets`` on a machine of that ``profile``.
 
+    What ``numerics`` (`numerics_of`) of a run to be resumed hold of the plan's choices is kept.
     ``config.model`` is not opened, and the budgets and device of ``config`` are not looked at.
     Raises `BudgetError`, `ConfigError` or `UnsupportedModelError`.
     """
@@ -89,8 +96,8 @@ def plan_for(
     def predict(graph: TaskGraph) -> Prediction:
         """The middle one of three steps, simulated under a policy of the same kind."""
         timeline = simulate(graph, make_policy(config.policy), profile, instances=3)
-        seconds = (timeline.instance(2).stop - timeline.instance(0).stop) / 2
-        return Prediction(seconds, {s.task: s.stopped for s in timeline.instance(1).spans})
+        stops = {span.task: span.stopped for span in timeline.instance(1).spans}
+        return Prediction(timeline.step_seconds, stops)
 
     return make_plan(
         PlanRequest(
@@ -102,11 +109,18 @@ def plan_for(
             profile=profile,
             workspace=workspace,
             predict=predict,
-            micro_rows=config.micro_batch,
+            micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
+            vocab_chunks=_chosen(numerics, "vocab_chunks"),
+            head_tile=_chosen(numerics, "head_tile"),
             window=config.window,
             packed=config.packing,
         )
     )
+
+
+def _chosen(numerics: Mapping[str, str | int], name: str) -> int | None:
+    value = numerics.get(name)
+    return None if value is None else int(value)
 
 
 def device_for(config: EngineConfig) -> torch.device:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,16 @@ from slideformer.graph.step_nvme import LO, MOMENTS, extent_nbytes, units_on_nvm
 from slideformer.memory.arena import Arenas, HostArena
 from slideformer.memory.extents import Extent, lay_out_extents
 from slideformer.memory.layout import lay_out, places
-from slideformer.models.state import UnitState
+from slideformer.models.state import STATE_DTYPES, UnitState
 from slideformer.runtime.device import Binding
 from slideformer.runtime.nvme import NvmeStore, open_store
 from slideformer.runtime.store import TieredMemory, transfer_bindings
+
+StateSource = Callable[[str, int, Tensor], None]
+"""Fills a one-dimensional host tensor with a part of a unit's state from an element on."""
+
+_PIECE = 16 << 20
+"""Elements that go to the GPU at a time."""
 
 
 class RunMemory:
@@ -103,6 +109,35 @@ class RunMemory:
             staged = HostArena(extent.nbytes).tensor
             staged[: 2 * (end - begin)].view(torch.int16).copy_(lo[begin:end])
             self.store.write(extent, staged.numpy().data).result()
+
+    def load(self, unit: str, source: StateSource) -> None:
+        """Fill a unit's state, wherever it lies, from ``source``.
+
+        Nothing may be in flight. Raises `StoreError`, and whatever ``source`` raises.
+        """
+        state, kinds = self.states[unit], self._kinds.get(unit, ())
+        for part in STATE_DTYPES:
+            target: Tensor = getattr(state, part)
+            if target.is_cuda:
+                for piece in range(0, len(target), _PIECE):
+                    values = torch.empty_like(target[piece : piece + _PIECE], device="cpu")
+                    source(part, piece, values)
+                    target[piece : piece + _PIECE].copy_(values)
+            elif len(target):
+                source(part, 0, target)
+        for kind in kinds:
+            assert self.store is not None
+            for extent, begin, end in self._chunks(kind, unit):
+                staged = HostArena(extent.nbytes).tensor
+                count = end - begin
+                if kind == MOMENTS:
+                    for part, values in zip(
+                        "mv", staged[: 8 * count].view(torch.float32).split(count), strict=True
+                    ):
+                        source(part, begin, values)
+                else:
+                    source("lo", begin, staged[: 2 * count].view(torch.int16))
+                self.store.write(extent, staged.numpy().data).result()
 
     def whole(self, unit: str) -> UnitState:
         """A unit's state, with what is on NVMe read into host memory.

@@ -77,12 +77,6 @@ class GraphTimeline(Timeline):
 
     graph: TaskGraph = field(kw_only=True)
 
-    @property
-    def step_seconds(self) -> float:
-        """Seconds from the end of one instance to the end of the next; of a single one, all."""
-        ends = [max(s.stopped for s in spans) for _, spans in self._instances]
-        return (ends[-1] - ends[0]) / (len(ends) - 1) if len(ends) > 1 else self.makespan
-
     def utilisation(self) -> dict[Lane, float]:
         """Share of the makespan in which at least one task of a lane ran, for each lane in use."""
         lanes = {task.lane: None for task in self.graph.tasks}

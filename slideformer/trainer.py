@@ -24,14 +24,15 @@ from typing import TYPE_CHECKING, Protocol, cast
 from transformers import AutoTokenizer
 
 from slideformer.config import Config, save_config
-from slideformer.engine import Engine, StepHandle
+from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.handles import StepHandle
 from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
 from slideformer.models.data.batches import Batch, BatchStream
-from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.data.dataset import load_datasets
 from slideformer.models.data.reading import is_plain_text
 from slideformer.models.families import read_model_config
 from slideformer.planning import spec_for
@@ -134,7 +135,8 @@ class Trainer:
         config = self.config
         check_output(config.output)
         spec = spec_for(read_model_config(config.model), config)
-        is_plain_text(config.data)  # finds a missing file before the model is planned
+        for source in (*config.data, *config.validation):
+            is_plain_text(source.path)  # finds a missing file before the model is planned
         run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
         try:
             engine = Engine(config, on_plan=run.prepare)
@@ -177,8 +179,13 @@ class _Run:
     def prepare(self, plan: MemoryPlan) -> None:
         """Read the data, the last thing that can be refused, and report the plan."""
         config = self._config
-        dataset = TokenDataset.from_file(config.data, self._tokenizer, config.seq_len)
-        dataset.check_vocabulary(self._spec.vocab)
+        dataset, self._validation = load_datasets(
+            config.data, config.validation, config.validation_split, self._tokenizer,
+            seq_len=config.seq_len, seed=config.seed,
+        )  # fmt: skip
+        for each in (dataset, self._validation):
+            if each is not None:
+                each.check_vocabulary(self._spec.vocab)
         epochs = None if config.steps else config.epochs or 1
         self._stream = BatchStream(
             dataset, config.batch_size, config.seed, epochs, packing=config.packing

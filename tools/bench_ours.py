@@ -112,7 +112,7 @@ class Ours:
                 task.name: {
                     "lane": str(task.lane),
                     "nbytes": task.cost.nbytes,
-                    "flops": task.cost.flops,
+                    "flops": task.cost.total_flops,
                     "after": [graph.tasks[i].name for i in before],
                     "after_previous": earlier.get(task.name, []),
                 }
@@ -152,7 +152,7 @@ def traffic(graph: TaskGraph) -> dict[str, dict[str, float]]:
         lane = found.setdefault(str(task.lane), {"tasks": 0, "nbytes": 0, "flops": 0, "params": 0})
         lane["tasks"] += 1
         lane["nbytes"] += task.cost.nbytes
-        lane["flops"] += task.cost.flops
+        lane["flops"] += task.cost.total_flops
         lane["params"] += task.cost.params
     return found
 

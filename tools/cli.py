@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from slideformer.config import EngineConfig, flag_name, load_config
+from slideformer.config import EngineConfig, load_config
+from slideformer.config_problems import flag_name
 from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (

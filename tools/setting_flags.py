@@ -12,7 +12,8 @@ import typer
 from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
-from slideformer.config import Config, flag_name
+from slideformer.config import Config
+from slideformer.config_problems import flag_name
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slideformer.config import EngineConfig, flag_name
+from slideformer.config import EngineConfig
+from slideformer.config_problems import flag_name
 from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
 from slideformer.tools.setting_flags import PLANNED

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,9 @@ from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.models.data.dataset import TokenDataset
-from slideformer.models.data.packing import Rows, one_each, pack
+from slideformer.models.data.order import epoch_rows, shuffled
+from slideformer.models.data.packing import Rows, joined, one_each, pack
+from slideformer.models.data.parts import counted
 
 IGNORED_TARGET = -100  # the index that cross entropy in PyTorch ignores
 
@@ -105,20 +108,19 @@ def make_batch(dataset: TokenDataset, rows: Rows, batch_size: int, *, packed: bo
     """The batch of up to ``batch_size`` rows of documents; ``packed``: with positions."""
     assert len(rows) <= batch_size
     shape = (batch_size, dataset.seq_len)
-    lengths = dataset.offsets[rows.documents + 1] - dataset.offsets[rows.documents]
+    lengths = dataset.lengths[rows.documents]
     ends = np.concatenate(([0], np.cumsum(lengths)))  # of documents, in the batch's tokens
     filled = np.diff(ends[rows.starts])
-    # Of each token: its position in its document, its place in the data set and in the batch.
-    position = _counted(lengths)
-    at = position + np.repeat(dataset.offsets[rows.documents], lengths)
+    ids, learnt = dataset.read(rows.documents)
+    # Of each token: its position in its document, and its place in the batch.
+    position = counted(lengths)
     row = np.repeat(np.arange(len(rows)), filled)
-    target = row * dataset.seq_len + _counted(filled)
+    target = row * dataset.seq_len + counted(filled)
 
     input_ids = np.full(shape, dataset.pad_id, dtype=np.int64)
     targets = np.full(shape, IGNORED_TARGET, dtype=np.int64)
-    input_ids.reshape(-1)[target] = dataset.ids[at]
-    learnt = dataset.labels[at] & (position > 0)
-    targets.reshape(-1)[target[learnt] - 1] = dataset.ids[at[learnt]]
+    input_ids.reshape(-1)[target] = ids
+    targets.reshape(-1)[target[learnt] - 1] = ids[learnt]
     positions = None
     if packed:
         padding = np.zeros((batch_size, 1), dtype=np.int64)
@@ -136,19 +138,13 @@ def make_batch(dataset: TokenDataset, rows: Rows, batch_size: int, *, packed: bo
     )
 
 
-def _counted(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """0 … n − 1 for each length n, one after another."""
-    starts = np.cumsum(lengths) - lengths
-    counted: NDArray[np.int64] = np.arange(int(lengths.sum())) - np.repeat(starts, lengths)
-    return counted
-
-
 class BatchStream(Iterator[Batch]):
     """Batches of a data set, shuffled anew each epoch, for ``epochs`` epochs or without end.
 
-    Each epoch shows every document once; its last batch may be partly padding. With ``packing`` the
-    documents of a row are the same in every epoch, and the order of rows changes. Not thread-safe:
-    one thread at a time may draw. Raises ConfigError for sizes below one or a negative seed,
+    Each epoch shows every document as often as its source's weight says, by default once; its last
+    batch may be partly padding. With ``packing`` the documents of a row are of one source and the
+    same in every epoch, and the order of rows changes. Not thread-safe: one thread at a time may
+    draw. Raises ConfigError for sizes below one or a negative seed,
     DataError for a data set without rows.
     """
 
@@ -175,9 +171,13 @@ class BatchStream(Iterator[Batch]):
         self._step = 0
         self._order: tuple[int, NDArray[np.int64]] = (-1, np.empty(0, dtype=np.int64))
         self._packing = packing
-        lengths = np.diff(dataset.offsets)
-        self._rows = pack(lengths, dataset.seq_len) if packing else one_each(len(dataset))
-        self.steps_per_epoch = -(-len(self._rows) // batch_size)
+        rows = [
+            pack(part.lengths, dataset.seq_len) if packing else one_each(len(part))
+            for part in dataset.parts
+        ]
+        self._rows = joined(rows, dataset.bounds[:-1])
+        self._bounds = np.cumsum([0, *map(len, rows)])  # of the rows of each part
+        self.steps_per_epoch = -(-len(self._epoch_order(0)) // batch_size)
         self.steps = None if epochs is None else epochs * self.steps_per_epoch
 
     def batch(self, step: int) -> Batch:
@@ -228,14 +228,19 @@ class BatchStream(Iterator[Batch]):
             "batch_size": self._batch_size,
             "seed": self._seed,
             "packing": int(self._packing),
+            "contents": self._dataset.digest,
         }
 
     def _epoch_order(self, epoch: int) -> NDArray[np.int64]:
         cached, order = self._order
         if cached != epoch:
-            # Raw bits of a bit generator are the same in every version of numpy; those of
-            # Generator.permutation are not promised to be.
-            bits = np.random.PCG64(np.random.SeedSequence([self._seed, epoch]))
-            order = np.argsort(bits.random_raw(len(self._rows)), kind="stable")
+            taken = [
+                begin + epoch_rows(int(end - begin), part.weight, self._seed, number, epoch)
+                for number, (part, (begin, end)) in enumerate(
+                    zip(self._dataset.parts, pairwise(self._bounds), strict=True)
+                )
+            ]
+            shown = np.concatenate(taken)
+            order = shown[shuffled(len(shown), self._seed, epoch)]
             self._order = (epoch, order)
         return order

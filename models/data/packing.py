@@ -8,6 +8,7 @@ whole documents lose almost nothing to padding on common mixes of lengths, witho
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,6 +37,13 @@ class Rows:
 def one_each(count: int) -> Rows:
     """A row for each of ``count`` documents."""
     return Rows(np.arange(count), np.arange(count + 1))
+
+
+def joined(several: Sequence[Rows], firsts: NDArray[np.int64]) -> Rows:
+    """The rows of several lists, whose documents are numbered from ``firsts[list]`` on."""
+    documents = [rows.documents + first for rows, first in zip(several, firsts, strict=True)]
+    counts = [np.diff(rows.starts) for rows in several]
+    return Rows(np.concatenate(documents), np.append(0, np.cumsum(np.concatenate(counts))))
 
 
 def pack(lengths: NDArray[np.int64], capacity: int) -> Rows:

@@ -10,8 +10,8 @@ import codecs
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from slideformer.graph.errors import DataError
 
@@ -67,7 +67,7 @@ def is_plain_text(path: Path) -> bool:
 
     Raises DataError for any other ending and for a file that cannot be opened.
     """
-    _open(path).close()  # a directory is called a directory, not a file of unknown ending
+    open_file(path).close()  # a directory is called a directory, not a file of unknown ending
     suffix = path.suffix.lower()
     if suffix not in _TEXT_SUFFIXES + _RECORD_SUFFIXES:
         raise DataError(
@@ -84,7 +84,7 @@ def read_text(path: Path) -> Iterator[str]:
     """
     decoder = codecs.getincrementaldecoder("utf-8-sig")()
     lines_before = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         block = _read(path, file)
         if not block:
             raise _empty(path)
@@ -110,7 +110,7 @@ def read_records(path: Path) -> Iterator[Record]:
     accepted form or has the keys of several, and for a file without a record.
     """
     line = records = 0
-    with _open(path) as file:
+    with open_file(path) as file:
         for line, raw in enumerate(_lines(path, file), start=1):
             try:
                 text = raw.decode("utf-8-sig" if line == 1 else "utf-8")
@@ -125,7 +125,8 @@ def read_records(path: Path) -> Iterator[Record]:
         raise DataError(f"{path}: holds only blank lines; each line should be {ACCEPTED_FORMS}")
 
 
-def _open(path: Path) -> BinaryIO:
+def open_file(path: Path) -> BufferedReader:
+    """The file, open for reading bytes; DataError if it is missing, a directory or not readable."""
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -136,14 +137,14 @@ def _open(path: Path) -> BinaryIO:
         raise DataError(f"{path}: cannot be opened: {error.strerror}") from None
 
 
-def _read(path: Path, file: BinaryIO) -> bytes:
+def _read(path: Path, file: BufferedReader) -> bytes:
     try:
         return file.read(_BLOCK_BYTES)
     except OSError as error:
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _lines(path: Path, file: BinaryIO) -> Iterator[bytes]:
+def _lines(path: Path, file: BufferedReader) -> Iterator[bytes]:
     # Only b"\n" ends a line: U+2028 and others may stand inside a JSON string.
     try:
         yield from file

@@ -6,6 +6,7 @@ here whole: truncation and padding are the dataset's.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -115,6 +116,15 @@ class RowTokenizer:
         self._chat = ChatRenderer(tokenizer)
         self.prefix = self._leading_special_tokens()
         self.eos_id: int | None = tokenizer.eos_token_id
+
+    def identity(self) -> str:
+        """All that decides the tokens of a text or a conversation."""
+        try:
+            template = self._tokenizer.get_chat_template()
+        except ValueError:  # none, which only conversations need
+            template = ""
+        special_tokens = self._tokenizer.special_tokens_map
+        return json.dumps([self._tokenizer.backend_tokenizer.to_str(), template, special_tokens])
 
     def rows(self, records: Sequence[Record]) -> Iterator[TokenRow]:
         """One row for each record, in order; ``groups`` keeps the memory of a call bounded.

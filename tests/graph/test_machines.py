@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,10 @@ from typing import Any
 import pytest
 
 from slideformer.graph.errors import ConfigError
-from slideformer.graph.machines import load_machine, machine_names, parse_machine
-from slideformer.graph.plan import MachineProfile
-from slideformer.graph.tasks import Cost, Task, TaskKind
+from slideformer.graph.machines import load_machine, machine_names, parse_machine, write_machine
+from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.rates import RatePoint
+from slideformer.graph.tasks import Cost, ProductKind, Task, TaskKind
 
 SHIPPED = ("a100", "h100", "h200", "mi300x", "rtx3090", "rtx4090", "rtx5090")
 
@@ -37,9 +39,9 @@ def test_a_machine_is_plausible_and_every_rate_has_a_source(name: str) -> None:
     assert 1e9 < profile.update < profile.host_copy / 24
     assert 20 << 30 < machine.gpu_memory <= 192 << 30
     rates = MachineProfile.__dataclass_fields__.keys() - {
-        *("name", "gpu_overhead", "host_overhead", "widths")
+        *("name", "gpu_overhead", "host_overhead", "widths", "points", "contention")
     }
-    assert machine.sources.keys() == rates
+    assert machine.sources.keys() >= rates
     for source in machine.sources.values():
         assert source.split(":")[0] in ("measured", "derated", "assumed")
         assert len(source.split()) > 3
@@ -56,6 +58,22 @@ def test_a_file_is_a_machine_too(tmp_path: Path) -> None:
     path = tmp_path / "mine.json"
     path.write_text(text_of("a100").replace('"a100"', '"mine"'))
     assert load_machine(str(path)).profile.name == "mine"
+
+
+def test_a_measured_machine_reads_back() -> None:
+    known = load_machine("h100")
+    points = (RatePoint(ProductKind.SUMMED, 2048, 512, 1.5e14),)
+    profile = replace(
+        known.profile,
+        points=points,
+        contention=Contention(0.8, 0.9, 0.7, 0.95),
+        gpu_overhead=123 << 20,
+    )
+    shares = dict.fromkeys(("both_ways", "copies", "updates", "compute"), "measured: here")
+    machine = replace(
+        known, profile=profile, sources={**known.sources, **shares}, measured={"torch": "2.11"}
+    )
+    assert parse_machine(write_machine(machine), "mine") == machine
 
 
 @pytest.mark.parametrize(
@@ -76,13 +94,14 @@ def test_an_unknown_machine_is_refused(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        (["version"], 2, r"m\.json: has version 2, this program reads version 1"),
+        (["version"], 1, r"m\.json: has version 1, this program reads version 2"),
         (["rates", "h2d", "value"], 0, r"m\.json: rates\.h2d\.value is 0"),
         (["rates", "h2d", "value"], -1.0, r"rates\.h2d\.value is -1"),
         (["rates", "h2d", "value"], "fast", r"rates\.h2d\.value is 'fast'"),
         (["rates", "h2d", "source"], "", r"rates\.h2d\.source is ''"),
         (["rates", "h3d"], 1, r"rates\.h3d is 1: Extra inputs"),
         (["rates", "update"], ..., r"rates\.update: Field required"),
+        (["contention", "both_ways", "value"], 1.5, r"contention\.both_ways\.value is 1\.5"),
         (["gpu_memory"], 1 << 70, r"gpu_memory is"),
     ],
 )

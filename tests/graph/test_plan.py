@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from slideformer.graph.plan import Compute, MachineProfile, forward_flops
-from slideformer.graph.tasks import Cost, Task, TaskKind
-from tests.support.specs import small_plan, small_spec
+from slideformer.graph.plan import Compute, Contention, MachineProfile
+from slideformer.graph.tasks import Cost, Lane, Product, ProductKind, Task, TaskKind
+from tests.support.specs import small_plan
 
 PROFILE = MachineProfile(
-    h2d=1e9, d2h=2e9, flops=1e12, update=1e8, nvme_read=1e6, nvme_write=2e6, launch=0.5
+    h2d=1e9,
+    d2h=2e9,
+    flops=1e12,
+    update=1e8,
+    nvme_read=1e6,
+    nvme_write=2e6,
+    launch=0.5,
+    handover=0.25,
 )
 
 
@@ -19,10 +26,15 @@ PROFILE = MachineProfile(
         (TaskKind.H2D, Cost(nbytes=3_000_000_000), 3.5),
         (TaskKind.D2H, Cost(nbytes=3_000_000_000), 2.0),
         (TaskKind.COMPUTE, Cost(flops=2_000_000_000_000), 2.5),
-        (TaskKind.CPU_UPDATE, Cost(params=100_000_000), 1.5),
-        (TaskKind.NVME_READ, Cost(nbytes=1_000_000), 1.5),
-        (TaskKind.SAVE, Cost(nbytes=1_000_000), 1.0),
+        (TaskKind.CPU_UPDATE, Cost(params=100_000_000), 1.75),
+        (TaskKind.NVME_READ, Cost(nbytes=1_000_000), 1.75),
+        (TaskKind.SAVE, Cost(nbytes=1_000_000), 1.25),
         (TaskKind.COMPUTE, Cost(), 0.5),
+        (
+            TaskKind.COMPUTE,
+            Cost(products=(Product(ProductKind.FORWARD, 10**12, 512, 8),) * 2),
+            0.5 + 2 * 2,
+        ),
         (TaskKind.COMPUTE, Cost(flops=10**15, seconds=0.25), 0.25),
     ],
 )
@@ -35,6 +47,19 @@ def test_every_kind_has_a_rate(kind: TaskKind) -> None:
     short, long = (Task("a.x", kind, "a", cost=Cost(nbytes=n)) for n in (1 << 20, 1 << 30))
     profile = MachineProfile()
     assert profile.launch < profile.seconds(short) < profile.seconds(long)
+
+
+def test_lanes_slow_each_other_down() -> None:
+    profile = MachineProfile(contention=Contention(0.8, 0.9, 0.49, 0.81))
+    up, down, cpu, compute = Lane.H2D, Lane.D2H, Lane.CPU, Lane.COMPUTE
+    assert profile.speed(up, {up, compute}) == 1.0
+    assert profile.speed(down, {up, down}) == 0.8
+    assert profile.speed(up, {up, down, cpu}) == pytest.approx(0.72)
+    assert profile.speed(cpu, {cpu, compute}) == 1.0
+    assert profile.speed(cpu, {cpu, up}) == pytest.approx(0.7)
+    assert profile.speed(cpu, {cpu, up, down}) == 0.49
+    assert profile.speed(compute, {compute, down, up}) == 0.81
+    assert profile.speed(Lane.NVME_READ, set(Lane)) == 1.0
 
 
 def test_sizes_of_a_step() -> None:
@@ -56,12 +81,3 @@ def test_sums_of_several_contributions_are_kept_in_fp32() -> None:
 def test_a_draft_forgets_slots_and_nothing_else() -> None:
     plan = small_plan(boundary_slots=5, gradient_slots=2, gradient_slot=(0, 1, 0), offloaded=2)
     assert plan.draft() == small_plan(offloaded=2)
-
-
-def test_forward_flops_of_a_layer() -> None:
-    spec = small_spec(hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=3)
-    weights = 4 * (4 + 2 + 2) + 4 * 4 + 2 * 8 * 4 + 4 * 8
-    layer = spec.layers[0]
-    assert layer.matrix_numel == weights
-    # Scores and their product with the values: each 2·S²·H·D, half of it under the causal mask.
-    assert forward_flops(spec, layer, rows=3, seq_len=5) == 3 * (2 * weights * 5 + 2 * 25 * 2 * 2)

@@ -16,7 +16,7 @@ from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step
-from slideformer.graph.tasks import Cost, Task, TaskKind
+from slideformer.graph.tasks import Cost, Product, ProductKind, Task, TaskKind
 from tests.support.graphs import task_graphs
 from tests.support.specs import draft_plans, small_plan, small_spec, specs
 
@@ -72,16 +72,22 @@ def test_round_trip_of_compiled_graphs(data: st.DataObject) -> None:
     name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
     seconds=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
     flops=st.integers(0, (1 << 63) - 1),
-    efficiency=st.floats(0, 1, exclude_min=True),
+    product=st.builds(
+        Product,
+        st.sampled_from(ProductKind),
+        st.integers(0, (1 << 63) - 1),
+        st.integers(1, (1 << 63) - 1),
+        st.integers(1, (1 << 63) - 1),
+    ),
     args=st.dictionaries(
         st.sampled_from("abc"), st.integers() | st.text(st.characters(exclude_categories=["Cs"]))
     ),
 )
 def test_round_trip_of_any_value(
-    name: str, seconds: float, flops: int, efficiency: float, args: dict[str, int | str]
+    name: str, seconds: float, flops: int, product: Product, args: dict[str, int | str]
 ) -> None:
     buffer = Buffer(name, 4, Tier.CPU, carried=True)
-    cost = Cost(flops=flops, efficiency=efficiency, seconds=seconds)
+    cost = Cost(flops=flops, products=(product,), seconds=seconds)
     task = Task("cpu.x", TaskKind.CPU, name, (name,), (name,), (), cost, args)
     assert_round_trip(TaskGraph(name, (task,), {name: buffer}, {}))
 
@@ -124,8 +130,8 @@ def top(**changes: Any) -> Callable[[Document], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (top(version=2), r"has version 2, this program reads version 1"),
-        (top(version="1"), r"has version '1', this program reads version 1"),
+        (top(version=1), r"has version 1, this program reads version 2"),
+        (top(version="1"), r"has version '1', this program reads version 2"),
         (top(format="dot"), r"not a task graph: format is 'dot'"),
         (top(extra=1), r"graph: extra is 1: Extra inputs are not permitted"),
         (top(tasks={}), r"graph: tasks is \{\}: .*array"),
@@ -144,7 +150,10 @@ def top(**changes: Any) -> Callable[[Document], None]:
             r"task fwd\.x: cost\.flops is 922337203685",
         ),
         (item("tasks", 1, cost={"flops": 1e400}), r"cost\.flops is inf"),
-        (item("tasks", 1, cost={"efficiency": 0}), r"task fwd\.x: cost\.efficiency is 0"),
+        (
+            item("tasks", 1, cost={"products": [{"kind": "forward", "flops": 1, "tokens": 0}]}),
+            r"task fwd\.x: cost\.products\.0\.tokens is 0",
+        ),
         (item("tasks", 1, cost={"seconds": -0.5}), r"task fwd\.x: cost\.seconds is -0\.5"),
         (item("tasks", 1, args={"lr": 0.1}), r"task fwd\.x: args\.lr"),
         (item("tasks", 1, args={"on": True}), r"task fwd\.x: args\.on"),

@@ -16,7 +16,13 @@ from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute, MemoryPlan
-from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
+from slideformer.graph.step import (
+    compile_checkpoint,
+    compile_evaluation,
+    compile_save,
+    compile_step,
+    footprint,
+)
 from slideformer.graph.tasks import Task, TaskKind
 from slideformer.graph.verify import verify
 from slideformer.memory.layout import places
@@ -52,8 +58,9 @@ def pool_size(spec: ModelSpec, plan: MemoryPlan) -> int:
 
 
 def graphs_of(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
-    """Step, evaluation and save."""
-    return [compile_(spec, plan) for compile_ in (compile_step, compile_evaluation, compile_save)]
+    """Step, evaluation, save and checkpoint."""
+    compilers = (compile_step, compile_evaluation, compile_save, compile_checkpoint)
+    return [compile_(spec, plan) for compile_ in compilers]
 
 
 def owned(graph: TaskGraph, names: Iterable[str]) -> list[Buffer]:
@@ -221,7 +228,7 @@ def test_offloaded_boundaries_go_down_once_and_come_up_once(case: Case) -> None:
 
 @some
 @given(cases())
-def test_an_evaluation_and_a_save_change_nothing_that_is_kept(case: Case) -> None:
+def test_nothing_but_a_step_changes_what_is_kept(case: Case) -> None:
     for graph in graphs_of(*case)[1:]:
         kept = {b.name for b in graph.buffers.values() if b.carried}
         assert kept.isdisjoint(name for task in graph.tasks for name in task.writes)
@@ -245,6 +252,32 @@ def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
                 Tier.PINNED,
                 4 * unit.numel,
             )
+
+
+@some
+@given(cases())
+def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(case: Case) -> None:
+    spec, plan = case
+    graph = compile_checkpoint(spec, plan)
+    saves = [task for task in graph.tasks if task.kind is TaskKind.SAVE]
+    assert list(dict.fromkeys(task.args["unit"] for task in saves)) == [
+        unit.name for unit in reversed(spec.units)
+    ]
+    assert sum(task.cost.nbytes for task in saves) == sum(whole_state(spec).values())
+    streamed = [b for task in saves for b in owned(graph, task.reads)]
+    assert tiled(streamed) == {
+        place: nbytes
+        for place, nbytes in whole_state(spec).items()
+        if place.partition(".")[2] not in plan.resident
+    }
+    for name in plan.resident:  # comes down in three trips through the place that a save has
+        trips = [task for task in graph.tasks if task.args["unit"] == name]
+        assert [task.kind for task in trips] == [TaskKind.D2H, TaskKind.SAVE] * 3
+        for down, save in zip(trips[::2], trips[1::2], strict=True):
+            assert down.writes == save.reads
+            assert down.args["parts"] == save.args["parts"]
+            assert graph.buffers[down.writes[0]].place == "saved"
+        assert [task.args["parts"] for task in trips[::2]] == ["hi,lo", "m", "v"]
 
 
 @some

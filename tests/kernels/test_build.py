@@ -171,7 +171,7 @@ def test_a_relative_cache_home_is_ignored(tmp_path: Path, monkeypatch: pytest.Mo
     """As the XDG base directory specification says."""
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert build._cache_folder() == tmp_path / ".cache" / "slideformer"
+    assert build.cache_folder() == tmp_path / ".cache" / "slideformer"
 
 
 def test_a_failed_compilation_shows_the_last_lines_and_leaves_nothing(

@@ -36,6 +36,16 @@ def test_measures_of_a_timeline() -> None:
     assert [span.task for span in timeline.instance(1).spans] == ["copy.x"]
 
 
+def test_seconds_of_a_step() -> None:
+    steps = Timeline([Span("a.x", i, Lane.CPU, 3.0 * i, 3.0 * i + 1) for i in range(3)])
+    assert steps.step_seconds == 3.0
+    assert steps.instance(1).step_seconds == 1.0
+    # The lane never idles, but the first instance's last task was held up until the end.
+    spans = [Span("a.x", i // 2, Lane.CPU, i, i + 1.0) for i in (1, 2, 3)]
+    full = Timeline([*spans, Span("b.x", 0, Lane.CPU, 3.0, 4.0)])
+    assert full.step_seconds == 1.5
+
+
 def test_an_empty_timeline() -> None:
     timeline = Timeline()
     assert (timeline.makespan, timeline.busy(Lane.CPU)) == (0.0, 0.0)

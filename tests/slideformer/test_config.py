@@ -19,6 +19,7 @@ from slideformer.config import (
     save_config,
 )
 from slideformer.graph.errors import ConfigError
+from slideformer.models.data.sources import Source
 
 REQUIRED = {"model": "m", "data": "d.jsonl", "output": "o"}
 
@@ -83,7 +84,9 @@ def test_defaults() -> None:
     assert config.model_dump() == {
         "version": 1,
         "model": Path("m"),
-        "data": Path("d.jsonl"),
+        "data": ({"path": Path("d.jsonl"), "weight": 1.0},),
+        "validation": (),
+        "validation_split": None,
         "output": Path("o"),
         "gpu_memory": None,
         "cpu_memory": None,
@@ -144,8 +147,23 @@ def test_the_config_is_frozen() -> None:
 def test_flags_override_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "model: m\ndata: d\noutput: o\nlr: 1e-4\ngpu_memory: 24GiB\nseed: 3\n")
     config = load_config(path, {"lr": 2e-4, "cpu_memory": "100 GB", "seed": None, "data": "x"})
-    assert (config.lr, config.seed, config.data) == (2e-4, 3, Path("x"))
+    assert (config.lr, config.seed, config.data) == (2e-4, 3, (Source(Path("x")),))
     assert (config.gpu_memory, config.cpu_memory) == (24 * 2**30, 100 * 10**9)
+
+
+def test_data_is_a_path_or_several_with_weights(tmp_path: Path) -> None:
+    text = "model: m\noutput: o\ndata: [a.jsonl, ~/b.jsonl, {path: c.txt, weight: 0.5}]\n"
+    config = load_config(write(tmp_path, text), {"validation": ["v.jsonl", "w.jsonl"]})
+    assert config.data == (
+        Source(Path("a.jsonl")),
+        Source(Path.home() / "b.jsonl"),
+        Source(Path("c.txt"), 0.5),
+    )
+    assert [source.path.name for source in config.validation] == ["v.jsonl", "w.jsonl"]
+    save_config(config, tmp_path / "saved.yaml")
+    assert load_config(tmp_path / "saved.yaml", {}) == config
+    with pytest.raises(ConfigError, match=r"data is \(\): it should have at least 1 item"):
+        Config(**{**REQUIRED, "data": []})
 
 
 @pytest.mark.parametrize(("name", "other"), [("steps", "epochs"), ("epochs", "steps")])
@@ -224,6 +242,17 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"gpu_memory": "24G"}, "gpu_memory: '24G' is not a size; write it like 24GiB"),
         ({"cpu_memory": 100}, "cpu_memory: 100 is 100 B, below the least budget of 1.00 MiB"),
         ({"data": " "}, "data: ' ' is not a path"),
+        ({"data": ["a", 3]}, "data: 3 is not a path; name a file"),
+        ({"data": [{"path": "a", "weight": 0}]}, "data: the weight of a is 0; it must be a number"),
+        ({"data": [{"path": "a", "weight": True}]}, "data: the weight of a is True; it must"),
+        ({"data": [{"path": "a", "wieght": 2}]}, "is no source; write a path, or path and weight"),
+        ({"data": [{"weight": 2}]}, "is no source; write a path, or path and weight"),
+        ({"validation_split": 1.0}, "validation_split is 1.0: it should be less than 1"),
+        (
+            {"validation_split": 0.1, "validation": "v.jsonl"},
+            "validation is v.jsonl and validation_split is 0.1; give only one of them",
+        ),
+        ({"validation": {"path": "v", "weight": 2}}, "validation has weights; they belong to data"),
         ({"model": 3}, "model is 3: it is not a valid path"),
         ({"version": 2}, "version is 2: it should be 1"),
         ({"steps": 1, "epochs": 2}, "steps is 1 and epochs is 2; give only one of them"),

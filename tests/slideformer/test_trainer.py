@@ -123,7 +123,7 @@ def test_a_run_saves_a_checkpoint_that_transformers_opens(config: Config) -> Non
 
 def test_the_steps_are_those_of_an_engine_fed_by_hand(config: Config) -> None:
     Trainer(config).train()
-    dataset = TokenDataset.from_file(config.data, load_tokenizer(config.model), SEQ_LEN)
+    dataset = TokenDataset.from_sources(config.data, load_tokenizer(config.model), SEQ_LEN)
     stream = BatchStream(dataset, config.batch_size, config.seed)
     with Engine(config) as engine:
         handles = [engine.step(next(stream)) for _ in range(4)]
@@ -160,7 +160,9 @@ def test_what_decides_the_rounding_is_saved(config: Config) -> None:
 
 
 def test_speed_counts_real_tokens_and_leaves_the_first_step_out(config: Config) -> None:
-    data = write_lines(config.data.with_suffix(".jsonl"), *[{"text": "A" * n} for n in (5, 9, 7)])
+    data = write_lines(
+        config.data[0].path.with_suffix(".jsonl"), *[{"text": "A" * n} for n in (5, 9, 7)]
+    )
     config = changed(config, data=data, batch_size=1, steps=None)
     result = Trainer(config).train()
     metrics = read_metrics(config.output)
@@ -192,7 +194,7 @@ def test_a_result_is_read_when_the_next_step_is_submitted(
 
 @pytest.mark.parametrize(("epochs", "steps"), [(None, 2), (2, 4)])
 def test_without_steps_epochs_count(config: Config, epochs: int | None, steps: int) -> None:
-    data = write_lines(config.data.with_suffix(".jsonl"), *[{"text": "text"}] * 3)
+    data = write_lines(config.data[0].path.with_suffix(".jsonl"), *[{"text": "text"}] * 3)
     progress = Recorder()
     config = changed(config, data=data, steps=None, epochs=epochs)
     assert Trainer(config).train(progress).steps == steps
@@ -204,7 +206,7 @@ def test_a_step_without_targets_is_skipped_with_a_warning(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:
     records = [{"prompt": "x" * n, "completion": "y"} for n in (5, 2 * SEQ_LEN, 6, 3 * SEQ_LEN)]
-    data = write_lines(config.data.with_suffix(".jsonl"), *records)
+    data = write_lines(config.data[0].path.with_suffix(".jsonl"), *records)
     config = changed(config, data=data, batch_size=1, steps=None)
     assert Trainer(config).train().steps == 2
     assert caplog.text.count("skipped a batch of 1 rows without a target token") == 2
@@ -249,7 +251,7 @@ class TestRefusedFirst:
         refuse(changed(config, data=config.model), DataError, "is a directory")
 
     def test_a_line_of_the_data(self, config: Config) -> None:
-        data = write_lines(config.data.with_suffix(".jsonl"), {"text": "a"}, {"txt": "b"})
+        data = write_lines(config.data[0].path.with_suffix(".jsonl"), {"text": "a"}, {"txt": "b"})
         refuse(changed(config, data=data), DataError, "jsonl, line 2: the keys")
 
     def test_sequence_length(self, config: Config) -> None:
@@ -312,7 +314,9 @@ def test_a_damaged_tokenizer_is_refused(config: Config, tmp_path: Path) -> None:
 
 
 def leftovers(config: Config) -> list[str]:
-    return sorted(path.name for path in config.output.parent.iterdir() if path != config.data)
+    return sorted(
+        path.name for path in config.output.parent.iterdir() if path != config.data[0].path
+    )
 
 
 def test_a_step_that_is_not_finite_ends_the_run_and_saves_nothing(

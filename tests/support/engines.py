@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from slideformer import engine as engine_module
+from slideformer.checkpointing import Checkpoint
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.model import ModelSpec
@@ -64,7 +65,7 @@ def packed_batch(
     """Rows of random documents of these lengths, padded on the right."""
     generator = np.random.default_rng(seed)
     lengths = [length for row in documents for length in row]
-    dataset = TokenDataset(
+    dataset = TokenDataset.from_arrays(
         generator.integers(1, vocab, sum(lengths), dtype=np.int32),
         np.cumsum([0, *lengths]),
         generator.random(sum(lengths)) < 0.8,
@@ -93,6 +94,7 @@ def engine_with(
     config: EngineConfig,
     *,
     policy: Policy | None = None,
+    checkpoint: Checkpoint | None = None,
     gradient_slots: int = 0,
     seed: int = 0,
     **plan: Any,
@@ -115,7 +117,7 @@ def engine_with(
     original = engine_module.plan_for
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(engine_module, "plan_for", planned)
-        engine = Engine(config, policy=policy)
+        engine = Engine(config, policy=policy, checkpoint=checkpoint)
     with engine:
         yield engine
 
@@ -177,7 +179,9 @@ def train_reference(
 
     Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     optimizer = torch.optim.AdamW(
         [
             {
@@ -205,7 +209,9 @@ def train_reference(
 
 def reference_loss(folder: Path, batch: Batch) -> float:
     """Mean loss per target token of a checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa"
+    )
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 

@@ -18,7 +18,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from slideformer.config import Config, flag_name, load_config
+from slideformer.config import Config, load_config
+from slideformer.config_problems import flag_name
 from slideformer.tools.cli import app
 from slideformer.tools.progress import ConsoleProgress
 from slideformer.tools.setting_flags import FLAGS
@@ -124,6 +125,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
     given = {
         "model": "m",
         "data": "d.txt",
+        "validation_split": 0.1,
         "output": "o",
         "gpu_memory": "24GiB",
         "cpu_memory": "100 GB",
@@ -155,8 +157,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvme_checksums": False,
         "decay_steps": 2,
     }
-    # "epochs" excludes "steps", and "cycles" belongs to another schedule.
-    assert {*given, "epochs", "cycles"} == set(FLAGS)
+    # Those that exclude others, and "cycles", which belongs to another schedule.
+    assert {*given, "epochs", "validation", "cycles"} == set(FLAGS)
     seen: list[Config] = []
 
     def capture(self: Trainer, *_: Any) -> None:

@@ -23,7 +23,7 @@ Records = list[list[tuple[int, bool]]]
 
 def dataset_of(rows: Records, seq_len: int = 6) -> TokenDataset:
     flat = [token for row in rows for token in row]
-    return TokenDataset(
+    return TokenDataset.from_arrays(
         np.array([token for token, _ in flat], dtype=np.int32),
         np.cumsum([0, *map(len, rows)]),
         np.array([learnt for _, learnt in flat], dtype=np.bool_),

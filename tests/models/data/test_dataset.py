@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,8 +30,11 @@ Write = Callable[..., Path]
 
 
 def rows_of(dataset: TokenDataset) -> list[tuple[list[int], list[bool]]]:
-    bounds = dataset.offsets.tolist()
-    return [(dataset.ids[a:b].tolist(), dataset.labels[a:b].tolist()) for a, b in pairwise(bounds)]
+    rows = []
+    for number in range(len(dataset)):
+        ids, labels = dataset.read(np.array([number]))
+        rows.append((ids.tolist(), labels.tolist()))
+    return rows
 
 
 def test_every_form_in_one_file(tokenizer: PreTrainedTokenizerFast, write_records: Write) -> None:
@@ -60,9 +62,10 @@ def test_held_compactly_and_read_only(
     tokenizer: PreTrainedTokenizerFast, write_records: Write
 ) -> None:
     dataset = TokenDataset.from_file(write_records({"text": "ab"}), tokenizer, 8)
-    assert dataset.ids.dtype == np.int32
-    assert dataset.labels.dtype == np.bool_
-    for held in (dataset.ids, dataset.labels, dataset.offsets):
+    (part,) = dataset.parts
+    assert part.tokens.ids.dtype == np.int32
+    assert part.tokens.labels.dtype == np.bool_
+    for held in (part.tokens.ids, part.tokens.labels):
         with pytest.raises(ValueError, match="read-only"):
             held[0] = 1
 
@@ -81,7 +84,7 @@ def test_truncation_is_counted(
     dataset = TokenDataset.from_file(path, tokenizer, seq_len)
     whole = [len(text) + 1 for text in texts]
     held = [min(length, seq_len) for length in whole]
-    assert np.diff(dataset.offsets).tolist() == held
+    assert dataset.lengths.tolist() == held
     assert dataset.tokens == sum(held)
     assert dataset.truncated_rows == sum(length > seq_len for length in whole)
     assert dataset.truncated_tokens == sum(whole) - sum(held)
@@ -94,8 +97,8 @@ def test_truncation_is_reported(
     path = write_records({"text": "abcdef"}, {"text": "a"})
     with caplog.at_level(logging.INFO):
         TokenDataset.from_file(path, tokenizer, 4)
-    assert "2 rows, 6 tokens, 4 of them targets" in caplog.text
-    assert "1 of 2 rows are longer than 4 tokens; 3 tokens were cut off" in caplog.text
+    assert "2 documents, 6 tokens, 4 of them targets" in caplog.text
+    assert "1 of 2 documents are longer than 4 tokens; 3 tokens were cut off" in caplog.text
 
 
 def test_row_whose_target_was_cut_off_still_counts(
@@ -123,7 +126,7 @@ def test_plain_text_is_cut_into_rows_and_none_of_it_lost(
     path.write_bytes(text.encode())
     dataset = TokenDataset.from_file(path, tokenizer, seq_len)
     ids = [*text.encode(), END_OF_TEXT_ID]
-    assert dataset.ids.tolist() == ids
+    assert dataset.parts[0].tokens.ids.tolist() == ids
     rows = rows_of(dataset)
     assert [len(row) for row, _ in rows[:-1]] == [seq_len] * (len(rows) - 1)
     assert 1 <= len(rows[-1][0]) <= seq_len
@@ -156,15 +159,17 @@ def test_nothing_to_train_on(
         {"prompt": "long one", "completion": "x"},
         {"text": ""},
     )
-    with pytest.raises(DataError, match=r"not one target token in 3 rows.* 2 rows were cut off"):
+    with pytest.raises(
+        DataError, match=r"not one target token in 3 documents.* 2 of them were cut off"
+    ):
         TokenDataset.from_file(path, tokenizer, 4)
     bare = build_byte_tokenizer()
     bare.eos_token = None
-    with pytest.raises(DataError, match="not one target token in 2 rows"):
+    with pytest.raises(DataError, match="not one target token in 2 documents"):
         TokenDataset.from_file(write_records({"text": ""}, {"text": ""}), bare, 4)
     mark = tmp_path / "mark.txt"
     mark.write_bytes(b"\xef\xbb\xbf")
-    with pytest.raises(DataError, match="not one target token in 0 rows"):
+    with pytest.raises(DataError, match="not one target token in 0 documents"):
         TokenDataset.from_file(mark, bare, 4)
 
 

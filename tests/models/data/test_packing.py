@@ -49,7 +49,7 @@ def test_packed_batches_hold_the_documents_targets_and_positions(
 ) -> None:
     lengths = data.draw(st.lists(st.integers(0, 8), min_size=count, max_size=count))
     generator = np.random.default_rng(count)
-    dataset = TokenDataset(
+    dataset = TokenDataset.from_arrays(
         np.arange(1, sum(lengths) + 1, dtype=np.int32),
         np.cumsum([0, *lengths]),
         generator.random(sum(lengths)) < 0.7,
@@ -82,7 +82,7 @@ def test_packed_batches_hold_the_documents_targets_and_positions(
 
 def test_packed_streams_resume_exactly_and_refuse_the_other_packing() -> None:
     lengths = [3, 8, 2, 5, 7, 1, 4, 6, 2, 2]
-    dataset = TokenDataset(
+    dataset = TokenDataset.from_arrays(
         np.arange(sum(lengths), dtype=np.int32),
         np.cumsum([0, *lengths]),
         np.ones(sum(lengths), dtype=np.bool_),

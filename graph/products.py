@@ -1,0 +1,56 @@
+"""Matrix products of layers and of the output matrix: how many FLOPs, which kind, which size."""
+
+from __future__ import annotations
+
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.plan import MemoryPlan, keeps_attention
+from slideformer.graph.tasks import Product, ProductKind
+
+ATTENTION_BACKWARD = 2.5
+"""Products of attention's backward over those of its forward: five for two (Dao, 2023)."""
+
+
+def forward_products(
+    spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int
+) -> tuple[Product, ...]:
+    """One layer's forward: 2 FLOPs per weight and token, and 2·S²·H·D a row for attention."""
+    tokens = rows * seq_len
+    attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
+    return (
+        Product(ProductKind.FORWARD, 2 * unit.matrix_numel * tokens, tokens, spec.hidden),
+        Product(ProductKind.ATTENTION, attention, seq_len, spec.head_dim),
+    )
+
+
+def backward_products(
+    spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: bool
+) -> tuple[Product, ...]:
+    """One layer's recompute and backward on a micro-batch.
+
+    Recompute leaves the down projection out, and from what is ``kept`` only attention is computed
+    again, if that.
+    """
+    tokens = plan.micro_tokens
+    forward, attention = forward_products(spec, unit, plan.micro_rows, plan.seq_len)
+    gradient = ProductKind.GRADIENT if plan.micro_batches == 1 else ProductKind.SUMMED
+    attended = (
+        ATTENTION_BACKWARD if kept and keeps_attention(spec, plan) else ATTENTION_BACKWARD + 1
+    )
+    again = 0 if kept else forward.flops - 2 * spec.hidden * spec.intermediate * tokens
+    found = (
+        Product(ProductKind.FORWARD, again, tokens, spec.hidden),
+        Product(gradient, 2 * forward.flops, tokens, spec.hidden),
+        Product(
+            ProductKind.ATTENTION, round(attended * attention.flops), plan.seq_len, spec.head_dim
+        ),
+    )
+    return found[1:] if kept else found
+
+
+def head_products(
+    spec: ModelSpec, plan: MemoryPlan, vocab_rows: int, products: int
+) -> tuple[Product, ...]:
+    """That many products of a micro-batch with ``vocab_rows`` rows of the output matrix."""
+    flops = products * 2 * vocab_rows * spec.hidden * plan.micro_tokens
+    tile = min(plan.head_tile, plan.micro_tokens)
+    return (Product(ProductKind.HEAD, flops, tile, spec.hidden),)

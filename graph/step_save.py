@@ -1,0 +1,93 @@
+"""Graphs that bring a model's state to disk: its weights for a save, all for a checkpoint.
+
+Both read carried buffers only, so the next step's update of a unit, or of a chunk, is all that ever
+waits for them. A checkpoint goes through the units as backward does, which is the order in which
+they were updated last and will be updated next. State that is not in host memory passes through the
+places that a save has anyway: `saved` for units on the GPU, the staging slots for what is on NVMe.
+"""
+
+from __future__ import annotations
+
+from slideformer.graph.buffers import Role, Tier
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step_memory import StepMemory
+from slideformer.graph.tasks import Cost, TaskKind
+
+STATE_PARTS = {"hi": 2, "lo": 2, "m": 4, "v": 4}
+"""The arrays of a unit's state, in the order of a checkpoint's files, and bytes per element."""
+
+_TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)))
+"""How a resident unit's state comes down: 4 bytes per element a time, as a save's place holds."""
+
+
+def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
+    """Units on the GPU come down one after another to one place in pinned memory."""
+    memory = StepMemory(spec, plan, "save")
+    for unit in spec.units:
+        chunks = memory.chunks[unit.name]
+        weights = [name for c in chunks for name in memory.owned(c)]
+        weights += memory.stored.read_lo(unit)
+        if memory.resident(unit.name):
+            weights = [_bring_down(memory, unit, "save", ("hi", "lo"))]
+        memory.task(
+            f"save.{unit.name}",
+            TaskKind.SAVE,
+            reads=weights,
+            cost=Cost(nbytes=4 * unit.numel),
+            unit=unit.name,
+        )
+    return memory
+
+
+def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
+    """Streamed units go chunk by chunk, resident ones as a whole in three trips."""
+    memory = StepMemory(spec, plan, "checkpoint")
+    for unit in reversed(spec.units):
+        if memory.resident(unit.name):
+            _save_resident(memory, unit)
+            continue
+        for chunk in memory.chunks[unit.name]:
+            memory.task(
+                f"save.{unit.name}.{chunk.label}",
+                TaskKind.SAVE,
+                op="save_state",
+                reads=[*memory.owned(chunk), *memory.stored.read(chunk)],
+                cost=Cost(nbytes=sum(STATE_PARTS.values()) * chunk.numel),
+                unit=unit.name,
+                begin=chunk.begin,
+                end=chunk.end,
+            )
+    return memory
+
+
+def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
+    for trip, parts in _TRIPS:
+        memory.task(
+            f"save.{unit.name}.{trip}",
+            TaskKind.SAVE,
+            op="save_staged",
+            reads=[_bring_down(memory, unit, trip, parts)],
+            cost=Cost(nbytes=4 * unit.numel),
+            unit=unit.name,
+            parts=",".join(parts),
+        )
+
+
+def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: tuple[str, ...]) -> str:
+    nbytes = 4 * unit.numel
+    assert nbytes == sum(STATE_PARTS[part] for part in parts) * unit.numel
+    staged = memory.buffer(
+        f"saved.{unit.name}.{trip}", nbytes, Tier.PINNED, Role.WEIGHT, slot="saved"
+    )
+    memory.task(
+        f"d2h.{unit.name}.{trip}",
+        TaskKind.D2H,
+        op="download_state",
+        reads=[name for chunk in memory.chunks[unit.name] for name in memory.owned(chunk)],
+        writes=[staged],
+        cost=Cost(nbytes=nbytes),
+        unit=unit.name,
+        parts=",".join(parts),
+    )
+    return staged

@@ -1,0 +1,54 @@
+"""Where training data comes from: files and their weights, as settings name them."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from slideformer.graph.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A file of documents.
+
+    ``weight`` says how often an epoch shows each document: 2 shows all of them twice, 0.5 half of
+    them, and the other half in the next epoch.
+    """
+
+    path: Path
+    weight: float = 1.0
+
+
+def parse_sources(value: object) -> tuple[Source, ...]:
+    """Sources from a path, or a list of paths and of ``{path: …, weight: …}``.
+
+    Raises `ConfigError` for anything else.
+    """
+    entries = value if isinstance(value, list | tuple) else [value]
+    return tuple(_source(entry) for entry in entries)
+
+
+def _source(entry: object) -> Source:
+    if isinstance(entry, Source):
+        return entry
+    settings = entry if isinstance(entry, Mapping) else {"path": entry}
+    unknown = [name for name in settings if name not in ("path", "weight")]
+    if unknown or "path" not in settings:
+        raise ConfigError(
+            f"{dict(settings)!r} is no source; write a path, or path and weight: "
+            "{path: train.jsonl, weight: 2}"
+        )
+    path: object = settings["path"]
+    weight: object = settings.get("weight", 1.0)
+    if not isinstance(path, str | Path) or not str(path).strip():
+        raise ConfigError(f"{path!r} is not a path; name a file")
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+        raise ConfigError(
+            f"the weight of {path} is {weight!r}; it must be a number above 0, where 1 shows each "
+            "document once an epoch"
+        )
+    return Source(Path(os.path.expanduser(path)), float(weight))

@@ -1,0 +1,307 @@
+"""Checkpoints of named byte ranges: a folder of files, and a manifest of what is in each.
+
+Files are filled by positioned writes, in any order and from any thread, in pieces that several I/O
+threads move at once. Each piece has a CRC-32, and the manifest, which is written last, has the
+digest of itself: a folder with a manifest is complete, and what is read from it is what was
+written. What the ranges mean is the caller's matter, and so is where the folder lies.
+
+    with RangeWriter(folder, {"units/L00": 1200}) as writer:
+        writer.write("units/L00", 0, memory)
+        writer.finish({"step": 10})
+
+    reader = RangeReader(folder)
+    reader.read("units/L00", 200, into)
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import threading
+import zlib
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from slideformer.graph.errors import CheckpointError
+
+MANIFEST = "manifest.json"
+"""Name of the manifest in the folder of a checkpoint."""
+
+VERSION = 1
+
+PIECE = 4 << 20
+"""Most bytes that are moved, and have a checksum, together."""
+
+THREADS = 4
+"""I/O threads of a checkpoint that is written or read."""
+
+_Count = Annotated[int, Field(ge=0)]
+_Piece = tuple[_Count, _Count, _Count]
+"""Offset and number of bytes, and their CRC-32."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _File(_Strict):
+    nbytes: _Count
+    pieces: list[_Piece]
+
+
+class _Manifest(_Strict):
+    format: Literal["slideformer-checkpoint"]
+    version: int
+    files: dict[str, _File]
+    info: dict[str, Any]
+    digest: str
+
+
+class RangeWriter:
+    """Writes files of known sizes into ``folder``, which exists; a context manager.
+
+    Raises `OSError`, as all its methods do, for whatever the file system refuses.
+    """
+
+    def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
+        self._folder = folder
+        self._left: dict[str, int] = {}
+        self._pieces: dict[str, list[_Piece]] = {}
+        self._descriptors: dict[str, int] = {}
+        self._flushes: list[Future[None]] = []
+        self._lock = threading.Lock()
+        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint")
+        try:
+            for name, nbytes in files.items():
+                self._open(name, nbytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def write(self, name: str, offset: int, memory: Any) -> None:
+        """Write the bytes of ``memory`` at ``offset``; each byte of a file once.
+
+        Returns when the system has them; to the disk they go while others are written.
+        """
+        view = memoryview(memory).cast("B")
+        if not view.nbytes:
+            return
+        descriptor = self._descriptors[name]
+
+        def move(start: int) -> _Piece:
+            part = view[start : start + PIECE]
+            done = 0
+            while done < len(part):
+                count = os.pwrite(descriptor, part[done:], offset + start + done)
+                if count == 0:
+                    raise OSError(errno.EIO, "nothing more could be written")
+                done += count
+            return offset + start, len(part), zlib.crc32(part)
+
+        parts = [self._pool.submit(move, start) for start in range(0, len(view), PIECE)]
+        errors = [error for part in parts if (error := part.exception()) is not None]
+        if errors:
+            raise errors[0]
+        with self._lock:
+            self._pieces[name] += [part.result() for part in parts]
+            self._left[name] -= len(view)
+            assert self._left[name] >= 0, f"{name} has no room for {len(view)} bytes more"
+            if not self._left[name]:
+                self._flushes.append(self._pool.submit(self._flush, name))
+
+    def add(self, name: str, content: bytes) -> None:
+        """Add a whole file."""
+        self._open(name, len(content))
+        self.write(name, 0, content)
+
+    def finish(self, info: Mapping[str, Any]) -> None:
+        """Wait until all is on the disk, and write the manifest with ``info``, values of JSON."""
+        assert not any(self._left.values()), f"not written: {self._left}"
+        for flush in self._flushes:
+            flush.result()
+        for name in list(self._descriptors):  # empty files
+            self._flush(name)
+        content: dict[str, Any] = {
+            "format": "slideformer-checkpoint",
+            "version": VERSION,
+            "files": {
+                name: {"nbytes": sum(n for _, n, _ in pieces), "pieces": sorted(pieces)}
+                for name, pieces in self._pieces.items()
+            },
+            "info": dict(info),
+        }
+        with (self._folder / MANIFEST).open("x", encoding="utf-8") as file:
+            file.write(json.dumps({**content, "digest": _digest(content)}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def close(self) -> None:
+        """End the threads and close the files; a second time does nothing."""
+        self._pool.shutdown()
+        with self._lock:
+            for descriptor in self._descriptors.values():
+                os.close(descriptor)
+            self._descriptors.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _open(self, name: str, nbytes: int) -> None:
+        path = self._folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        self._descriptors[name] = os.open(path, flags, 0o666)
+        self._left[name], self._pieces[name] = nbytes, []
+
+    def _flush(self, name: str) -> None:
+        descriptor = self._descriptors[name]
+        os.fsync(descriptor)
+        # What is on the disk need not stay in memory, where it would count as the system's.
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        with self._lock:
+            os.close(self._descriptors.pop(name))
+
+
+class RangeReader:
+    """Reads a folder that a `RangeWriter` finished; ``info`` is what it was given.
+
+    Raises `CheckpointError`, which names the file, if the folder is none, incomplete or altered.
+    All sizes are checked here, contents as they are read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        manifest = _read_manifest(folder / MANIFEST)
+        self._files = manifest.files
+        self.info = manifest.info
+        for name, file in self._files.items():
+            self._check_size(name, file.nbytes)
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Bytes of each file."""
+        return {name: file.nbytes for name, file in self._files.items()}
+
+    def read(self, name: str, offset: int, into: Any) -> None:
+        """Fill ``into`` with the bytes from ``offset`` on.
+
+        Raises `CheckpointError` if they are not those that were written.
+        """
+        view = memoryview(into).cast("B")
+        stop = offset + len(view)
+        path = self.folder / name
+        wanted = [p for p in self._files[name].pieces if p[0] < stop and offset < p[0] + p[1]]
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise _unreadable(path, error) from error
+
+        def move(piece: _Piece) -> None:
+            start, nbytes, crc = piece
+            whole = offset <= start and start + nbytes <= stop
+            part = view[start - offset : start - offset + nbytes] if whole else bytearray(nbytes)
+            _read_piece(path, descriptor, start, memoryview(part))
+            if zlib.crc32(part) != crc:
+                raise CheckpointError(
+                    f"{path}: bytes {start:,}–{start + nbytes:,} are not those that were written "
+                    "(CRC-32): the file was altered or the disk fails; use another checkpoint"
+                )
+            if not whole:
+                first, last = max(start, offset), min(start + nbytes, stop)
+                view[first - offset : last - offset] = part[first - start : last - start]
+
+        try:
+            with ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint") as pool:
+                for each in [pool.submit(move, piece) for piece in wanted]:
+                    each.result()
+        finally:
+            os.close(descriptor)
+
+    def content(self, name: str) -> bytes:
+        """All bytes of a file; raises `CheckpointError`."""
+        into = bytearray(self._files[name].nbytes)
+        self.read(name, 0, into)
+        return bytes(into)
+
+    def _check_size(self, name: str, nbytes: int) -> None:
+        path = self.folder / name
+        try:
+            found = path.stat().st_size
+        except OSError as error:
+            raise _unreadable(path, error) from error
+        if found != nbytes:
+            what = "is cut short" if found < nbytes else "was altered"
+            raise CheckpointError(
+                f"{path} {what}: it has {found:,} bytes, {nbytes:,} were written; use another "
+                "checkpoint"
+            )
+
+
+def _read_manifest(path: Path) -> _Manifest:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise CheckpointError(
+            f"{path.parent} is not a checkpoint to resume from: it has no {path.name}"
+        ) from None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        content = json.loads(text)
+        found = content.pop("digest")
+        version = content["version"]
+        if content["format"] != "slideformer-checkpoint":
+            raise ValueError("it is of another format")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, error) from None
+    if version != VERSION:
+        raise CheckpointError(
+            f"{path} is of version {version!r}, this program reads {VERSION}; use the release that "
+            "wrote it"
+        )
+    if found != _digest(content):
+        raise _damaged(path, "its digest does not fit")
+    try:
+        return _Manifest.model_validate({**content, "digest": found})
+    except ValidationError as error:  # only a digest made by someone else can lead here
+        raise _damaged(path, error.errors()[0]["msg"]) from None
+
+
+def _damaged(path: Path, reason: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged or was altered ({reason}); use another checkpoint")
+
+
+def _unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path} cannot be read: {error.strerror or error}")
+
+
+def _read_piece(path: Path, descriptor: int, start: int, part: memoryview) -> None:
+    done = 0
+    try:
+        while done < len(part):
+            count = os.preadv(descriptor, [part[done:]], start + done)
+            if count == 0:
+                raise CheckpointError(f"{path} is cut short; use another checkpoint")
+            done += count
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

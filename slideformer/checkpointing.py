@@ -1,0 +1,279 @@
+"""Checkpoints of training: all state of a model, to go on from with the same bits, or to export.
+
+    step-40/
+        manifest.json           what lies where, checksums, step, numerics, data position; last
+        units/L00, …            a unit's master and moments: hi, lo, m and v, one behind another
+        model/config.json, …    what a Hugging Face folder has beside the weights
+
+A checkpoint says nothing about where state lay: it is resumed under any budgets, and its numerics
+are kept. It appears whole or not at all. Written by a graph of its own, while training goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Annotated, Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
+
+from slideformer.graph.errors import CheckpointError, SlideFormerError
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step_save import STATE_PARTS
+from slideformer.models.aside import AsideFolder, check_room, write_error
+from slideformer.models.context import CheckpointContext
+from slideformer.models.export import HuggingFaceWriter, companions
+from slideformer.models.families import read_model_config
+from slideformer.models.units import model_spec
+from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
+
+MODEL_FOLDER = "model"
+"""Within a checkpoint: configuration and tokenizer of the model."""
+
+Files = Mapping[str, str]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class CheckpointInfo(BaseModel):
+    """What a checkpoint says of itself; ``training`` is what the one who trained had to add.
+
+    ``stored`` is the dtype of the model folder that training began from, ``plan`` the digest of the
+    memory plan, ``model`` what must be the same of a model to go on with.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: int = Field(ge=0)
+    stored: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
+    numerics: dict[str, str | int]
+    plan: str
+    model: dict[str, str | int]
+    training: dict[str, Any] = {}
+
+    @classmethod
+    def of(
+        cls,
+        step: int,
+        spec: ModelSpec,
+        plan: MemoryPlan,
+        numerics: Mapping[str, str | int],
+        stored: torch.dtype,
+    ) -> Self:
+        """That of a run after ``step`` steps."""
+        return cls(
+            step=step,
+            stored=str(stored).removeprefix("torch."),
+            numerics=dict(numerics),
+            plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
+            model=model_identity(spec),
+        )
+
+
+class PendingCheckpoint:
+    """A checkpoint whose state is being written; `finish` or `abort` it.
+
+    Raises `CheckpointError` if it cannot be begun.
+    """
+
+    def __init__(self, output: Path, spec: ModelSpec, info: CheckpointInfo, model: Path) -> None:
+        self.output = output.absolute()
+        self._info = info
+        self._nbytes = state_nbytes(spec)
+        self._done: Future[None] | None = None
+        check_room(self.output, self._nbytes)
+        try:
+            self._folder = AsideFolder(self.output)
+            self._writer = RangeWriter(
+                self._folder.path,
+                {_file(unit): sum(STATE_PARTS.values()) * unit.numel for unit in spec.units},
+            )
+        except OSError as error:
+            raise write_error(self.output, self._nbytes, error) from error
+        self._units = {unit.name: unit for unit in spec.units}
+        self._model = model
+        self.context = CheckpointContext(self)
+
+    @property
+    def step(self) -> int:
+        """The step it is of."""
+        return self._info.step
+
+    def started(self, done: Future[None]) -> None:
+        """Its graph is running and ends with ``done``."""
+        self._done = done
+
+    def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
+        """Write elements of a part of a unit's state; raises `CheckpointError`."""
+        offset = _offset(self._units[unit], part) + STATE_PARTS[part] * begin
+        try:
+            self._writer.write(_file(self._units[unit]), offset, values.view(torch.uint8).numpy())
+        except OSError as error:
+            raise write_error(self.output, self._nbytes, error) from error
+
+    def finish(self, files: Files = _NOTHING, training: Mapping[str, Any] = _NOTHING) -> Path:
+        """Wait for the state, add ``files`` by name, and put the folder in its place.
+
+        A checkpoint that lies there makes room for it. ``training`` becomes that of the info.
+        Raises `CheckpointError`; nothing is left behind then.
+        """
+        try:
+            self._wait()
+            self._add_model()
+            for name, text in files.items():
+                self._writer.add(name, text.encode())
+            info = self._info.model_copy(update={"training": dict(training)})
+            self._writer.finish(info.model_dump(mode="json"))
+            return self._folder.move(replace=True)
+        except OSError as error:
+            raise write_error(self.output, self._nbytes, error) from error
+        finally:
+            self.abort()
+
+    def abort(self) -> None:
+        """Remove what has been written, unless `finish` completed it."""
+        if self._done is not None:
+            self._done.exception()  # tasks still write until it has ended
+        self._writer.close()
+        self._folder.abort()
+
+    def _wait(self) -> None:
+        assert self._done is not None
+        try:
+            self._done.result()
+        except SlideFormerError as error:
+            raise CheckpointError(
+                f"a step failed, so the state in memory is part old and part new and checkpoint "
+                f"{self.output} is not written. The failure: {error}"
+            ) from error
+        if self.context.errors:
+            raise self.context.errors[0]
+
+    def _add_model(self) -> None:
+        files = {"config.json": self._model / "config.json", **companions(self._model)}
+        for name, path in files.items():
+            if path.is_file():  # random weights need no folder
+                self._writer.add(f"{MODEL_FOLDER}/{name}", path.read_bytes())
+
+
+class Checkpoint:
+    """A checkpoint on disk, to resume from or to export.
+
+    Raises `CheckpointError`, with the file at fault, if it is missing, incomplete, altered or of
+    another version. Sizes are checked at once, contents as they are read.
+    """
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder).absolute()
+        self._reader = RangeReader(self.folder)
+        try:
+            self.info = CheckpointInfo.model_validate(self._reader.info)
+        except ValidationError as error:
+            problem = error.errors()[0]
+            where = ".".join(map(str, problem["loc"]))
+            raise CheckpointError(
+                f"{self.folder / MANIFEST}: {where}: {problem['msg']}; use another checkpoint"
+            ) from None
+
+    @property
+    def stored(self) -> torch.dtype:
+        """The dtype of the weights that training began from."""
+        dtype: torch.dtype = getattr(torch, self.info.stored)
+        return dtype
+
+    def check_model(self, spec: ModelSpec) -> None:
+        """Raise `CheckpointError` unless it is of that model."""
+        found, wanted = self.info.model, model_identity(spec)
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                raise CheckpointError(
+                    f"{self.folder / MANIFEST}: the checkpoint is of another model: its {name} is "
+                    f"{found.get(name)}, that of the model is {wanted[name]}"
+                )
+
+    def read(self, unit: UnitSpec, part: str, begin: int, into: Tensor) -> None:
+        """Fill ``into``, in host memory, with a part of a unit's state from ``begin`` on.
+
+        Raises `CheckpointError` if the bytes are not those that were written.
+        """
+        offset = _offset(unit, part) + STATE_PARTS[part] * begin
+        self._reader.read(_file(unit), offset, into.view(torch.uint8).numpy())
+
+    def text(self, name: str) -> str:
+        """A file that `PendingCheckpoint.finish` was given; raises `CheckpointError`."""
+        if name not in self._reader.files:
+            raise CheckpointError(f"{self.folder} has no {name}: no training run wrote it")
+        return self._reader.content(name).decode()
+
+    def export(self, output: Path | str) -> Path:
+        """Write its weights as a Hugging Face folder, a unit at a time; returns where it lies.
+
+        Raises `CheckpointError`, or `UnsupportedModelError` if it is of a newer release.
+        """
+        source = self.folder / MODEL_FOLDER
+        spec = model_spec(read_model_config(source))
+        self.check_model(spec)
+        with HuggingFaceWriter(
+            source, Path(output), spec, _Masters(self, spec), self.stored
+        ) as writer:
+            for unit in spec.units:
+                writer.write_unit(unit.name)
+            return writer.finish()
+
+
+class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
+    """The masters of a checkpoint, read when they are asked for."""
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec) -> None:
+        self._checkpoint, self._spec = checkpoint, spec
+
+    def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
+        unit = self._spec.unit(name)
+        hi, lo = (torch.empty(unit.numel, dtype=torch.int16) for _ in range(2))
+        self._checkpoint.read(unit, "hi", 0, hi)
+        self._checkpoint.read(unit, "lo", 0, lo)
+        return hi, lo
+
+    def __iter__(self) -> Iterator[str]:
+        return (unit.name for unit in self._spec.units)
+
+    def __len__(self) -> int:
+        return len(self._spec.units)
+
+
+def state_nbytes(spec: ModelSpec) -> int:
+    """Bytes of all state of a model in a checkpoint."""
+    return sum(STATE_PARTS.values()) * sum(unit.numel for unit in spec.units)
+
+
+def model_identity(spec: ModelSpec) -> dict[str, str | int]:
+    """What must be the same of two models for the state of one to be that of the other."""
+    names = ("family", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
+    layout = [[u.name, u.numel, [[p.key, p.shape, p.offset] for p in u.params]] for u in spec.units]
+    return {
+        **{name: getattr(spec, name) for name in names},
+        "layers": len(spec.layers),
+        "layout": digest(layout),
+    }
+
+
+def digest(value: Any) -> str:
+    """SHA-256, in hexadecimal, of a value as JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _file(unit: UnitSpec) -> str:
+    return f"units/{unit.name}"
+
+
+def _offset(unit: UnitSpec, part: str) -> int:
+    """Bytes before a part in a unit's file."""
+    names = list(STATE_PARTS)
+    return sum(STATE_PARTS[name] for name in names[: names.index(part)]) * unit.numel

@@ -1,0 +1,45 @@
+"""What an engine's state is at first: that of a checkpoint or of a model folder, or random."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+
+import torch
+from transformers import PretrainedConfig
+
+from slideformer.checkpointing import Checkpoint
+from slideformer.graph.model import ModelSpec
+from slideformer.models.checkpoint import init_random, load_weights
+from slideformer.run_memory import RunMemory
+
+
+def fill(
+    memory: RunMemory,
+    spec: ModelSpec,
+    model: Path,
+    initial: PretrainedConfig | None,
+    checkpoint: Checkpoint | None,
+) -> torch.dtype:
+    """Fill all masters and moments; returns the dtype that the weights are saved in.
+
+    They are those of ``checkpoint``, else random ones of the shape ``initial``, else those of the
+    folder ``model`` with moments of zero. Raises `CheckpointError` or `StoreError`.
+    """
+    if checkpoint is not None:
+        for unit in spec.units:
+            memory.load(unit.name, partial(checkpoint.read, unit))
+        return checkpoint.stored
+    masters = memory.masters()
+
+    def filled(unit: str) -> None:
+        memory.put_lo(unit, masters[unit][1])
+
+    for state in memory.states.values():  # host memory is zero already
+        if state.m.is_cuda:
+            state.m.zero_()
+            state.v.zero_()
+    if initial is None:
+        return load_weights(model, spec, masters, filled)
+    init_random(initial, spec, masters, seed=0, filled=filled)
+    return torch.bfloat16

@@ -1,0 +1,57 @@
+"""FLOPs of layers and of the output matrix, by kind and size."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from slideformer.graph.products import backward_products, forward_products, head_products
+from slideformer.graph.tasks import Product, ProductKind
+from tests.support.specs import small_plan, small_spec
+
+SPEC = small_spec(hidden=4, intermediate=8, heads=2, kv_heads=1, head_dim=2, vocab=3)
+LAYER = SPEC.layers[0]
+WEIGHTS = 4 * (4 + 2 + 2) + 4 * 4 + 2 * 8 * 4 + 4 * 8
+
+
+def test_forward_of_a_layer() -> None:
+    assert LAYER.matrix_numel == WEIGHTS
+    # Scores and their product with the values: each 2·S²·H·D, half of it under the causal mask.
+    assert forward_products(SPEC, LAYER, rows=3, seq_len=5) == (
+        Product(ProductKind.FORWARD, 2 * WEIGHTS * 15, 15, 4),
+        Product(ProductKind.ATTENTION, 3 * 2 * 25 * 2 * 2, 5, 2),
+    )
+
+
+def test_backward_of_a_layer() -> None:
+    plan = small_plan(rows=3, micro_rows=3, seq_len=5)
+    attention = 3 * 2 * 25 * 2 * 2
+    down = 4 * 8
+    assert backward_products(SPEC, LAYER, plan, kept=False) == (
+        Product(ProductKind.FORWARD, 2 * (WEIGHTS - down) * 15, 15, 4),
+        Product(ProductKind.GRADIENT, 4 * WEIGHTS * 15, 15, 4),
+        Product(ProductKind.ATTENTION, attention * 7 // 2, 5, 2),
+    )
+
+
+def test_kept_activations_spare_the_recompute() -> None:
+    plan = small_plan(rows=3, micro_rows=3, seq_len=5)
+    attention = 3 * 2 * 25 * 2 * 2
+    assert backward_products(SPEC, LAYER, plan, kept=True) == (
+        Product(ProductKind.GRADIENT, 4 * WEIGHTS * 15, 15, 4),
+        Product(ProductKind.ATTENTION, attention * 5 // 2, 5, 2),
+    )
+    packed = backward_products(SPEC, LAYER, replace(plan, packed=True), kept=True)
+    assert packed[1].flops == attention * 7 // 2
+
+
+def test_gradients_of_several_micro_batches_are_sums() -> None:
+    plan = small_plan(rows=4, micro_rows=2, seq_len=5)
+    kinds = [p.kind for p in backward_products(SPEC, LAYER, plan, kept=False)]
+    assert kinds == [ProductKind.FORWARD, ProductKind.SUMMED, ProductKind.ATTENTION]
+
+
+def test_the_output_matrix() -> None:
+    plan = small_plan(micro_rows=2, seq_len=8, head_tile=4)
+    assert head_products(SPEC, plan, vocab_rows=2, products=3) == (
+        Product(ProductKind.HEAD, 3 * 2 * 2 * 4 * 16, 4, 4),
+    )

@@ -1,0 +1,155 @@
+"""Checkpoints of byte ranges: what is read is what was written, or the file at fault is named."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slideformer.graph.errors import CheckpointError
+from slideformer.runtime import checkpoints
+from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
+
+PIECE = 100
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_pieces() -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoints, "PIECE", PIECE)
+        yield
+
+
+def content(size: int, seed: int = 0) -> bytes:
+    return np.random.default_rng(seed).bytes(size)
+
+
+def write(folder: Path, files: dict[str, bytes], cuts: dict[str, list[int]] | None = None) -> None:
+    """Write files in the ranges between ``cuts``, the last range first."""
+    folder.mkdir()
+    with RangeWriter(folder, {name: len(whole) for name, whole in files.items()}) as writer:
+        for name, whole in files.items():
+            ends = [0, *(cuts or {}).get(name, []), len(whole)]
+            for begin, end in reversed(list(pairwise(ends))):
+                writer.write(name, begin, whole[begin:end])
+        writer.add("added/note", b"a note")
+        writer.add("added/empty", b"")
+        writer.finish({"step": 3})
+
+
+@settings(max_examples=20)
+@given(st.data())
+def test_any_range_of_what_was_written_in_any_ranges_reads_back(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("ranges") / "checkpoint"
+    whole = content(data.draw(st.integers(1, 1000)))
+    positions = st.integers(0, len(whole))
+    cuts = sorted(data.draw(st.sets(positions, max_size=5)))
+    write(folder, {"a/b": whole, "c": content(30)}, {"a/b": cuts})
+    reader = RangeReader(folder)
+    assert reader.info == {"step": 3}
+    assert reader.content("added/note") == b"a note"
+    assert reader.content("added/empty") == b""
+    assert reader.files == {"a/b": len(whole), "c": 30, "added/note": 6, "added/empty": 0}
+    begin, end = sorted((data.draw(positions), data.draw(positions)))
+    into = bytearray(end - begin)
+    reader.read("a/b", begin, into)
+    assert into == whole[begin:end]
+
+
+def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint .* no manifest\.json"):
+        RangeReader(tmp_path)
+    with RangeWriter(tmp_path, {"a": 4}) as writer:
+        writer.write("a", 0, b"1234")
+    with pytest.raises(CheckpointError, match="no manifest"):
+        RangeReader(tmp_path)
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 2)
+
+
+def grow(path: Path) -> None:
+    path.write_bytes(path.read_bytes() + b"x")
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"), [(cut, "is cut short"), (grow, "was altered"), (Path.unlink, "cannot be")]
+)
+def test_a_file_of_another_size_is_refused_at_once(
+    tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    write(folder, {"units/a": content(500), "units/b": content(300)})
+    harm(folder / "units/b")
+    with pytest.raises(CheckpointError, match=f"units/b {words}"):
+        RangeReader(folder)
+
+
+@settings(max_examples=20)
+@given(position=st.integers(0, 499), bit=st.integers(0, 7))
+def test_any_bit_that_changed_is_seen_when_it_is_read(
+    tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
+) -> None:
+    folder = tmp_path_factory.mktemp("bits") / "checkpoint"
+    write(folder, {"units/a": content(500)}, {"units/a": [130]})
+    path = folder / "units/a"
+    changed = bytearray(path.read_bytes())
+    changed[position] ^= 1 << bit
+    path.write_bytes(changed)
+    reader = RangeReader(folder)
+    with pytest.raises(CheckpointError, match=r"units/a: bytes .* are not those that were written"):
+        reader.content("units/a")
+    with pytest.raises(CheckpointError, match="units/a"):
+        reader.read("units/a", position, bytearray(1))
+
+
+def alter(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def harm(path: Path) -> None:
+        found = json.loads(path.read_text())
+        change(found)
+        path.write_text(json.dumps(found))
+
+    return harm
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [
+        (cut, "is damaged or was altered"),
+        (alter(lambda m: m["info"].update(step=4)), "its digest does not fit"),
+        (alter(lambda m: m.pop("digest")), "is damaged"),
+        (alter(lambda m: m.update(version=2)), "is of version 2, this program reads 1"),
+        (alter(lambda m: m.update(format="other")), "of another format"),
+        (lambda path: path.write_text("[1]"), "is damaged"),
+    ],
+)
+def test_a_manifest_that_changed_is_refused(
+    tmp_path: Path, harm: Callable[[Path], None], words: str
+) -> None:
+    folder = tmp_path / "checkpoint"
+    write(folder, {"a": content(500)})
+    harm(folder / MANIFEST)
+    with pytest.raises(CheckpointError, match=f"{MANIFEST}.*{words}"):
+        RangeReader(folder)
+
+
+def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with RangeWriter(tmp_path, {"a": 1000}) as writer:
+        monkeypatch.setattr(os, "pwrite", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.write("a", 0, content(1000))
+    assert not (tmp_path / MANIFEST).exists()
