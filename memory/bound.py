@@ -76,7 +76,7 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     """Seconds in which the compute lane waits whatever the order.
 
     Between the last backward and the next forward nothing hides what is due first; and forward
-    waits for spilled activations that go down slower than it makes them.
+    waits for spilled activations that go down, between boundaries, slower than it makes them.
     """
     layer = spec.layers[0]
     forward = plan.micro_batches * profile.products.seconds(
@@ -84,7 +84,8 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     )
     forward *= len(spec.layers)
     spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
-    seconds = max(0.0, spilled / profile.d2h - forward)
+    boundaries = plan.offloaded * plan.tokens * spec.hidden * plan.compute.nbytes
+    seconds = max(0.0, (spilled + boundaries) / profile.d2h - forward) if spilled else 0.0
     if "embed" not in plan.resident:
         used = min(plan.tokens, spec.vocab) * spec.hidden
         boundary = plan.tokens * spec.hidden * plan.compute.nbytes

@@ -39,7 +39,7 @@ class FusedAttention(NamedTuple):
             found = _ATEN._scaled_dot_product_flash_attention_for_cpu(
                 *heads, 0.0, True, scale=scale
             )
-        elif self.backend is SDPBackend.CUDNN_ATTENTION:
+        elif self.backend == SDPBackend.CUDNN_ATTENTION:
             found = _ATEN._scaled_dot_product_cudnn_attention(
                 *heads, None, True, 0.0, True, scale=scale
             )
@@ -56,7 +56,7 @@ class FusedAttention(NamedTuple):
             found = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward(
                 *heads, saved.lse, 0.0, True, scale=scale
             )
-        elif self.backend is SDPBackend.CUDNN_ATTENTION:
+        elif self.backend == SDPBackend.CUDNN_ATTENTION:
             none = q.new_empty((), dtype=torch.int64)  # the state of the dropout that there is not
             lse = saved.lse.unsqueeze(-1)
             found = _ATEN._scaled_dot_product_cudnn_attention_backward(

@@ -624,7 +624,7 @@ def test_wrong_row_tables_are_refused(device: torch.device) -> None:
         "order has shape": {"order": case.order.view(3, 1)},
         "squares has shape": {"squares": torch.zeros(3)},
         "dx has shape": {"dx": torch.zeros(3, 5)},
-        "dx has shape .* strides": {"dx": torch.zeros(3, 6)[:, ::2]},
+        "dx has shape .* strides": {"dx": torch.zeros(3, 6, device=device)[:, ::2]},
         "dense_grad has shape": {"dense_grad": torch.zeros(11)},
     }
     wrong_types = {
