@@ -147,8 +147,10 @@ class MemoryPlan:
     them. The last ``kept`` layers keep their activations on the GPU from forward to backward,
     ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
 
-    The moments of ``nvme_moments`` streamed layers are on NVMe, and of ``nvme_lo`` of those the
-    masters' lower halves too; chunks of them pass through ``nvme_slots`` slots in host memory.
+    The moments of ``nvme_moments`` streamed layers are on NVMe, of ``nvme_lo`` of those the lower
+    halves of their masters too, and of ``nvme_hi`` of those again the upper halves, which are their
+    BF16 weights. Of the offloaded boundaries those of ``nvme_boundaries`` layers wait for backward
+    on NVMe. Each kind passes through ``nvme_slots`` slots in host memory, by chunk or micro-batch.
 
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
@@ -170,6 +172,8 @@ class MemoryPlan:
     spilled: int = 0
     nvme_moments: int = 0
     nvme_lo: int = 0
+    nvme_boundaries: int = 0
+    nvme_hi: int = 0
     nvme_slots: int = 4
     boundary_slots: int | None = None
     gradient_slots: int = 0
@@ -212,6 +216,16 @@ class MemoryPlan:
         """Positions of the spilled layers: spread evenly, so that each copy has time to finish."""
         first = layers - self.kept
         return frozenset(i * first // self.spilled for i in range(self.spilled))
+
+    @property
+    def stored_boundaries(self) -> frozenset[int]:
+        """Positions of the layers whose inputs wait on NVMe, spread evenly as `spills` are.
+
+        Never the first layer: the embedding's rows are gathered into its place in host memory.
+        """
+        others = max(self.offloaded - 1, 0)
+        count = min(self.nvme_boundaries, others)
+        return frozenset(1 + i * others // count for i in range(count))
 
     def draft(self) -> MemoryPlan:
         """The same plan with unbounded gradient parking and boundaries."""

@@ -34,6 +34,7 @@ class Activations:
         ring = SPILL_SLOTS if self._plan.spilled else 0
         self._pool = SlotPool("x", self._plan.boundary_slots)
         self._kept_pool = SlotPool("kept", self._plan.kept * self._plan.micro_batches + ring)
+        self._stored = {self._spec.layers[p].name for p in self._plan.stored_boundaries}
         self._pool_slot: dict[str, tuple[SlotPool, str]] = {}
         self.boundaries: dict[tuple[str, int], str] = {}
         self.kept: dict[tuple[str, int], str] = {}
@@ -94,12 +95,18 @@ class Activations:
         )
 
     def offload_boundary(self, unit: str, m: int, boundary: str) -> None:
-        """Bring a boundary down, to wait for backward in pinned memory."""
+        """Bring a boundary down, to wait for backward in pinned memory or on NVMe."""
+        if unit in self._stored:
+            self._memory.stored.put_away(f"x.{unit}.m{m}", boundary, self.nbytes)
+            return
         self._memory.copy(f"d2h.x.{unit}.m{m}", TaskKind.D2H, boundary, self.host_boundary(unit, m))
 
     def reload_boundary(self, unit: str, m: int) -> None:
         """Bring an offloaded boundary up again for backward."""
         boundary = self.boundary(unit, m, ".bwd")
+        if unit in self._stored:
+            self._memory.stored.bring_back(f"x.{unit}.m{m}", boundary, self.nbytes)
+            return
         self._memory.copy(
             f"h2d.x.{unit}.m{m}.bwd", TaskKind.H2D, self.host_boundary(unit, m), boundary
         )

@@ -14,6 +14,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
                           (both on the GPU for a resident unit; less what is on NVMe)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
     xh.U, kh.U            pinned   offloaded boundaries, spilled activations
+    wh.k, xs.k            pinned   weights and boundaries between NVMe and the GPU
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from slideformer.graph.placing import Visit
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_activations import Activations
 from slideformer.graph.step_gradients import Gradients
-from slideformer.graph.step_nvme import LO, MOMENTS, StoredState
+from slideformer.graph.step_nvme import HI, LO, MOMENTS, StoredState
 from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_NBYTES = 10
@@ -104,9 +105,13 @@ class StepMemory:
             )
         return name
 
+    def nbytes(self, name: str) -> int:
+        """Bytes of a buffer that has been declared."""
+        return self._nbytes[name]
+
     def copy(self, name: str, kind: TaskKind, source: str, target: str) -> None:
-        """Append a copy of a whole buffer."""
-        cost = Cost(nbytes=self._nbytes[source])
+        """Append a copy of a whole buffer; one of both may be larger, to fill pages for NVMe."""
+        cost = Cost(nbytes=min(self._nbytes[source], self._nbytes[target]))
         self.task(name, kind, op="copy", reads=[source], writes=[target], cost=cost)
 
     # -- weights and optimizer state -------------------------------------------------------------
@@ -125,8 +130,9 @@ class StepMemory:
         return self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)
 
     def owned(self, chunk: Chunk) -> list[str]:
-        """What a chunk owns in memory: upper halves, and of its state what is not on NVMe."""
-        return [self.hi(chunk), *([] if self.stored.has(LO, chunk.unit) else [self.state(chunk)])]
+        """What a chunk owns in memory: upper halves and state, as far as they are not on NVMe."""
+        hi = [] if self.stored.has(HI, chunk.unit) else [self.hi(chunk)]
+        return [*hi, *([] if self.stored.has(LO, chunk.unit) else [self.state(chunk)])]
 
     def _owned(self, chunk: Chunk, kind: str, size: int, tier: Tier, role: Role) -> str:
         return self.buffer(
@@ -171,7 +177,9 @@ class StepMemory:
             offset=size * (chunk.begin - origin),
         )
         if self.plan.compute is Compute.BF16:
-            self.copy(f"h2d.{name}", TaskKind.H2D, self.hi(chunk), weight)
+            stored = self.stored.has(HI, chunk.unit)
+            hi = self.stored.read_weights(chunk, purpose) if stored else self.hi(chunk)
+            self.copy(f"h2d.{name}", TaskKind.H2D, hi, weight)
             return weight
         halves = self.buffer(
             f"halves.{name}", 4 * chunk.numel, Tier.GPU, Role.WEIGHT, slot="halves"

@@ -1,18 +1,26 @@
-"""Optimizer state of a step that lies on NVMe, and the host slots through which it passes.
+"""What a step keeps on NVMe, and the host slots through which it passes.
 
-The moments of the first ``nvme_moments`` of the streamed layers in `spread` order, and the lower
-halves of the masters of ``nvme_lo`` of those, are extents: one per chunk, read before the chunk's
-update and written behind it. Reads run ahead as far as there are free slots, into the next step
-too, so that reading one chunk, updating the one before and writing the one before that overlap.
+Of the first ``nvme_moments`` of the streamed layers in `spread` order the moments, of ``nvme_lo``
+of those the masters' lower halves, and of ``nvme_hi`` of those the upper halves are extents: one
+per chunk, read before the chunk's update and written behind it. Upper halves are also read for
+forward and for backward, on their way to the GPU. Reads run ahead as far as there are free slots,
+into the next step too, so that reading one chunk, updating the one before and writing the one
+before that overlap. What the GPU exchanges with the disk passes through host memory as well: the
+slots there let the disk, which is slow, run ahead of the GPU and behind it without holding the
+GPU's own slots meanwhile.
 
-    moments.U.c, lo.U.c   nvme   an extent per chunk: both moments, lower halves of the master
-    staged.k              cpu    a chunk's extents in host memory; the slots are used in turn
-    saved_lo              cpu    a unit's lower halves put together, to be saved
+    moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: both moments, halves of the master
+    away.x.U.m                    nvme   an extent per boundary of a micro-batch
+    staged.k              cpu     a chunk's extents, to be updated; all slots are used in turn
+    wh.k                  pinned  a chunk's upper halves on their way up
+    xs.k                  pinned  a boundary on its way down or up
+    saved_lo, saved_hi    cpu     a unit's halves put together, to be saved
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from slideformer.graph.buffers import Role, Tier
@@ -27,15 +35,20 @@ if TYPE_CHECKING:
 EXTENT_ALIGNMENT = 4096
 """Bytes to whose multiples extents and their places in memory are rounded: direct I/O asks it."""
 
-MOMENTS, LO = "moments", "lo"
+MOMENTS, LO, HI = "moments", "lo", "hi"
 
-_NBYTES = {MOMENTS: 8, LO: 2}
+_NBYTES = {MOMENTS: 8, LO: 2, HI: 2}
 """Bytes per element of what an extent holds."""
 
 
 def extent_nbytes(kind: str, numel: int) -> int:
     """Bytes of the extent that holds ``numel`` elements of a kind."""
-    return -(-_NBYTES[kind] * numel // EXTENT_ALIGNMENT) * EXTENT_ALIGNMENT
+    return whole_pages(_NBYTES[kind] * numel)
+
+
+def whole_pages(nbytes: int) -> int:
+    """``nbytes`` and what fills the last page."""
+    return -(-nbytes // EXTENT_ALIGNMENT) * EXTENT_ALIGNMENT
 
 
 def spread(units: Sequence[str], count: int) -> list[str]:
@@ -48,9 +61,13 @@ def units_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[str, ...
     """Unit → kinds of its state that lie on NVMe."""
     streamed = [unit.name for unit in spec.layers if unit.name not in plan.resident]
     moments = spread(streamed, plan.nvme_moments)
-    lo = set(spread(moments, plan.nvme_lo))
-    assert not lo or plan.compute is Compute.BF16, "FP32 compute reads lower halves in every pass"
-    return {unit: (MOMENTS, LO) if unit in lo else (MOMENTS,) for unit in moments}
+    lo = spread(moments, plan.nvme_lo)
+    hi = spread(lo, plan.nvme_hi)
+    assert not lo or plan.compute is Compute.BF16, "FP32 compute reads both halves in every pass"
+    return {
+        unit: (MOMENTS, *([LO] if unit in lo else []), *([HI] if unit in hi else []))
+        for unit in moments
+    }
 
 
 class StoredState:
@@ -59,11 +76,13 @@ class StoredState:
     def __init__(self, memory: StepMemory) -> None:
         self._memory = memory
         self._kinds = units_on_nvme(memory.spec, memory.plan)
-        self._staged = 0
+        self._used: Counter[str] = Counter()
 
     def has(self, kind: str, unit: str) -> bool:
         """Whether that part of a unit's state is on NVMe."""
         return kind in self._kinds.get(unit, ())
+
+    # -- state, around a chunk's update ----------------------------------------------------------
 
     def read(self, chunk: Chunk) -> list[str]:
         """Bring a chunk's extents into the next slot; returns the buffers there, if it has any."""
@@ -75,78 +94,110 @@ class StoredState:
         kinds = self._kinds.get(chunk.unit, ())
         if kinds:
             extents = [self._extent(kind, chunk) for kind in kinds]
-            self._memory.task(
-                f"write.{chunk.unit}.{chunk.label}",
-                TaskKind.NVME_WRITE,
-                op="write_extents",
-                reads=[f"staged.{extent}" for extent in extents],
-                writes=extents,
-                cost=self._cost(chunk, kinds),
+            staged = [f"staged.{extent}" for extent in extents]
+            self._transfer(
+                f"write.{chunk.unit}.{chunk.label}", TaskKind.NVME_WRITE, staged, extents
             )
 
-    def read_lo(self, unit: UnitSpec) -> Iterator[str]:
-        """Put a unit's lower halves together in host memory, chunk by chunk, if they are on NVMe.
+    def read_master(self, unit: UnitSpec) -> Iterator[str]:
+        """Put those of a unit's halves that are on NVMe together in host memory, chunk by chunk.
 
         Yields the buffers that hold them then.
         """
-        if not self.has(LO, unit.name):
-            return
         memory = self._memory
-        for chunk in memory.chunks[unit.name]:
+        kinds = [kind for kind in (LO, HI) if self.has(kind, unit.name)]
+        for chunk in memory.chunks[unit.name] if kinds else ():
             name = f"{unit.name}.{chunk.label}"
-            staged = self._read(chunk, (LO,), f"read.{name}.save")
-            nbytes = _NBYTES[LO] * chunk.numel
-            saved = memory.buffer(
-                f"saved_lo.{name}",
-                nbytes,
-                Tier.CPU,
-                Role.WEIGHT,
-                slot="saved_lo",
-                offset=_NBYTES[LO] * chunk.begin,
-            )
+            staged = self._read(chunk, kinds, f"read.{name}.save")
+            saved = [
+                memory.buffer(
+                    f"saved_{kind}.{name}",
+                    _NBYTES[kind] * chunk.numel,
+                    Tier.CPU,
+                    Role.WEIGHT,
+                    slot=f"saved_{kind}",
+                    offset=_NBYTES[kind] * chunk.begin,
+                )
+                for kind in kinds
+            ]
             memory.task(
                 f"unstage.{name}.save",
                 TaskKind.CPU,
                 reads=staged,
-                writes=[saved],
-                cost=Cost(nbytes=2 * nbytes),
+                writes=saved,
+                cost=Cost(nbytes=4 * len(kinds) * chunk.numel),
             )
-            yield saved
+            yield from saved
 
-    def _read(self, chunk: Chunk, kinds: Iterable[str], name: str) -> list[str]:
-        memory = self._memory
-        slot = f"staged.{self._staged % memory.plan.nvme_slots}"
-        self._staged += 1
+    def _read(self, chunk: Chunk, kinds: Sequence[str], name: str) -> list[str]:
+        slot = self._next("staged")
         extents = [self._extent(kind, chunk) for kind in kinds]
         staged: list[str] = []
         offset = 0
         for kind, extent in zip(kinds, extents, strict=True):
             nbytes = extent_nbytes(kind, chunk.numel)
             staged.append(
-                memory.buffer(
+                self._memory.buffer(
                     f"staged.{extent}", nbytes, Tier.CPU, Role.OPTIMIZER, slot=slot, offset=offset
                 )
             )
             offset += nbytes
-        memory.task(
-            name,
-            TaskKind.NVME_READ,
-            op="read_extents",
-            reads=extents,
-            writes=staged,
-            cost=self._cost(chunk, kinds),
-        )
+        self._transfer(name, TaskKind.NVME_READ, extents, staged)
         return staged
+
+    # -- weights, on their way to the GPU --------------------------------------------------------
+
+    def read_weights(self, chunk: Chunk, purpose: str) -> str:
+        """Bring a chunk's upper halves into the next slot of pinned memory; returns the buffer."""
+        name = f"{chunk.unit}.{purpose}.{chunk.label}"
+        nbytes = extent_nbytes(HI, chunk.numel)
+        staged = self._memory.buffer(
+            f"wh.{name}", nbytes, Tier.PINNED, Role.WEIGHT, slot=self._next("wh")
+        )
+        self._transfer(f"read.{name}", TaskKind.NVME_READ, [self._extent(HI, chunk)], [staged])
+        return staged
+
+    # -- activations, from forward to backward ---------------------------------------------------
+
+    def put_away(self, name: str, source: str, nbytes: int) -> None:
+        """Bring an activation down and write it to NVMe, where it waits for backward."""
+        staged = self._staged_activation(f"down.{name}", nbytes)
+        self._memory.copy(f"d2h.{name}", TaskKind.D2H, source, staged)
+        self._transfer(f"write.{name}", TaskKind.NVME_WRITE, [staged], [self._away(name, nbytes)])
+
+    def bring_back(self, name: str, target: str, nbytes: int) -> None:
+        """Read what `put_away` wrote and bring it up again."""
+        staged = self._staged_activation(f"up.{name}", nbytes)
+        self._transfer(f"read.{name}.bwd", TaskKind.NVME_READ, [self._away(name, nbytes)], [staged])
+        self._memory.copy(f"h2d.{name}.bwd", TaskKind.H2D, staged, target)
+
+    def _staged_activation(self, name: str, nbytes: int) -> str:
+        return self._memory.buffer(
+            name, whole_pages(nbytes), Tier.PINNED, Role.ACTIVATION, slot=self._next("xs")
+        )
+
+    def _away(self, name: str, nbytes: int) -> str:
+        return self._memory.buffer(f"away.{name}", whole_pages(nbytes), Tier.NVME, Role.ACTIVATION)
+
+    # -- all of them -----------------------------------------------------------------------------
 
     def _extent(self, kind: str, chunk: Chunk) -> str:
         return self._memory.buffer(
             f"{kind}.{chunk.unit}.{chunk.label}",
             extent_nbytes(kind, chunk.numel),
             Tier.NVME,
-            Role.OPTIMIZER,
+            Role.WEIGHT if kind == HI else Role.OPTIMIZER,
             carried=True,
         )
 
-    @staticmethod
-    def _cost(chunk: Chunk, kinds: Iterable[str]) -> Cost:
-        return Cost(nbytes=sum(extent_nbytes(kind, chunk.numel) for kind in kinds))
+    def _next(self, ring: str) -> str:
+        """The slot of a ring that was used longest ago."""
+        self._used[ring] += 1
+        return f"{ring}.{(self._used[ring] - 1) % self._memory.plan.nvme_slots}"
+
+    def _transfer(
+        self, name: str, kind: TaskKind, sources: Sequence[str], targets: Sequence[str]
+    ) -> None:
+        op = "read_extents" if kind is TaskKind.NVME_READ else "write_extents"
+        cost = Cost(nbytes=sum(self._memory.nbytes(source) for source in sources))
+        self._memory.task(name, kind, op=op, reads=sources, writes=targets, cost=cost)

@@ -27,7 +27,7 @@ def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     for unit in spec.units:
         chunks = memory.chunks[unit.name]
         weights = [name for c in chunks for name in memory.owned(c)]
-        weights += memory.stored.read_lo(unit)
+        weights += memory.stored.read_master(unit)
         if memory.resident(unit.name):
             weights = [_bring_down(memory, unit, "save", ("hi", "lo"))]
         memory.task(

@@ -211,7 +211,7 @@ def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
         else:
             raise _refusal(request)  # the estimate was out by what fills pages on NVMe
         sizes = measure(request, plan)
-    plan = _fewest_offloaded(request, plan)
+    plan = _least_on_nvme(request, _fewest_offloaded(request, plan))
     sizes = measure(request, plan)
     plan = _assign_gradients(request, replace(plan, boundary_slots=sizes.boundaries), sizes)
     seconds = request.predict(compile_step(spec, plan)).seconds
@@ -232,7 +232,7 @@ def _least_on_nvme(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
         if more is None or nvme_nbytes(request.spec, more) > nvme_room(request.budgets):
             return plan
         plan = more
-    while (less := less_on_nvme(plan)) is not None and fits(less):
+    while (less := less_on_nvme(request.spec, plan)) is not None and fits(less):
         plan = less
     return plan
 

@@ -74,10 +74,8 @@ class ModelMemory:
         begin, end = int(task.args["begin"]), int(task.args["end"])
         state = self.states[str(task.args["unit"])].part(begin, end)
         for name in task.reads:
-            if name.startswith("staged.moments."):
-                state = state.with_moments(views[name])
-            elif name.startswith("staged.lo."):
-                state = state.with_lo(views[name])
+            if name.startswith("staged."):
+                state = state.with_extent(name.split(".")[1], views[name], end - begin)
         return state
 
     def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
@@ -140,8 +138,10 @@ class StreamOps:
         }
 
     def copy(self, task: Task, views: Views) -> Operation:
-        """Copy a whole buffer, in stream order where the device has streams."""
+        """Copy a buffer, without what fills pages, in stream order where the device has streams."""
         source, target = views[task.reads[0]], views[task.writes[0]]
+        nbytes = min(len(source), len(target))
+        source, target = source[:nbytes], target[:nbytes]
         return lambda _: target.copy_(source, non_blocking=True)
 
     def stage(self, task: Task, views: Views) -> Operation:
@@ -271,10 +271,15 @@ class StreamOps:
         return unit, weights, layer_layout(memory, task, views, unit)
 
     def unstage(self, task: Task, views: Views) -> Operation:
-        """Put a chunk's lower halves, read from NVMe, beside those of its unit."""
-        target = views[task.writes[0]]
-        source = views[task.reads[0]][: len(target)]
-        return lambda _: target.copy_(source)
+        """Put a chunk's halves of the master, read from NVMe, beside those of its unit."""
+        targets = [views[name] for name in task.writes]
+        sources = [views[name] for name in task.reads]
+
+        def run(_: object) -> None:
+            for source, target in zip(sources, targets, strict=True):
+                target.copy_(source[: len(target)])
+
+        return run
 
 
 def finite(value: float, where: str = "") -> float:

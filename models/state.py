@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from slideformer.graph.model import UnitSpec
 from slideformer.graph.step_memory import STATE_NBYTES
+from slideformer.graph.step_nvme import HI, LO, MOMENTS
 
 STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
 """The parts of a unit's state and their element types."""
@@ -18,7 +19,7 @@ STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": t
 class UnitState:
     """``hi``, ``lo`` int16 [n] (see ``kernels/split.py``) and ``m``, ``v`` FP32 [n].
 
-    What lies on NVMe is of length 0 here; `with_moments` and `with_lo` put in what was read.
+    What lies on NVMe is of length 0 here; `with_extent` puts in what was read.
     """
 
     hi: Tensor
@@ -27,16 +28,17 @@ class UnitState:
     v: Tensor
 
     @classmethod
-    def of(cls, unit: UnitSpec, hi: Tensor, state: Tensor | None) -> UnitState:
+    def of(cls, unit: UnitSpec, hi: Tensor | None, state: Tensor | None) -> UnitState:
         """Views of slot ``hi.U`` (2 bytes an element) and slot ``state.U`` (m, then v, then lo).
 
-        ``state`` is ``lo`` alone (2 bytes an element) where the moments are on NVMe, and None where
-        all of it is.
+        ``hi`` is None where it is on NVMe; ``state`` is ``lo`` alone (2 bytes an element) where the
+        moments are, and None where all of it is.
         """
         n = unit.numel
-        assert hi.numel() == 2 * n
-        if state is None:
-            state = hi[:0]
+        nothing = torch.empty(0, dtype=torch.uint8)
+        hi = nothing if hi is None else hi
+        state = nothing if state is None else state
+        assert hi.numel() in (0, 2 * n)
         assert state.numel() in (0, 2 * n, STATE_NBYTES * n)
         moments = max(state.numel() - 2 * n, 0) // 2
         lo = state.numel() - 2 * moments
@@ -55,12 +57,13 @@ class UnitState:
             self.hi[begin:end], self.lo[begin:end], self.m[begin:end], self.v[begin:end]
         )
 
-    def with_moments(self, extent: Tensor) -> UnitState:
-        """The same with moments from the bytes of an extent: m, then v, then what fills a page."""
-        n = len(self.hi)
-        m, v = extent[: 8 * n].view(torch.float32).split(n)
-        return UnitState(self.hi, self.lo, m, v)
+    def with_extent(self, kind: str, extent: Tensor, numel: int) -> UnitState:
+        """The same with its part from the bytes of an extent of ``numel`` elements.
 
-    def with_lo(self, extent: Tensor) -> UnitState:
-        """The same with the lower halves from the bytes of an extent."""
-        return UnitState(self.hi, extent[: 2 * len(self.hi)].view(torch.int16), self.m, self.v)
+        Of moments an extent holds m, then v; what fills its last page is left out.
+        """
+        if kind == MOMENTS:
+            m, v = extent[: 8 * numel].view(torch.float32).split(numel)
+            return replace(self, m=m, v=v)
+        assert kind in (LO, HI), kind
+        return replace(self, **{kind: extent[: 2 * numel].view(torch.int16)})

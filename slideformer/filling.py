@@ -33,7 +33,7 @@ def fill(
     masters = memory.masters()
 
     def filled(unit: str) -> None:
-        memory.put_lo(unit, masters[unit][1])
+        memory.put(unit, *masters[unit])
 
     for state in memory.states.values():  # host memory is zero already
         if state.m.is_cuda:

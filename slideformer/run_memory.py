@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
-from slideformer.graph.step_nvme import LO, MOMENTS, extent_nbytes, units_on_nvme
+from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, units_on_nvme
 from slideformer.memory.arena import Arenas, HostArena
 from slideformer.memory.extents import Extent, lay_out_extents
 from slideformer.memory.layout import lay_out, places
@@ -66,12 +67,11 @@ class RunMemory:
             raise
         self.states: dict[str, UnitState] = {}
         for unit in spec.units:
-            state = f"state.{unit.name}"
-            self.states[unit.name] = UnitState.of(
-                unit,
-                self.arenas.place(f"hi.{unit.name}"),
-                self.arenas.place(state) if state in in_memory else None,
+            hi, state = (
+                self.arenas.place(place) if (place := f"{kind}.{unit.name}") in in_memory else None
+                for kind in ("hi", "state")
             )
+            self.states[unit.name] = UnitState.of(unit, hi, state)
 
     def view(self, buffer: Buffer) -> Any:
         """The bytes of a buffer, uint8 [nbytes], or its extent."""
@@ -82,13 +82,17 @@ class RunMemory:
         return {} if self.store is None else transfer_bindings(self.store)
 
     def masters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Both halves of every unit; lower halves on NVMe share one place, a unit at a time."""
+        """Both halves of every unit; those on NVMe share one place each, a unit at a time."""
         found: dict[str, tuple[Tensor, Tensor]] = {}
-        for name, state in self.states.items():
-            lo = state.lo
-            if LO in self._kinds.get(name, ()):
-                lo = self.arenas.place("saved_lo")[: 2 * len(state.hi)].view(torch.int16)
-            found[name] = (state.hi, lo)
+        for unit in self._spec.units:
+            state, kinds = self.states[unit.name], self._kinds.get(unit.name, ())
+            hi, lo = (
+                self.arenas.place(f"saved_{kind}")[: 2 * unit.numel].view(torch.int16)
+                if kind in kinds
+                else half
+                for kind, half in ((HI, state.hi), (LO, state.lo))
+            )
+            found[unit.name] = (hi, lo)
         return found
 
     def saved_masters(self) -> dict[str, tuple[Tensor, Tensor]]:
@@ -100,15 +104,12 @@ class RunMemory:
             found[name] = (hi, lo)
         return found
 
-    def put_lo(self, unit: str, lo: Tensor) -> None:
-        """Write a unit's lower halves, int16 [n], to NVMe if that is where they belong."""
-        if LO not in self._kinds.get(unit, ()):
-            return
-        assert self.store is not None
-        for extent, begin, end in self._chunks(LO, unit):
-            staged = HostArena(extent.nbytes).tensor
-            staged[: 2 * (end - begin)].view(torch.int16).copy_(lo[begin:end])
-            self.store.write(extent, staged.numpy().data).result()
+    def put(self, unit: str, hi: Tensor, lo: Tensor) -> None:
+        """Write a unit's halves, int16 [n], to NVMe as far as they belong there."""
+        for kind, half in ((HI, hi), (LO, lo)):
+            if kind in self._kinds.get(unit, ()):
+                for extent, begin, end in self._chunks(kind, unit):
+                    self._write(extent, half[begin:end])
 
     def load(self, unit: str, source: StateSource) -> None:
         """Fill a unit's state, wherever it lies, from ``source``.
@@ -136,7 +137,7 @@ class RunMemory:
                     ):
                         source(part, begin, values)
                 else:
-                    source("lo", begin, staged[: 2 * count].view(torch.int16))
+                    source(kind, begin, staged[: 2 * count].view(torch.int16))
                 self.store.write(extent, staged.numpy().data).result()
 
     def whole(self, unit: str) -> UnitState:
@@ -144,22 +145,18 @@ class RunMemory:
 
         Nothing may be in flight. Raises `StoreError`.
         """
-        state, kinds = self.states[unit], self._kinds.get(unit, ())
-        parts = {
-            kind: [
-                (self._read(extent), end - begin) for extent, begin, end in self._chunks(kind, unit)
+        state = self.states[unit]
+        for kind in self._kinds.get(unit, ()):
+            read = [
+                UnitState.of(self._spec.unit(unit), None, None).with_extent(
+                    kind, self._read(extent), end - begin
+                )
+                for extent, begin, end in self._chunks(kind, unit)
             ]
-            for kind in kinds
-        }
-        m, v, lo = state.m, state.v, state.lo
-        if MOMENTS in kinds:
-            pairs = [
-                each[: 8 * count].view(torch.float32).split(count) for each, count in parts[MOMENTS]
-            ]
-            m, v = (torch.cat([pair[i] for pair in pairs]) for i in (0, 1))
-        if LO in kinds:
-            lo = torch.cat([each[: 2 * count].view(torch.int16) for each, count in parts[LO]])
-        return UnitState(state.hi, lo, m, v)
+            names = ("m", "v") if kind == MOMENTS else (kind,)
+            parts = {name: torch.cat([getattr(each, name) for each in read]) for name in names}
+            state = replace(state, **parts)
+        return state
 
     def close(self) -> None:
         """Unlock pinned memory and remove the files; nothing may be in flight."""
@@ -187,3 +184,9 @@ class RunMemory:
         memory = HostArena(extent.nbytes).tensor
         self.store.read(extent, memory.numpy().data).result()
         return memory
+
+    def _write(self, extent: Extent, values: Tensor) -> None:
+        assert self.store is not None
+        memory = HostArena(extent.nbytes).tensor
+        memory[: 2 * len(values)].view(torch.int16).copy_(values)
+        self.store.write(extent, memory.numpy().data).result()

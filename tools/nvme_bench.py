@@ -72,8 +72,9 @@ def train(shape: str, config: EngineConfig, steps: int) -> dict[str, float]:
             raise ConfigError("the plan needs no NVMe under these budgets; lower --cpu-memory")
         host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
         print(
-            f"plan: moments of {plan.nvme_moments} layers and lower halves of {plan.nvme_lo} on "
-            f"NVMe, {format_size(plan.peaks[Tier.NVME])}; host {format_size(host)}, GPU "
+            f"plan: moments of {plan.nvme_moments} layers, lower halves of {plan.nvme_lo}, "
+            f"boundaries of {len(plan.stored_boundaries)} and weights of {plan.nvme_hi} on NVMe, "
+            f"{format_size(plan.peaks[Tier.NVME])}; host {format_size(host)}, GPU "
             f"{format_size(plan.peaks[Tier.GPU])}",
             flush=True,
         )

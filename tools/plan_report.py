@@ -9,6 +9,7 @@ from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.model import ModelSpec, UnitKind
 from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step_nvme import whole_pages
 from slideformer.planning import budgets_for, device_for
 
 _STATE_NBYTES = 12
@@ -36,7 +37,8 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     layer = max(unit.numel for unit in spec.layers) * plan.compute.nbytes
     streamed = [unit for unit in spec.units if unit.name not in plan.resident]
     stored = plan.peaks.get(Tier.NVME, 0)
-    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed) - stored
+    away = _stored_boundaries(spec, plan)
+    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed) - (stored - away)
     if any(unit.kind is UnitKind.LAYER for unit in streamed):
         table.add_row(
             "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
@@ -75,13 +77,23 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
 
 
 def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:
-    parts = [f"moments of {plan.nvme_moments} of {len(spec.layers)} layers"]
-    if plan.nvme_lo:
-        parts.append(f"the masters' lower halves of {plan.nvme_lo}")
+    counts = {
+        "moments": plan.nvme_moments,
+        "masters' lower halves": plan.nvme_lo,
+        "boundaries": len(plan.stored_boundaries),
+        "weights": plan.nvme_hi,
+    }
+    parts = [f"{what} of {_count(number, 'layer')}" for what, number in counts.items() if number]
     return (
-        f"{' and '.join(parts)}, {format_size(stored)}; {format_size(stored)} written a step, "
+        f"{', '.join(parts)}: {format_size(stored)}; {format_size(stored)} written a step, "
         f"{format_size(1000 * stored)} in 1,000 steps"
     )
+
+
+def _stored_boundaries(spec: ModelSpec, plan: MemoryPlan) -> int:
+    """Bytes of the boundaries that wait on NVMe."""
+    nbytes = whole_pages(plan.micro_tokens * spec.hidden * plan.compute.nbytes)
+    return len(plan.stored_boundaries) * plan.micro_batches * nbytes
 
 
 def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
@@ -89,8 +101,10 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
     if not plan.offloaded:
         return "all on the GPU"
     nbytes = plan.tokens * spec.hidden * plan.compute.nbytes
+    stored = len(plan.stored_boundaries)
+    on_nvme = f", those of {stored} on NVMe" if stored else ""
     return (
-        f"those of {plan.offloaded} of {layers} layers wait in pinned memory, "
+        f"those of {plan.offloaded - stored} of {layers} layers wait in pinned memory{on_nvme}, "
         f"{format_size(nbytes)} each"
     )
 

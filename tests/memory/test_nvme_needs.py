@@ -64,7 +64,7 @@ def test_as_little_as_fits_is_on_nvme(share: float, compute: Compute) -> None:
     for graph in plan_graphs(SPEC, plan):
         ledger = replay(graph)
         assert ledger.peak[Tier.NVME] <= plan.peaks.get(Tier.NVME, 0) <= ROOM
-    less = less_on_nvme(plan)
+    less = less_on_nvme(SPEC, plan)
     if less is not None:
         assert measure(request, less).host > request.budgets.host
     if share == 1:

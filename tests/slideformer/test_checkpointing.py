@@ -99,7 +99,8 @@ def placements(draw: st.DrawFn, disks: tuple[Path, Path]) -> dict[str, Any]:
         "resident": resident,
         "nvme": disks[: draw(st.integers(1, 2))] if nvme else (),
         "nvme_moments": moments,
-        "nvme_lo": draw(st.integers(0, moments)),
+        "nvme_lo": (lo := draw(st.integers(0, moments))),
+        "nvme_hi": draw(st.integers(0, lo)),
         "seed": draw(st.integers(0, 99)),
     }
 

@@ -1,0 +1,145 @@
+"""Graphs of plans with something on NVMe: every byte is read and written as often as it must be."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slideformer.graph.buffers import Tier
+from slideformer.graph.graph import TaskGraph
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
+from slideformer.graph.step_nvme import EXTENT_ALIGNMENT, HI, LO, MOMENTS, units_on_nvme
+from slideformer.graph.tasks import TaskKind
+from slideformer.graph.verify import verify
+from slideformer.memory.layout import places
+from slideformer.memory.nvme_needs import nvme_nbytes, nvme_read_nbytes
+from tests.support.specs import draft_plans, specs
+
+Case = tuple[ModelSpec, MemoryPlan]
+
+some = settings(max_examples=30)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    """A spec and a plan for it with any share of everything on NVMe."""
+    spec = draw(specs())
+    plan = draw(draft_plans(spec))
+    layers = st.integers(0, len(spec.layers))
+    bf16 = plan.compute is Compute.BF16
+    return spec, replace(
+        plan,
+        nvme_moments=draw(layers),
+        nvme_lo=draw(layers) if bf16 else 0,
+        nvme_hi=draw(layers) if bf16 else 0,
+        nvme_boundaries=draw(layers),
+        nvme_slots=draw(st.integers(1, 4)),
+    )
+
+
+def moved(graph: TaskGraph, kind: TaskKind) -> Counter[str]:
+    """How often each extent is read from NVMe, or written there."""
+    return Counter(
+        name
+        for task in graph.tasks
+        if task.kind is kind
+        for name in (task.reads if kind is TaskKind.NVME_READ else task.writes)
+    )
+
+
+@some
+@given(cases())
+def test_graphs_keep_the_rules_and_extents_are_whole_pages(case: Case) -> None:
+    graphs = [compile_(*case) for compile_ in (compile_step, compile_evaluation, compile_save)]
+    for graph in graphs:
+        verify(graph)
+        for buffer in graph.buffers.values():
+            if buffer.tier is Tier.NVME:
+                assert buffer.nbytes % EXTENT_ALIGNMENT == 0
+                assert not buffer.slot
+        for ring in ("staged.", "wh.", "xs."):
+            assert sum(name.startswith(ring) for name in graph.slots) <= case[1].nvme_slots
+    assert footprint(*case) == places(graphs)
+
+
+@some
+@given(cases())
+def test_a_step_writes_each_extent_once_and_reads_it_as_often_as_it_must(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, plan)
+    reads, writes = moved(graph, TaskKind.NVME_READ), moved(graph, TaskKind.NVME_WRITE)
+    assert set(writes.values()) <= {1}
+    assert reads.keys() == writes.keys()
+    # Weights that forward leaves on the GPU are not read again for backward.
+    again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
+    for extent, count in reads.items():
+        kind, unit, *_ = extent.split(".")
+        assert count == (1 if kind != HI else 3 if unit in again else 2)
+    kinds = units_on_nvme(spec, plan)
+    assert {tuple(name.split(".")[:2]) for name in writes if not name.startswith("away.")} == {
+        (kind, unit) for unit in kinds for kind in kinds[unit]
+    }
+    away = {name for name in writes if name.startswith("away.")}
+    assert away == {
+        f"away.x.{spec.layers[position].name}.m{m}"
+        for position in plan.stored_boundaries
+        for m in range(plan.micro_batches)
+    }
+
+
+@some
+@given(cases())
+def test_what_is_on_nvme_is_nowhere_else(case: Case) -> None:
+    spec, plan = case
+    wanted = footprint(spec, plan)
+    kinds = units_on_nvme(spec, plan)
+    for unit in spec.layers:
+        stored = kinds.get(unit.name, ())
+        assert (f"hi.{unit.name}" in wanted) == (HI not in stored)
+        size = (2 * (LO not in stored) + 8 * (MOMENTS not in stored)) * unit.numel
+        _, found = wanted.get(f"state.{unit.name}", (Tier.CPU, 0))
+        assert found == size
+    for position in plan.stored_boundaries:
+        assert position
+        assert f"xh.{spec.layers[position].name}" not in wanted
+
+
+@some
+@given(cases())
+def test_an_evaluation_reads_weights_only_and_a_save_both_halves(case: Case) -> None:
+    kinds = units_on_nvme(*case)
+    evaluation, save = compile_evaluation(*case), compile_save(*case)
+    for graph, saved in ((evaluation, (HI,)), (save, (LO, HI))):
+        assert not moved(graph, TaskKind.NVME_WRITE)
+        reads = moved(graph, TaskKind.NVME_READ)
+        assert set(reads.values()) <= {1}
+        assert {tuple(name.split(".")[:2]) for name in reads} == {
+            (kind, unit) for unit in kinds for kind in kinds[unit] if kind in saved
+        }
+
+
+@some
+@given(cases())
+def test_the_bytes_of_a_step_are_those_counted_for_the_bound(case: Case) -> None:
+    """But for what fills the last page of each extent, and weights that need not come up again."""
+    spec, plan = case
+    streamed = sum(unit.name not in plan.resident for unit in spec.layers)
+    moments = min(plan.nvme_moments, streamed)
+    lo = min(plan.nvme_lo, moments)
+    plan = replace(plan, nvme_moments=moments, nvme_lo=lo, nvme_hi=min(plan.nvme_hi, lo))
+    graph = compile_step(spec, plan)
+    again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
+    kept = sum(HI in kinds and unit not in again for unit, kinds in units_on_nvme(*case).items())
+    spared = 2 * spec.layers[0].numel * kept
+    for kind, counted in (
+        (TaskKind.NVME_WRITE, nvme_nbytes(spec, plan)),
+        (TaskKind.NVME_READ, nvme_read_nbytes(spec, plan) - spared),
+    ):
+        tasks = [task for task in graph.tasks if task.kind is kind]
+        filled = sum(task.cost.nbytes for task in tasks) - counted
+        assert 0 <= filled < EXTENT_ALIGNMENT * sum(len(task.reads) for task in tasks) + 1
