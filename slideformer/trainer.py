@@ -53,6 +53,9 @@ METRICS_FILE = "metrics.jsonl"
 NUMERICS_FILE = "numerics.json"
 """`Engine.numerics`, within the output folder."""
 
+_MUCH_PADDING = 0.1
+"""Share of padding from which on packing is worth a word."""
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
@@ -190,6 +193,12 @@ class _Run:
         self._stream = BatchStream(
             dataset, config.batch_size, config.seed, epochs, packing=config.packing
         )
+        padding = self._stream.padding_share
+        logger.info(
+            "an epoch has %d steps; %.1f %% of their tokens is padding%s",
+            self._stream.steps_per_epoch, 100 * padding,
+            ", which packing would fill" if padding > _MUCH_PADDING and not config.packing else "",
+        )  # fmt: skip
         steps = config.steps or self._stream.steps or 0
         self._rates = learning_rates(config, steps, self._schedule)
         if config.trace is not None:

@@ -24,6 +24,7 @@ from slideformer.tools.console import (
     set_up_logging,
     stderr_console,
 )
+from slideformer.tools.data_cli import data_app
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
@@ -98,5 +99,6 @@ def plan(**settings: Any) -> None:
 
 app.command()(simulate)
 app.command()(bench)
+app.add_typer(data_app, name="data")
 app.add_typer(graph_app, name="graph")
 app.add_typer(policies_app, name="policies")

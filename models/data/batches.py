@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.order import epoch_rows, shuffled
-from slideformer.models.data.packing import Rows, joined, one_each, pack
+from slideformer.models.data.packing import Rows, joined, one_each, pack, padding_share
 from slideformer.models.data.parts import counted
 
 IGNORED_TARGET = -100  # the index that cross entropy in PyTorch ignores
@@ -179,6 +179,12 @@ class BatchStream(Iterator[Batch]):
         self._bounds = np.cumsum([0, *map(len, rows)])  # of the rows of each part
         self.steps_per_epoch = -(-len(self._epoch_order(0)) // batch_size)
         self.steps = None if epochs is None else epochs * self.steps_per_epoch
+
+    @property
+    def padding_share(self) -> float:
+        """The share of padding in the batches of an epoch, on average over epochs."""
+        tokens = sum(part.weight * float(part.lengths.sum()) for part in self._dataset.parts)
+        return padding_share(tokens, self.steps_per_epoch * self._batch_size, self._dataset.seq_len)
 
     def batch(self, step: int) -> Batch:
         """The batch of ``step``, counted from 0 over all epochs; the position stays as it is."""

@@ -78,3 +78,8 @@ def pack(lengths: NDArray[np.int64], capacity: int) -> Rows:
     starts = np.zeros(rows + 1, dtype=np.int64)
     np.cumsum(np.bincount(row_of, minlength=rows), out=starts[1:])
     return Rows(documents, starts)
+
+
+def padding_share(tokens: float, rows: float, seq_len: int) -> float:
+    """The share of ``rows`` of ``seq_len`` tokens that ``tokens`` do not fill; 0 without rows."""
+    return 1 - tokens / (rows * seq_len) if rows else 0.0
