@@ -109,6 +109,10 @@ class ModelSpec:
     units: tuple[UnitSpec, ...]
     windows: tuple[int, ...] = ()
     """Distinct sliding-window lengths of its layers."""
+    softcapped: bool = False
+    """Whether the scores of its attention are capped, which flash attention cannot do."""
+    ropes: int = 1
+    """Rotary embeddings: tables of cosines and sines that all steps share."""
 
     @cached_property
     def layers(self) -> tuple[UnitSpec, ...]:

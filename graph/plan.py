@@ -235,10 +235,12 @@ class MemoryPlan:
 def keeps_attention(spec: ModelSpec, plan: MemoryPlan) -> bool:
     """Whether what layers keep contains the output of attention.
 
-    A fused kernel can go on from there: in BF16, over whole rows without a window.
+    A fused kernel can go on from there: in BF16, over whole rows without a window, where scores
+    have no cap.
     """
     windowed = any(window < plan.seq_len for window in spec.windows)
-    return plan.compute is Compute.BF16 and not plan.packed and not windowed
+    plain = not (plan.packed or windowed or spec.softcapped)
+    return plan.compute is Compute.BF16 and plain
 
 
 def kept_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:

@@ -206,12 +206,14 @@ class StepMemory:
 
     @cached_property
     def constants(self) -> list[str]:
-        """Made before the first step: cosines and sines, FP32 [2, seq_len, rotary_dim], and masks.
+        """Made before the first step: tables of cosines and sines, and masks.
+
+        Tables are FP32 [ropes, 2, seq_len, rotary_dim].
 
         Packed runs have no masks, as their documents differ from step to step.
         """
         seq_len = self.plan.seq_len
-        nbytes = 8 * seq_len * self.spec.rotary_dim
+        nbytes = 8 * self.spec.ropes * seq_len * self.spec.rotary_dim
         names = [self.buffer("rope", nbytes, Tier.GPU, Role.CONSTANT, carried=True)]
         for window in self.spec.windows:
             if window < seq_len and not self.plan.packed:

@@ -83,7 +83,7 @@ def norm_cases(tokens: int, n: int) -> Iterator[Case]:
         2 * one,
         lambda: rms_norm(x, weight, EPS),
         reference.rms_norm,
-        (x, weight, EPS, None),
+        (x, weight, EPS, None, False),
         liger_forward,
     )
     yield Case(
@@ -101,7 +101,7 @@ def norm_cases(tokens: int, n: int) -> Iterator[Case]:
         3 * one,
         lambda: rms_norm_backward(dy, x, weight, rstd),
         reference.rms_norm_backward,
-        (dy, x, weight, rstd, None, None),
+        (dy, x, weight, rstd, None, None, False),
         liger_backward,
     )
     yield Case(
@@ -110,7 +110,7 @@ def norm_cases(tokens: int, n: int) -> Iterator[Case]:
         4 * one,
         lambda: rms_norm_backward(dy, x, weight, rstd, residual),
         reference.rms_norm_backward,
-        (dy, x, weight, rstd, residual, None),
+        (dy, x, weight, rstd, residual, None, False),
     )
 
 
@@ -132,7 +132,7 @@ def head_cases(tokens: int) -> Iterator[Case]:
         2 * one,
         lambda: rms_norm(queries, weight, EPS, out=queries),
         reference.rms_norm,
-        (queries, weight, EPS, queries),
+        (queries, weight, EPS, queries, False),
     )
     yield Case(
         "rms_norm_backward",
@@ -140,7 +140,7 @@ def head_cases(tokens: int) -> Iterator[Case]:
         3 * one,
         lambda: rms_norm_backward(dqueries, queries, weight, rstd, out=dqueries),
         reference.rms_norm_backward,
-        (dqueries, queries, weight, rstd, None, dqueries),
+        (dqueries, queries, weight, rstd, None, dqueries, False),
     )
 
     heads = fused[:, : rotated * HEAD_SIZE].view(1, tokens, rotated, HEAD_SIZE)

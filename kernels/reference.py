@@ -1,10 +1,10 @@
 """Plain PyTorch versions of the GPU kernels: what the Triton kernels are tested against.
 
 They run wherever PyTorch runs and serve CPU tensors in production. Arithmetic is FP32, results are
-rounded once to the dtype of the input (RMSNorm rounds twice, as Hugging Face does). They allocate
-FP32 temporaries freely and make no claim to speed. Arguments are checked by the public functions in
-``rms_norm.py``, ``rope.py``, ``swiglu.py`` and ``cross_entropy.py``, whose docstrings hold the
-formulas.
+rounded once to the dtype of the input (RMSNorm may round twice, as Hugging Face does). They
+allocate FP32 temporaries freely and make no claim to speed. Arguments are checked by the public
+functions in ``rms_norm.py``, ``rope.py``, ``swiglu.py`` and ``cross_entropy.py``, whose docstrings
+hold the formulas.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ IGNORE_INDEX = -100
 """Target value of a token without loss, as in ``torch.nn.functional.cross_entropy``."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None, centred: bool
+) -> tuple[Tensor, Tensor]:
     """See :func:`slideformer.kernels.rms_norm.rms_norm`."""
     wide = x.float()
     rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    normalised = (wide * rstd).to(x.dtype)
-    y = (normalised.float() * weight.float()).to(x.dtype)
+    if centred:
+        y = (wide * rstd * (1 + weight.float())).to(x.dtype)
+    else:
+        y = ((wide * rstd).to(x.dtype).float() * weight.float()).to(x.dtype)
     return y if out is None else out.copy_(y), rstd.flatten()
 
 
@@ -32,7 +36,7 @@ def add_rms_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See :func:`slideformer.kernels.rms_norm.add_rms_norm`."""
     total = x + residual
-    y, rstd = rms_norm(total, weight, eps, None)
+    y, rstd = rms_norm(total, weight, eps, None, False)
     return total, y, rstd
 
 
@@ -43,13 +47,14 @@ def rms_norm_backward(
     rstd: Tensor,
     residual_grad: Tensor | None,
     out: Tensor | None,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`slideformer.kernels.rms_norm.rms_norm_backward`."""
     scale = rstd.view(*x.shape[:-1], 1)
     normalised = x.float() * scale
     wide_dy = dy.float()
     dweight = (wide_dy * normalised).reshape(-1, x.shape[-1]).sum(0)
-    weighted = wide_dy * weight.float()
+    weighted = wide_dy * (weight.float() + 1 if centred else weight.float())
     dx = scale * (weighted - normalised * (weighted * normalised).mean(-1, keepdim=True))
     if residual_grad is not None:
         dx += residual_grad.float()

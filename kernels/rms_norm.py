@@ -2,10 +2,13 @@
 
 Forward (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467), in the rounding order of Hugging
 Face's ``LlamaRMSNorm``: with ``rstd = 1 / sqrt(mean(x^2) + eps)`` in FP32,
-``y = cast(x * rstd) * weight``, where ``cast`` rounds to the dtype of ``x``.
+``y = cast(x * rstd) * weight``, where ``cast`` rounds to the dtype of ``x``. A ``centred`` weight
+is stored less one, and rounding waits for the product, as in ``Gemma2RMSNorm``:
+``y = cast(x * rstd * (1 + weight))``.
 
-Backward, with ``n = x * rstd`` and ``g = dy * weight`` in FP32, both roundings passed straight
-through: ``dx = rstd * (g - n * mean(g * n))`` and ``dweight = sum over rows of dy * n``.
+Backward, with ``n = x * rstd`` and ``g = dy * weight``, or ``dy * (1 + weight)``, in FP32, the
+roundings passed straight through: ``dx = rstd * (g - n * mean(g * n))`` and ``dweight = sum over
+rows of dy * n``.
 
 CUDA tensors run one Triton kernel per call, others the plain reference. Nothing here is an autograd
 function, and nothing waits for the device.
@@ -20,7 +23,12 @@ from slideformer.kernels.triton_support import triton_enabled
 
 
 def rms_norm(
-    x: Tensor, weight: Tensor, eps: float, out: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    out: Tensor | None = None,
+    *,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Normalise the last dimension of ``x``.
 
@@ -35,8 +43,8 @@ def rms_norm(
     if triton_enabled(x):
         from slideformer.kernels import rms_norm_triton
 
-        return rms_norm_triton.rms_norm(x, weight, eps, out)
-    return reference.rms_norm(x, weight, eps, out)
+        return rms_norm_triton.rms_norm(x, weight, eps, out, centred)
+    return reference.rms_norm(x, weight, eps, out, centred)
 
 
 def add_rms_norm(
@@ -64,6 +72,8 @@ def rms_norm_backward(
     rstd: Tensor,
     residual_grad: Tensor | None = None,
     out: Tensor | None = None,
+    *,
+    centred: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`rms_norm` at ``x``, given ``dy`` and the ``rstd`` of the forward.
 
@@ -79,8 +89,8 @@ def rms_norm_backward(
     if triton_enabled(x):
         from slideformer.kernels import rms_norm_triton
 
-        return rms_norm_triton.rms_norm_backward(dy, x, weight, rstd, residual_grad, out)
-    return reference.rms_norm_backward(dy, x, weight, rstd, residual_grad, out)
+        return rms_norm_triton.rms_norm_backward(dy, x, weight, rstd, residual_grad, out, centred)
+    return reference.rms_norm_backward(dy, x, weight, rstd, residual_grad, out, centred)
 
 
 def _check(x: Tensor, weight: Tensor, *others: Tensor | None) -> None:

@@ -42,6 +42,7 @@ def _forward_kernel(
     residual_outer: tl.tensor,
     residual_inner: tl.tensor,
     eps: tl.tensor,
+    CENTRED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
@@ -62,8 +63,12 @@ def _forward_kernel(
         value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
     tl.store(rstd + row, scale, mask=row < rows)
-    normalised = (value * scale[:, None]).to(dtype).to(tl.float32)
+    normalised = value * scale[:, None]
     gain = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)
+    if CENTRED:
+        gain += 1
+    else:
+        normalised = normalised.to(dtype).to(tl.float32)
     result = normalised * gain[None, :]
     tl.store(y + i * y_outer + j * y_inner + column, result.to(dtype), mask=mask)
 
@@ -88,6 +93,7 @@ def _backward_kernel(
     dx_inner: tl.tensor,
     residual_outer: tl.tensor,
     residual_inner: tl.tensor,
+    CENTRED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
@@ -95,6 +101,8 @@ def _backward_kernel(
     column = tl.arange(0, BLOCK)
     in_row = column < n
     gain = tl.load(weight + column, mask=in_row, other=0.0).to(tl.float32)[None, :]
+    if CENTRED:
+        gain += 1
     dweight = tl.zeros([ROWS, BLOCK], tl.float32)
     step = tl.num_programs(0) * ROWS
     for start in tl.range(tl.program_id(0) * ROWS, rows, step, num_stages=STAGES):
@@ -120,11 +128,13 @@ def _backward_kernel(
     tl.store(share, tl.sum(dweight, 0), mask=in_row)
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor | None) -> tuple[Tensor, Tensor]:
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, out: Tensor | None, centred: bool
+) -> tuple[Tensor, Tensor]:
     """See :func:`slideformer.kernels.rms_norm.rms_norm`."""
     y = x.new_empty(x.shape) if out is None else out
     inner, strides = row_strides(x, y)
-    return y, _forward(x, None, weight, None, y, inner, (*strides, 0, 0), eps)
+    return y, _forward(x, None, weight, None, y, inner, (*strides, 0, 0), eps, centred)
 
 
 def add_rms_norm(
@@ -133,7 +143,7 @@ def add_rms_norm(
     """See :func:`slideformer.kernels.rms_norm.add_rms_norm`."""
     total, y = x.new_empty(x.shape), x.new_empty(x.shape)
     inner, strides = row_strides(x, y, residual)
-    return total, y, _forward(x, residual, weight, total, y, inner, strides, eps)
+    return total, y, _forward(x, residual, weight, total, y, inner, strides, eps, False)
 
 
 def rms_norm_backward(
@@ -143,6 +153,7 @@ def rms_norm_backward(
     rstd: Tensor,
     residual_grad: Tensor | None,
     out: Tensor | None,
+    centred: bool,
 ) -> tuple[Tensor, Tensor]:
     """See :func:`slideformer.kernels.rms_norm.rms_norm_backward`."""
     dx = x.new_empty(x.shape) if out is None else out
@@ -165,6 +176,7 @@ def rms_norm_backward(
         n,
         inner,
         *strides,
+        CENTRED=centred,
         ROWS=tile_rows,
         BLOCK=block,
         STAGES=stages,
@@ -182,6 +194,7 @@ def _forward(
     inner: int,
     strides: tuple[int, ...],
     eps: float,
+    centred: bool,
 ) -> Tensor:
     rows, tile_rows, block, warps = _tile(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
@@ -197,6 +210,7 @@ def _forward(
         inner,
         *strides,
         eps,
+        CENTRED=centred,
         ROWS=tile_rows,
         BLOCK=block,
         num_warps=warps,

@@ -4,8 +4,9 @@ Sequences are padded on the right only, so a causal mask already hides every pad
 real query; no padding mask exists. A layer whose window is shorter than the sequence takes a
 boolean mask instead. Rows that hold several documents take no mask: flash attention over sequences
 of different lengths (Dao, 2023, arXiv 2307.08691) where there is one, elsewhere each document is
-attended to by itself. Projections, norms and rotary embedding belong to the layer; determinism and
-the choice of backend are PyTorch's global settings.
+attended to by itself. Capped scores, which the fused kernels do not know, are the matter of
+``softcapped.py``. Projections, norms and rotary embedding belong to the layer; determinism and the
+choice of backend are PyTorch's global settings.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from slideformer.models.documents import Documents
 from slideformer.models.fused_attention import Saved, fused_attention
+from slideformer.models.softcapped import softcapped_attention
 
 Mask = Tensor | Documents | None
 """What a query may see of the keys before it: where a boolean mask says so, its document, all."""
@@ -34,24 +36,37 @@ def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, *, scale: float, mask: Mask, saved: Saved | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float,
+    mask: Mask,
+    softcap: float | None = None,
+    saved: Saved | None = None,
 ) -> Tensor:
     """softmax(scale · q kᵀ + causal, window or document mask) v, head by head.
+
+    With ``softcap`` c the scores are c · tanh(scale · q kᵀ / c).
 
     ``q`` is [B, S, H, D], ``k`` and ``v`` [B, S, K, D] with K a divisor of H: query heads
     i·H/K … (i+1)·H/K − 1 share key head i (grouped-query attention, Ainslie et al., 2023). Any
     strides with a contiguous last axis. Returns [B, S, H, D]. ``saved`` receives what a backward
-    can go on from, where :func:`fused_attention` has a kernel and there is no mask.
+    can go on from, where :func:`fused_attention` has a kernel and there is neither mask nor cap.
     """
-    if saved is not None and mask is None and (fused := fused_attention(q, k, v, scale)):
+    plain = mask is None and softcap is None
+    if saved is not None and plain and (fused := fused_attention(q, k, v, scale)):
         found = fused.forward(q, k, v)
         for target, value in zip(saved, found, strict=True):
             target.copy_(value)
         return found.output
     if isinstance(mask, Documents):
-        attend = _varlen if _has_varlen(q) else _one_by_one
-        tokens = attend(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1), scale, mask)
-        return tokens.view(q.shape)
+        flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+        if softcap is None and _has_varlen(q):
+            return _varlen(*flat, scale, mask).view(q.shape)
+        return _one_by_one(*flat, scale, mask, softcap).view(q.shape)
+    if softcap is not None:
+        return softcapped_attention(q, k, v, scale=scale, softcap=softcap, mask=mask)
     groups = q.shape[2] // k.shape[2]
     # On CUDA only the half-precision kernels without a mask read shared heads in place; the others
     # would fall back to one that materialises all scores.
@@ -99,13 +114,15 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents)
     return out
 
 
-def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents) -> Tensor:
+def _one_by_one(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, softcap: float | None
+) -> Tensor:
     """The same, one document after another."""
     parts = (t.unsqueeze(0).split(documents.lengths, dim=1) for t in (q, k, v))
-    outputs = [
-        attention(*part, scale=scale, mask=window_mask(length, documents.window, q.device))
-        for length, *part in zip(documents.lengths, *parts, strict=True)
-    ]
+    outputs = []
+    for length, *part in zip(documents.lengths, *parts, strict=True):
+        mask = window_mask(length, documents.window, q.device)
+        outputs.append(attention(*part, scale=scale, mask=mask, softcap=softcap))
     return torch.cat(outputs, dim=1)[0]
 
 
@@ -124,11 +141,14 @@ class RecordedAttention:
         *,
         scale: float,
         mask: Mask,
+        softcap: float | None = None,
         saved: Saved | None = None,
     ) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
         self._inputs: tuple[Tensor, ...] = (q, k, v)
-        self._fused = fused_attention(q, k, v, scale) if mask is None else None
+        self._fused = None
+        if mask is None and softcap is None:
+            self._fused = fused_attention(q, k, v, scale)
         if self._fused is not None:
             self._saved = self._fused.forward(q, k, v) if saved is None else saved
             self._output = self._saved.output
@@ -137,7 +157,7 @@ class RecordedAttention:
             # .data has a version of its own: other parts of what a layer keeps are overwritten
             # before backward, and autograd would take that for a change of these.
             self._inputs = tuple(t.data.requires_grad_() for t in (q, k, v))
-            self._output = attention(*self._inputs, scale=scale, mask=mask)
+            self._output = attention(*self._inputs, scale=scale, mask=mask, softcap=softcap)
 
     @property
     def output(self) -> Tensor:

@@ -78,6 +78,15 @@ class ModelMemory:
                 state = state.with_extent(name.split(".")[1], views[name], end - begin)
         return state
 
+    def scale_embedding_(self, rows: Tensor) -> None:
+        """Multiply what the embedding looked up, or its gradient, by the model's factor, if any.
+
+        The factor is rounded to the compute dtype first, as transformers does.
+        """
+        scale = self.decoder.embed_scale
+        if scale is not None:
+            rows.mul_(float(torch.tensor(scale, dtype=self.dtype)))
+
     def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
         """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
         nbytes = numel * self.plan.compute.nbytes
@@ -170,15 +179,16 @@ class StreamOps:
         hi = state.hi[: memory.spec.vocab * width].view(-1, width)
         lo = state.lo[: memory.spec.vocab * width].view(-1, width)
         rows = memory.tokens(int(task.args["micro"]))
-        out = views[task.writes[0]]
+        out = views[task.writes[0]].view(memory.dtype).view(-1, width)
 
         def run_bf16(context: StepContext) -> None:
-            target = out.view(torch.int16).view(-1, width)
-            torch.index_select(hi, 0, context.input_ids[rows], out=target)
+            torch.index_select(hi, 0, context.input_ids[rows], out=out.view(torch.int16))
+            memory.scale_embedding_(out)
 
         def run_fp32(context: StepContext) -> None:
             ids = context.input_ids[rows]
-            join_master(hi[ids], lo[ids], out.view(torch.float32).view(-1, width))
+            join_master(hi[ids], lo[ids], out)
+            memory.scale_embedding_(out)
 
         return run_bf16 if memory.plan.compute is Compute.BF16 else run_fp32
 
@@ -188,7 +198,12 @@ class StreamOps:
         matrix = memory.weights(views, task.reads, "embed").view(-1, memory.spec.hidden)
         ids = views["ids"].view(torch.int64)[memory.tokens(int(task.args["micro"]))]
         out = memory.boundary(views[task.writes[0]]).view(-1, memory.spec.hidden)
-        return without_grad(lambda _: torch.index_select(matrix, 0, ids, out=out))
+
+        def run(_: StepContext) -> None:
+            torch.index_select(matrix, 0, ids, out=out)
+            memory.scale_embedding_(out)
+
+        return without_grad(run)
 
     def upload_halves(self, task: Task, views: Views) -> Operation:
         """Bring both halves of a chunk's master up, for FP32 compute."""
@@ -234,6 +249,7 @@ class StreamOps:
         # Whatever used the slot before may have left something between the operands, where nothing
         # is written; it would get into the norm and, by the update, into the padding of the master.
         gaps = [] if accumulate else padding(flat, unit)
+        first = unit is memory.spec.layers[0]
 
         def run(context: StepContext) -> None:
             for gap in gaps:
@@ -250,6 +266,8 @@ class StreamOps:
                 mask=mask,
                 kept=kept,
             )
+            if first:  # what leaves it is the gradient of what the embedding looked up
+                memory.scale_embedding_(dx)
 
         return without_grad(run)
 

@@ -108,16 +108,17 @@ def init_random(
     """Fill the masters of all units with random weights, as transformers initialises a new model.
 
     Matrices are normal with standard deviation ``initializer_range``, but for a zero row of the
-    token matrix at ``pad_token_id``; biases are zero and norms one. A parameter's values depend on
-    ``seed`` and its name alone. ``filled`` is as for `load_weights`.
+    token matrix at ``pad_token_id``; biases are zero and norms one (centred ones zero). A
+    parameter's values depend on ``seed`` and its name alone. ``filled`` is as for `load_weights`.
     """
     std = np.float32(config.initializer_range or 0.02)
-    padding_idx = decoder_config(config).padding_idx
+    decoder = decoder_config(config)
+    padding_idx, norm = decoder.padding_idx, 0.0 if decoder.centred else 1.0
 
     def draw(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
         values = buffer.view(torch.float32)[:count]
         if len(param.shape) == 1:
-            return values.fill_(0.0 if param.key.endswith(".bias") else 1.0)
+            return values.fill_(0.0 if param.key.endswith(".bias") else norm)
         name = hashlib.blake2b(f"{param.key}:{start}".encode(), digest_size=16).digest()
         generator = np.random.Generator(np.random.SFC64([seed, int.from_bytes(name, "little")]))
         array = values.numpy()

@@ -2,7 +2,7 @@
 
 All families share one decoder layer: pre-norm attention with rotary positions and grouped-query
 heads, then a gated MLP, each with a residual connection. RMSNorm normalises in FP32, rounds to the
-compute dtype and then multiplies by its weight.
+compute dtype and then multiplies by its weight, unless its weights are ``centred``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,13 @@ class DecoderConfig:
     row of a tied output matrix), as in ``torch.nn.Embedding``. The first ``rotary_dim`` elements of
     a head are rotated. With ``fused`` the checkpoint stores queries, keys and values as one matrix,
     and gate and up as another.
+
+    With ``centred`` norms a weight is stored less one (see ``kernels/rms_norm.py``); with
+    ``output_norms`` what attention and the MLP add to the stream passes a norm before. Scores of
+    attention are capped by ``softcap``, ``c · tanh(x / c)``, and logits by ``final_softcap``. What
+    the embedding looks up is multiplied by ``embed_scale``. ``rope_kinds`` names the rotary
+    embeddings that the model has (the ``layer_types`` they belong to; None where there is but one),
+    and layer ``i`` uses ``rope_kinds[rope_of[i]]``.
     """
 
     family: str
@@ -43,3 +50,10 @@ class DecoderConfig:
     scale: float
     padding_idx: int | None
     fused: bool
+    centred: bool
+    output_norms: bool
+    softcap: float | None
+    final_softcap: float | None
+    embed_scale: float | None
+    rope_kinds: tuple[str | None, ...]
+    rope_of: tuple[int, ...]

@@ -32,7 +32,10 @@ class Family:
     ``rotary`` names the class of its rotary embedding in
     ``transformers.models.<model_type>.modeling_<model_type>``. ``partial_rotary``: whether that
     class heeds ``partial_rotary_factor``. ``fused``: whether the checkpoint stores queries, keys
-    and values as one matrix, and gate and up as another. ``dropouts`` are its dropout settings.
+    and values as one matrix, and gate and up as another. ``dropouts`` are its dropout settings,
+    ``activation`` is the name of that setting. ``gemma``: the norms, caps and embedding of Gemma.
+    ``softcapped``: whether it caps scores of attention. ``rope_by_type``: whether it has a rotary
+    embedding for each kind of ``layer_types``.
     """
 
     rotary: str
@@ -44,6 +47,10 @@ class Family:
     partial_rotary: bool = False
     fused: bool = False
     dropouts: tuple[str, ...] = ("attention_dropout",)
+    activation: str = "hidden_act"
+    gemma: bool = False
+    softcapped: bool = False
+    rope_by_type: bool = False
 
 
 def _no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
@@ -95,6 +102,25 @@ FAMILIES: Mapping[str, Family] = {
         mlp_bias=lambda config: bool(config.mlp_bias),
     ),
     "mistral": Family(rotary="MistralRotaryEmbedding", windows=_same_window),
+    "gemma2": Family(
+        rotary="Gemma2RotaryEmbedding",
+        windows=_window_by_layer_type,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        activation="hidden_activation",
+        gemma=True,
+        softcapped=True,
+    ),
+    "gemma3_text": Family(
+        rotary="Gemma3RotaryEmbedding",
+        windows=_window_by_layer_type,
+        qk_norm=True,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        activation="hidden_activation",
+        gemma=True,
+        rope_by_type=True,
+    ),
     "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4, the dense language models
         rotary="Phi3RotaryEmbedding",
         windows=_same_window,
@@ -184,6 +210,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
     windows = family.windows(config)
     if any(window is not None and window < 1 for window in windows):
         raise _unsupported(config, "sliding_window", config.sliding_window, "1 and more, or null")
+    kinds, rope_of = _ropes(config, family)
     return DecoderConfig(
         family=config.model_type,
         hidden=config.hidden_size,
@@ -197,19 +224,37 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         qkv_bias=family.qkv_bias(config),
         o_bias=family.o_bias(config),
         mlp_bias=family.mlp_bias(config),
-        activation=_ACTIVATIONS[config.hidden_act],
+        activation=_ACTIVATIONS[getattr(config, family.activation)],
         windows=windows,
-        scale=head_dim**-0.5,
+        scale=(config.query_pre_attn_scalar if family.gemma else head_dim) ** -0.5,
         padding_idx=_padding_idx(config),
         fused=family.fused,
+        centred=family.gemma,
+        output_norms=family.gemma,
+        softcap=config.attn_logit_softcapping if family.softcapped else None,
+        final_softcap=config.final_logit_softcapping if family.gemma else None,
+        embed_scale=config.hidden_size**0.5 if family.gemma else None,
+        rope_kinds=kinds,
+        rope_of=rope_of,
     )
+
+
+def _ropes(
+    config: PretrainedConfig, family: Family
+) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """``rope_kinds`` and ``rope_of`` of the decoder."""
+    if not family.rope_by_type:
+        return (None,), (0,) * config.num_hidden_layers
+    kinds = sorted(set(config.layer_types))
+    return tuple(kinds), tuple(kinds.index(kind) for kind in config.layer_types)
 
 
 def _rotary_dim(config: PretrainedConfig, family: Family, head_dim: int) -> int:
     """How many elements of a head are rotated."""
-    factor = config.rope_parameters.get("partial_rotary_factor", 1.0)
-    if factor == 1.0:
+    factors = {rope.get("partial_rotary_factor", 1.0) for rope in _rope_parameters(config, family)}
+    if factors == {1.0}:
         return head_dim
+    factor = max(factors - {1.0})
     rotated = int(head_dim * factor)
     if not family.partial_rotary or rotated % 2 or not 0 < rotated < head_dim:
         supported = "shares of a head with an even number" if family.partial_rotary else "1.0"
@@ -229,8 +274,9 @@ def _padding_idx(config: PretrainedConfig) -> int | None:
 
 def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
     """Raise for settings that change the arithmetic in ways that are not implemented."""
-    if config.hidden_act not in _ACTIVATIONS:
-        raise _unsupported(config, "hidden_act", config.hidden_act, ", ".join(_ACTIVATIONS))
+    activation = getattr(config, family.activation)
+    if activation not in _ACTIVATIONS:
+        raise _unsupported(config, family.activation, activation, ", ".join(_ACTIVATIONS))
     for dropout in family.dropouts:
         if getattr(config, dropout):
             raise _unsupported(config, dropout, getattr(config, dropout), "0")
@@ -244,9 +290,17 @@ def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
         raise _unsupported(config, "is_causal", False, "true")
     if getattr(config, "is_heterogeneous", False):
         raise _unsupported(config, "per_layer_config", "set", "layers of one shape")
-    rope_type = config.rope_parameters.get("rope_type")
-    if rope_type not in ROPE_TYPES:
-        raise _unsupported(config, "rope_type", rope_type, ", ".join(ROPE_TYPES))
+    if getattr(config, "use_bidirectional_attention", False):
+        raise _unsupported(config, "use_bidirectional_attention", True, "false")
+    for rope in _rope_parameters(config, family):
+        if rope.get("rope_type") not in ROPE_TYPES:
+            raise _unsupported(config, "rope_type", rope.get("rope_type"), ", ".join(ROPE_TYPES))
+
+
+def _rope_parameters(config: PretrainedConfig, family: Family) -> list[dict[str, Any]]:
+    """The settings of each of its rotary embeddings."""
+    kinds, _ = _ropes(config, family)
+    return [config.rope_parameters if k is None else config.rope_parameters[k] for k in kinds]
 
 
 def _unsupported(

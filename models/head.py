@@ -48,16 +48,24 @@ class HeadStats(NamedTuple):
 
 
 def head_stats(
-    xn: Tensor, w_chunk: Tensor, targets: Tensor, vocab_start: int, stats: HeadStats, *, tile: int
+    xn: Tensor,
+    w_chunk: Tensor,
+    targets: Tensor,
+    vocab_start: int,
+    stats: HeadStats,
+    *,
+    tile: int,
+    softcap: float | None = None,
 ) -> None:
     """Fold the logits of one vocabulary chunk into ``stats``.
 
     ``xn`` [T, h] and ``w_chunk`` [Vc, h], rows ``vocab_start`` … of the output matrix, are both
     BF16 or both FP32; ``targets`` is int64 [T], −100 where a token has no loss; ``tile`` is the
-    number of tokens whose logits exist at once. Every chunk must be seen exactly once.
+    number of tokens whose logits exist at once; ``softcap`` caps them (see
+    ``kernels/cross_entropy.py``). Every chunk must be seen exactly once.
     """
     for rows, logits in _tiles(xn, w_chunk, tile):
-        lse_accumulate(logits, targets[rows], vocab_start, *stats.part(rows))
+        lse_accumulate(logits, targets[rows], vocab_start, *stats.part(rows), softcap)
 
 
 def head_loss(stats: HeadStats, targets: Tensor, scale: float, loss: Tensor) -> Tensor:
@@ -83,6 +91,7 @@ def head_grad(
     accumulate_dxn: bool,
     accumulate_dw: bool,
     tile: int,
+    softcap: float | None = None,
 ) -> None:
     """Gradients of the scaled loss through one vocabulary chunk.
 
@@ -93,7 +102,7 @@ def head_grad(
     summed in it: ``dxn`` over several chunks, ``dw_chunk`` over several tiles or micro-batches.
     """
     for rows, logits in _tiles(xn, w_chunk, tile):
-        d_logits = softmax_grad_(logits, targets[rows], vocab_start, lse[rows], scale)
+        d_logits = softmax_grad_(logits, targets[rows], vocab_start, lse[rows], scale, softcap)
         product_(dxn[rows], d_logits, w_chunk, accumulate=accumulate_dxn)
         product_(dw_chunk, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
 
@@ -109,6 +118,7 @@ def head_loss_and_grad(
     *,
     accumulate_dw: bool,
     tile: int,
+    softcap: float | None = None,
 ) -> None:
     """Loss and gradients where ``w`` [V, h] is the whole output matrix: every tile is made once.
 
@@ -118,9 +128,9 @@ def head_loss_and_grad(
     stats = HeadStats.start(len(xn), xn.device)
     for rows, logits in _tiles(xn, w, tile):
         tile_stats = stats.part(rows)
-        lse_accumulate(logits, targets[rows], 0, *tile_stats)
+        lse_accumulate(logits, targets[rows], 0, *tile_stats, softcap)
         lse = lse_finish(tile_stats.running_max, tile_stats.running_sum)
-        d_logits = softmax_grad_(logits, targets[rows], 0, lse, scale)
+        d_logits = softmax_grad_(logits, targets[rows], 0, lse, scale, softcap)
         product_(dxn[rows], d_logits, w, accumulate=False)
         product_(dw, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
     head_loss(stats, targets, scale, loss)

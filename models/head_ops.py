@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -27,11 +29,19 @@ from slideformer.models.head import (
 )
 
 
+class _Tiles(TypedDict):
+    """How every sweep makes its logits."""
+
+    tile: int
+    softcap: float | None
+
+
 class HeadOps:
     """Loss and gradients, in one sweep over the output matrix or in two."""
 
     def __init__(self, memory: ModelMemory) -> None:
         self._memory = memory
+        self._tiles = _Tiles(tile=memory.plan.head_tile, softcap=memory.decoder.final_softcap)
         self._starts = [v.start for v in vocab_chunks(memory.spec, memory.plan.vocab_chunks)]
 
     def table(self) -> dict[str, Binding]:
@@ -57,7 +67,7 @@ class HeadOps:
         def run(context: StepContext) -> None:
             if parts.first:
                 parts.loss.zero_()
-            normed, rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)
+            normed, rstd = parts.norm_forward()
             head_loss_and_grad(
                 normed,
                 matrix,
@@ -67,7 +77,7 @@ class HeadOps:
                 dx,
                 gradient,
                 accumulate_dw=not parts.first,
-                tile=memory.plan.head_tile,
+                **self._tiles,
             )
             parts.finish_norm(dx, rstd, dx)
 
@@ -82,8 +92,7 @@ class HeadOps:
             if parts.first:
                 parts.loss.zero_()
             stats = HeadStats.start(len(parts.x), parts.x.device)
-            normed = parts.normed()
-            head_stats(normed, matrix, parts.targets, 0, stats, tile=self._memory.plan.head_tile)
+            head_stats(parts.normed(), matrix, parts.targets, 0, stats, **self._tiles)
             head_loss(stats, parts.targets, context.scale, parts.loss)
 
         return without_grad(run)
@@ -108,7 +117,7 @@ class HeadOps:
                 parts.targets,
                 self._starts[vocab],
                 stats,
-                tile=self._memory.plan.head_tile,
+                **self._tiles,
             )
             if last:
                 if parts.first:
@@ -139,7 +148,7 @@ class HeadOps:
                 gradient,
                 accumulate_dxn=accumulate_dxn,
                 accumulate_dw=not parts.first,
-                tile=self._memory.plan.head_tile,
+                **self._tiles,
             )
 
         return without_grad(run)
@@ -153,7 +162,7 @@ class HeadOps:
         dx = dx.view(-1, memory.spec.hidden)
 
         def run(_: StepContext) -> None:
-            rstd = rms_norm(parts.x, parts.norm, memory.decoder.norm_eps)[1]
+            rstd = parts.norm_forward()[1]
             dx.copy_(dxn)
             parts.finish_norm(dx, rstd, dx)
 
@@ -214,12 +223,19 @@ class _Parts:
 
     def normed(self) -> Tensor:
         """The norm's output, computed anew: cheaper than keeping it for the sweeps."""
-        return rms_norm(self.x, self.norm, self._memory.decoder.norm_eps)[0]
+        return self.norm_forward()[0]
+
+    def norm_forward(self) -> tuple[Tensor, Tensor]:
+        """The norm's output, and what its backward needs."""
+        decoder = self._memory.decoder
+        return rms_norm(self.x, self.norm, decoder.norm_eps, centred=decoder.centred)
 
     def finish_norm(self, dxn: Tensor, rstd: Tensor, dx: Tensor) -> None:
         """Gradients of the norm's input and weight from its output's; ``dx`` may be ``dxn``."""
         memory = self._memory
-        _, d_weight = rms_norm_backward(dxn, self.x, self.norm, rstd, out=dx)
+        _, d_weight = rms_norm_backward(
+            dxn, self.x, self.norm, rstd, out=dx, centred=memory.decoder.centred
+        )
         size = memory.plan.layer_accumulator
         flat = memory.accumulators(self._views, self._task.writes, "norm", size)
         store_(flat[: memory.spec.hidden], d_weight, accumulate=not self.first)

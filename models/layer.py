@@ -4,11 +4,12 @@
     y = middle + Down · swiglu(GateUp · rms_norm(middle))
 
 This is the pre-norm layer of Llama, Qwen2, Qwen3, Mistral and Phi-3; biases and the head norms of
-queries and keys are optional. Weights come as a mapping from operand name to a view of a slot, and
-gradients go to views of another. Backward needs nothing but the layer's input: it computes the rest
-again, unless forward kept it, and frees each temporary as soon as its last reader is done.
-There is no module and, outside attention, no autograd graph; call under ``torch.no_grad()``.
-Nothing here waits for the device, moves weights, or knows which layer it is.
+queries and keys are optional, and so are norms of what O and Down give, as in Gemma. Weights come
+as a mapping from operand name to a view of a slot, and gradients go to views of another. Backward
+needs nothing but the layer's input: it computes the rest again, unless forward kept it, and frees
+each temporary as soon as its last reader is done. There is no module and, outside attention, no
+autograd graph; call under ``torch.no_grad()``. Nothing here waits for the device, moves weights, or
+knows which layer it is.
 """
 
 from __future__ import annotations
@@ -16,13 +17,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.models.attention import Mask, RecordedAttention, attention
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept
 from slideformer.models.mlp import mlp_backward_, mlp_forward
-from slideformer.models.projections import Gradients, Operands, linear, residual_linear
+from slideformer.models.projections import (
+    Gradients,
+    Operands,
+    linear,
+    norm,
+    norm_backward,
+    output_norm_backward,
+    residual_linear,
+)
 
 Rope = tuple[Tensor, Tensor]
 """Cosines and sines of the rotary embedding, each FP32 [S, R] or [B, S, R], R = ``rotary_dim``."""
@@ -43,24 +51,25 @@ def forward(
     ``w`` holds, in the dtype of ``x``: ``input_norm.weight`` and ``post_norm.weight`` [h],
     ``qkv.weight`` [(H+2K)·D, h], ``o.weight`` [h, H·D], ``gate_up.weight`` [2I, h] (gate rows
     first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
-    ``k_norm.weight`` [D] and the biases ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``.
-    ``mask`` is that of :func:`slideformer.models.attention.attention`. ``out``, contiguous and
-    distinct from ``x``, receives the result. ``kept`` receives what :func:`backward` can use
+    ``k_norm.weight`` [D], ``o_norm.weight`` and ``down_norm.weight`` [h], and the biases
+    ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``. ``mask`` is that of
+    :func:`slideformer.models.attention.attention`. ``out``, contiguous and distinct from ``x``,
+    receives the result. ``kept`` receives what :func:`backward` can use
     instead of computing it again.
     """
     if out is None:
         out = torch.empty_like(x)
     tokens, stream = x.view(-1, cfg.hidden), out.view(-1, cfg.hidden)
-    normed, _ = rms_norm(tokens, w["input_norm.weight"], cfg.norm_eps)
+    normed, _ = norm(tokens, w, "input_norm", cfg)
     heads = _heads(normed, w, cfg, x, kept)
     del normed
     # Backward asks for the inputs of the heads' norms.
     q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=kept is None or not cfg.qk_norm)
     saved = kept.attention if kept is not None else None
-    attended = attention(q, k, v, scale=cfg.scale, mask=mask, saved=saved)
+    attended = attention(q, k, v, scale=cfg.scale, mask=mask, softcap=cfg.softcap, saved=saved)
     del heads, q, k, v
     middle = stream if kept is None else kept.middle
-    residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", out=middle)
+    residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", cfg, out=middle)
     del attended
     mlp_forward(middle, w, cfg, None if kept is None else kept.gate_up, out=stream)
     return out
@@ -86,9 +95,9 @@ def backward(
     ``kept``, if forward filled it, is overwritten too.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
-    eps, sink = cfg.norm_eps, Gradients(grads, accumulate)
+    sink = Gradients(grads, accumulate)
 
-    normed, rstd = rms_norm(tokens, w["input_norm.weight"], eps)
+    normed, rstd = norm(tokens, w, "input_norm", cfg)
     heads = _heads(normed, w, cfg, x, None) if kept is None else kept.heads
     if kept is None or cfg.qk_norm:
         q, k, v, head_rstd = _rotated(heads, w, cfg, rope, in_place=False)
@@ -96,20 +105,26 @@ def backward(
         q, k, v = heads.split([cfg.heads, cfg.kv_heads, cfg.kv_heads], dim=2)
         head_rstd = None
     saved = kept.attention if kept is not None else None
-    recorded = RecordedAttention(q, k, v, scale=cfg.scale, mask=mask, saved=saved)
+    recorded = RecordedAttention(
+        q, k, v, scale=cfg.scale, mask=mask, softcap=cfg.softcap, saved=saved
+    )
     del q, k, v, saved
     attended = recorded.output.reshape(len(tokens), -1)
     if kept is None:
         middle = torch.empty_like(tokens)
-        residual_linear(tokens, attended, w, "o", out=middle)
+        residual_linear(tokens, attended, w, "o", cfg, out=middle)
     else:
         middle = kept.middle
 
     mlp_backward_(middle, d_stream, w, sink, cfg, None if kept is None else kept.gate_up)
     del middle
 
-    sink.linear("o", d_stream, attended)
-    d_attended = torch.mm(d_stream, w["o.weight"]).view(recorded.output.shape)
+    d_out = d_stream
+    if cfg.output_norms:
+        d_out = output_norm_backward(d_stream, attended, w, sink, "o", cfg)
+    sink.linear("o", d_out, attended)
+    d_attended = torch.mm(d_out, w["o.weight"]).view(recorded.output.shape)
+    del d_out
     dq, dk, dv = recorded.backward(d_attended)
     del recorded, attended, d_attended
     _heads_backward(heads, (dq, dk, dv), w, sink, cfg, rope, head_rstd)
@@ -117,10 +132,9 @@ def backward(
     d_heads = heads.view(len(tokens), -1)
     sink.linear("qkv", d_heads, normed)
     d_normed = torch.mm(d_heads, w["qkv.weight"], out=normed)
-    _, d_weight = rms_norm_backward(
-        d_normed, tokens, w["input_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
+    norm_backward(
+        d_normed, tokens, w, sink, "input_norm", cfg, rstd, residual_grad=d_stream, out=d_stream
     )
-    sink.vector("input_norm.weight", d_weight)
 
 
 def _heads(normed: Tensor, w: Operands, cfg: DecoderConfig, x: Tensor, kept: Kept | None) -> Tensor:
@@ -143,9 +157,8 @@ def _rotated(
     qk, rstd = heads[:, :, :n_qk], None
     if cfg.qk_norm:
         normed = qk if in_place else torch.empty(qk.shape, dtype=qk.dtype, device=qk.device)
-        q_norm, k_norm, eps = w["q_norm.weight"], w["k_norm.weight"], cfg.norm_eps
-        _, q_rstd = rms_norm(qk[:, :, :n_q], q_norm, eps, out=normed[:, :, :n_q])
-        _, k_rstd = rms_norm(qk[:, :, n_q:], k_norm, eps, out=normed[:, :, n_q:])
+        _, q_rstd = norm(qk[:, :, :n_q], w, "q_norm", cfg, out=normed[:, :, :n_q])
+        _, k_rstd = norm(qk[:, :, n_q:], w, "k_norm", cfg, out=normed[:, :, n_q:])
         qk, rstd = normed, (q_rstd, k_rstd)
     rope_(qk[..., : cfg.rotary_dim], *rope)
     return qk[:, :, :n_q], qk[:, :, n_q:], heads[:, :, n_qk:], rstd
@@ -175,8 +188,6 @@ def _heads_backward(
     rope_(dq[..., : cfg.rotary_dim], *rope, inverse=True)
     rope_(dk[..., : cfg.rotary_dim], *rope, inverse=True)
     # Each row of the buffer is read as a query or key before its norm, then takes its gradient.
-    _, d_weight = rms_norm_backward(dq, q, w["q_norm.weight"], rstd[0], out=q)
-    sink.vector("q_norm.weight", d_weight)
-    _, d_weight = rms_norm_backward(dk, k, w["k_norm.weight"], rstd[1], out=k)
-    sink.vector("k_norm.weight", d_weight)
+    norm_backward(dq, q, w, sink, "q_norm", cfg, rstd[0], out=q)
+    norm_backward(dk, k, w, sink, "k_norm", cfg, rstd[1], out=k)
     heads[:, :, n_qk:].copy_(dv)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.fused_attention import Saved
+from slideformer.models.softcapped import softcapped_workspace
 
 
 class Kept(NamedTuple):
@@ -72,7 +73,10 @@ def workspace_bytes(
     seq_len = tokens if seq_len is None else seq_len
     h, i = cfg.hidden, cfg.intermediate
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
-    varlen = packed and dtype_bytes < 4  # as in attention(): takes windows and shared heads
+    capped = cfg.softcap is not None
+    varlen = (
+        packed and dtype_bytes < 4 and not capped
+    )  # as in attention(): takes windows and shared heads
     windowed = not varlen and any(w is not None and w < seq_len for w in cfg.windows)
     shared = not windowed and dtype_bytes < 4
     copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
@@ -92,6 +96,8 @@ def workspace_bytes(
         + q  # attended
     )
     mlp_peak = held + h + h + 2 * i + i  # middle, normed middle, gate and up, activation
+    if cfg.output_norms:
+        mlp_peak += 2 * h  # the down projection before and after its norm
     attention_peak = (
         held
         + q  # gradient of attended
@@ -105,6 +111,7 @@ def workspace_bytes(
     rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
     # A boolean mask becomes an additive one of the compute dtype inside attention.
     mask = seq_len * seq_len * dtype_bytes if windowed else 0
+    scores = softcapped_workspace(cfg.heads, seq_len) if capped else 0
     rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    return tokens * (per_token + 4 * rows + rope) + mask + 12 * 2**20
+    return tokens * (per_token + 4 * rows + rope) + mask + scores + 12 * 2**20

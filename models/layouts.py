@@ -6,7 +6,7 @@ their own with every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,8 +28,9 @@ Views = Mapping[str, Tensor]
 
 def layer_layout(memory: ModelMemory, task: Task, views: Views, unit: UnitSpec) -> Layout:
     """The layout of one layer's task on one micro-batch."""
-    rope = rope_views(views["rope"], memory)
-    window = memory.decoder.windows[memory.spec.layers.index(unit)]
+    index, decoder = memory.spec.layers.index(unit), memory.decoder
+    rope = rope_views(views["rope"], memory)[decoder.rope_of[index]]
+    window = decoder.windows[index]
     if memory.plan.packed:
         return _packed_layout(memory, int(task.args["micro"]), views, rope, window)
     size = memory.plan.seq_len
@@ -60,16 +61,18 @@ def step_documents(memory: ModelMemory, view: Tensor) -> PackedTensors:
     return packed_tensors(view, memory.plan.tokens, memory.plan.micro_batches)
 
 
-def rope_views(view: Tensor, memory: ModelMemory) -> Rope:
-    """Cosines and sines, FP32 [seq_len, rotary_dim] each, in their buffer."""
-    tables = view.view(torch.float32).view(2, memory.plan.seq_len, memory.spec.rotary_dim)
-    return tables[0], tables[1]
+def rope_views(view: Tensor, memory: ModelMemory) -> list[Rope]:
+    """Cosines and sines, FP32 [seq_len, rotary_dim] each, of every rotary embedding."""
+    spec = memory.spec
+    tables = view.view(torch.float32).view(spec.ropes, 2, memory.plan.seq_len, spec.rotary_dim)
+    return [(cos, sin) for cos, sin in tables]
 
 
-def fill_constants(views: Views, memory: ModelMemory, rope: Rope) -> None:
+def fill_constants(views: Views, memory: ModelMemory, ropes: Sequence[Rope]) -> None:
     """Write the tables and masks that all steps share into their buffers."""
-    for target, source in zip(rope_views(views["rope"], memory), rope, strict=True):
-        target.copy_(source)
+    for targets, sources in zip(rope_views(views["rope"], memory), ropes, strict=True):
+        for target, source in zip(targets, sources, strict=True):
+            target.copy_(source)
     seq_len = memory.plan.seq_len
     for window in memory.spec.windows:
         if f"mask.{window}" in views:

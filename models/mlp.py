@@ -1,9 +1,9 @@
-"""The gated MLP of a decoder layer with its norm and residual, forward and backward.
+"""The gated MLP of a decoder layer with its norms and residual, forward and backward.
 
     y = x + Down · swiglu(GateUp · rms_norm(x))
 
-Operands are ``post_norm``, ``gate_up`` and ``down`` as :func:`slideformer.models.layer.forward`
-describes them. Call under ``torch.no_grad()``.
+Operands are ``post_norm``, ``gate_up``, ``down`` and ``down_norm`` as
+:func:`slideformer.models.layer.forward` describes them. Call under ``torch.no_grad()``.
 """
 
 from __future__ import annotations
@@ -11,10 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
 from slideformer.models.decoder import DecoderConfig
-from slideformer.models.projections import Gradients, Operands, linear, residual_linear
+from slideformer.models.projections import (
+    Gradients,
+    Operands,
+    linear,
+    norm,
+    norm_backward,
+    output_norm_backward,
+    residual_linear,
+)
 
 
 def mlp_forward(
@@ -25,12 +32,12 @@ def mlp_forward(
     ``gate_up`` [T, 2I] receives the projections, for :func:`mlp_backward_` to use instead of
     computing them again.
     """
-    normed, _ = rms_norm(x, w["post_norm.weight"], cfg.norm_eps)
+    normed, _ = norm(x, w, "post_norm", cfg)
     gate_up = linear(normed, w, "gate_up", out=gate_up)
     del normed
     activated = swiglu(gate_up, cfg.activation)
     del gate_up
-    residual_linear(x, activated, w, "down", out=out)
+    residual_linear(x, activated, w, "down", cfg, out=out)
 
 
 def mlp_backward_(
@@ -43,22 +50,26 @@ def mlp_backward_(
 ) -> None:
     """Recompute from the input ``x`` [T, h] and turn ``d_stream`` [T, h] from dy into dx in place.
 
-    The down projection is not recomputed: no gradient needs its output. ``gate_up``, if forward
-    kept it, is overwritten.
+    The down projection is recomputed only where a norm follows it: no other gradient needs its
+    output. ``gate_up``, if forward kept it, is overwritten.
     """
-    normed, rstd = rms_norm(x, w["post_norm.weight"], cfg.norm_eps)
+    normed, rstd = norm(x, w, "post_norm", cfg)
     if gate_up is None:
         gate_up = linear(normed, w, "gate_up")
-    d_activated = torch.mm(d_stream, w["down.weight"])
+    d_out = d_stream
+    if cfg.output_norms:
+        activated = swiglu(gate_up, cfg.activation)
+        d_out = output_norm_backward(d_stream, activated, w, sink, "down", cfg)
+        del activated
+    d_activated = torch.mm(d_out, w["down.weight"])
     # Both are overwritten: the activation's gradient by the activation, gate and up by their own.
     activated = swiglu_backward(d_activated, gate_up, cfg.activation, out=d_activated)
     d_gate_up = gate_up
-    sink.linear("down", d_stream, activated)
-    del d_activated, activated
+    sink.linear("down", d_out, activated)
+    del d_activated, activated, d_out
     sink.linear("gate_up", d_gate_up, normed)
     d_normed = torch.mm(d_gate_up, w["gate_up.weight"], out=normed)
     del gate_up, d_gate_up
-    _, d_weight = rms_norm_backward(
-        d_normed, x, w["post_norm.weight"], rstd, residual_grad=d_stream, out=d_stream
+    norm_backward(
+        d_normed, x, w, sink, "post_norm", cfg, rstd, residual_grad=d_stream, out=d_stream
     )
-    sink.vector("post_norm.weight", d_weight)

@@ -1,4 +1,4 @@
-"""Linear maps of a layer, forward and backward, over operands that lie in slots.
+"""Linear maps and norms of a layer, forward and backward, over operands that lie in slots.
 
 An operand is found by its name: ``qkv.weight`` and, where a configuration has it, ``qkv.bias``.
 Nothing here knows what the maps are for.
@@ -12,28 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
+from slideformer.models.decoder import DecoderConfig
 from slideformer.models.gradients import product_, store_
 
 Operands = Mapping[str, Tensor]
 """Operand name → tensor, a view of a slot."""
-
-
-def linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:
-    """inputs Wᵀ + bias, in ``out`` if given; the bias rides in the product's epilogue."""
-    bias = w.get(f"{name}.bias")
-    if bias is None:
-        return torch.mm(inputs, w[f"{name}.weight"].T, out=out)
-    return torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
-
-
-def residual_linear(
-    residual: Tensor, inputs: Tensor, w: Operands, name: str, *, out: Tensor
-) -> None:
-    """out = residual + inputs Wᵀ + bias; the residual rides in the product; may be ``out``."""
-    torch.addmm(residual, inputs, w[f"{name}.weight"].T, out=out)
-    bias = w.get(f"{name}.bias")
-    if bias is not None:
-        out.add_(bias)
 
 
 class Gradients(NamedTuple):
@@ -51,3 +35,67 @@ class Gradients(NamedTuple):
     def vector(self, name: str, value: Tensor) -> None:
         """A gradient already reduced over tokens, FP32."""
         store_(self.slots[name], value, accumulate=self.accumulate)
+
+
+def linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:
+    """inputs Wᵀ + bias, in ``out`` if given; the bias rides in the product's epilogue."""
+    bias = w.get(f"{name}.bias")
+    if bias is None:
+        return torch.mm(inputs, w[f"{name}.weight"].T, out=out)
+    return torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
+
+
+def norm(
+    x: Tensor, w: Operands, name: str, cfg: DecoderConfig, out: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """RMSNorm of ``x`` [..., n], in ``out`` if given, which may be ``x``; and its rstd."""
+    return rms_norm(x, w[f"{name}.weight"], cfg.norm_eps, out, centred=cfg.centred)
+
+
+def norm_backward(
+    dy: Tensor,
+    x: Tensor,
+    w: Operands,
+    sink: Gradients,
+    name: str,
+    cfg: DecoderConfig,
+    rstd: Tensor,
+    *,
+    residual_grad: Tensor | None = None,
+    out: Tensor,
+) -> None:
+    """Back through :func:`norm`: gradient of ``x``, plus ``residual_grad``, in ``out``.
+
+    ``out`` may be any of the inputs but ``rstd``.
+    """
+    weight = w[f"{name}.weight"]
+    _, d_weight = rms_norm_backward(dy, x, weight, rstd, residual_grad, out, centred=cfg.centred)
+    sink.vector(f"{name}.weight", d_weight)
+
+
+def residual_linear(
+    residual: Tensor, inputs: Tensor, w: Operands, name: str, cfg: DecoderConfig, *, out: Tensor
+) -> None:
+    """out = residual + inputs Wᵀ + bias, the latter through a norm if the model has output norms.
+
+    Without one the residual rides in the product. ``out`` may be ``residual``.
+    """
+    if cfg.output_norms:
+        projected = linear(inputs, w, name)
+        norm(projected, w, f"{name}_norm", cfg, out=projected)
+        torch.add(residual, projected, out=out)
+        return
+    torch.addmm(residual, inputs, w[f"{name}.weight"].T, out=out)
+    bias = w.get(f"{name}.bias")
+    if bias is not None:
+        out.add_(bias)
+
+
+def output_norm_backward(
+    d_out: Tensor, inputs: Tensor, w: Operands, sink: Gradients, name: str, cfg: DecoderConfig
+) -> Tensor:
+    """Back through an output norm: the gradient of inputs Wᵀ + bias, which is computed again."""
+    projected = linear(inputs, w, name)
+    _, rstd = norm(projected, w, f"{name}_norm", cfg)
+    norm_backward(d_out, projected, w, sink, f"{name}_norm", cfg, rstd, out=projected)
+    return projected

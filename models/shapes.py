@@ -110,6 +110,22 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "phi4-14b": _shape(
         5120, 17920, 40, 40, 10, **{**_PHI3, "max_position_embeddings": 16384}, vocab_size=100352
     ),
+    "gemma2-2b": _shape(2304, 9216, 26, 8, 4, model_type="gemma2", head_dim=256, vocab_size=256000),
+    "gemma2-9b": _shape(
+        3584, 14336, 42, 16, 8, model_type="gemma2", head_dim=256, vocab_size=256000
+    ),
+    "gemma3-1b": _shape(
+        1152,
+        6912,
+        26,
+        4,
+        1,
+        model_type="gemma3_text",
+        head_dim=256,
+        vocab_size=262144,
+        max_position_embeddings=32768,
+        sliding_window=512,
+    ),
     "mistral-large-123b": _shape(
         12288,
         28672,

@@ -59,6 +59,8 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
         tied=bool(config.tie_word_embeddings),
         units=tuple(units),
         windows=tuple(sorted({window for window in decoder.windows if window is not None})),
+        softcapped=decoder.softcap is not None,
+        ropes=len(decoder.rope_kinds),
     )
 
 
@@ -105,10 +107,15 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
         for operand, module, parts, _, has_bias in projections
         if has_bias
     ]
-    norms = [
-        ("input_norm.weight", "input_layernorm", hidden),
-        ("post_norm.weight", "post_attention_layernorm", hidden),
-    ]
+    norms = [("input_norm.weight", "input_layernorm", hidden)]
+    if decoder.output_norms:
+        norms += [
+            ("o_norm.weight", "post_attention_layernorm", hidden),
+            ("post_norm.weight", "pre_feedforward_layernorm", hidden),
+            ("down_norm.weight", "post_feedforward_layernorm", hidden),
+        ]
+    else:
+        norms.append(("post_norm.weight", "post_attention_layernorm", hidden))
     if decoder.qk_norm:
         norms += [
             ("q_norm.weight", "self_attn.q_norm", decoder.head_dim),

@@ -145,8 +145,11 @@ class Engine:
             for name, buffer in step.buffers.items()
             if name == "rope" or name.startswith("mask.")
         }
-        rope = rope_tables(self._hf_config, config.seq_len, self._device)
-        fill_constants(constants, memory, rope)
+        ropes = [
+            rope_tables(self._hf_config, config.seq_len, self._device, kind)
+            for kind in self._decoder.rope_kinds
+        ]
+        fill_constants(constants, memory, ropes)
         self._operations = [bind(graph, bindings, self._memory) for graph in self._graphs]
         device: Device = CudaDevice(self._device.index or 0) if cuda else CpuDevice()
         self._trace = Trace()

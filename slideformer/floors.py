@@ -118,7 +118,8 @@ class _StandIn:
         self._y, self._dy = torch.empty_like(self._x), random(*self._x.shape)
         self._targets = torch.randint(self._spec.vocab, (tokens,), device=device)
         self._loss = torch.zeros((), device=device)
-        self._rope = rope_tables(config, sizes.seq_len, device)
+        kind = self._cfg.rope_kinds[self._cfg.rope_of[0]]
+        self._rope = rope_tables(config, sizes.seq_len, device, kind)
         self._mask = window_mask(sizes.seq_len, self._cfg.windows[0], device)
         self._several = several
         self._plain = len(self._spec.layers) - sizes.kept
@@ -156,7 +157,8 @@ class _StandIn:
     def head(self) -> None:
         x = self._y.view(-1, self._spec.hidden)
         dx = self._dy.view(-1, self._spec.hidden)
-        normed, rstd = rms_norm(x, self._norm, self._cfg.norm_eps)
+        cfg = self._cfg
+        normed, rstd = rms_norm(x, self._norm, cfg.norm_eps, centred=cfg.centred)
         head_loss_and_grad(
             normed,
             self._matrix,
@@ -167,8 +169,9 @@ class _StandIn:
             self._matrix_grad,
             accumulate_dw=self._several,
             tile=self._tile,
+            softcap=cfg.final_softcap,
         )
-        rms_norm_backward(dx, x, self._norm, rstd, out=dx)
+        rms_norm_backward(dx, x, self._norm, rstd, out=dx, centred=cfg.centred)
 
     def step(self) -> None:
         layers = range(len(self._spec.layers))

@@ -28,26 +28,27 @@ TYPES = {
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 
+_WIDE_ROW = {"CENTRED": False, "ROWS": 1, "BLOCK": 4096}
 CASES = {
     "rms_norm": (
         rms_norm_triton._forward_kernel,
         8,
-        {"residual": None, "total": None, "inner": 1, "ROWS": 1, "BLOCK": 4096},
+        {"residual": None, "total": None, "inner": 1, **_WIDE_ROW},
     ),
     "rms_norm heads": (
         rms_norm_triton._forward_kernel,
         4,
-        {"residual": None, "total": None, "ROWS": 16, "BLOCK": 128},
+        {"residual": None, "total": None, "CENTRED": False, "ROWS": 16, "BLOCK": 128},
     ),
     "add_rms_norm": (
         rms_norm_triton._forward_kernel,
         8,
-        {"inner": 1, "ROWS": 1, "BLOCK": 4096},
+        {"inner": 1, **_WIDE_ROW},
     ),
     "rms_norm_backward": (
         rms_norm_triton._backward_kernel,
         8,
-        {"inner": 1, "ROWS": 1, "BLOCK": 4096, "STAGES": 2},
+        {"inner": 1, **_WIDE_ROW, "STAGES": 2},
     ),
     "rope": (rope_triton._rope_kernel, 4, {"INVERSE": False, "HEADS": 16, "HALF": 64}),
     "rope inverse": (rope_triton._rope_kernel, 4, {"INVERSE": True, "HEADS": 16, "HALF": 64}),

@@ -28,14 +28,17 @@ def gain(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.linspace(0.5, -1.5, n).to(device, dtype)
 
 
-def ideal_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+def ideal_norm(x: Tensor, weight: Tensor, centred: bool = False) -> Tensor:
+    normalised = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS)
+    return normalised * (1 + weight if centred else weight)
 
 
-def ideal_gradients(dy: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def ideal_gradients(
+    dy: Tensor, x: Tensor, weight: Tensor, centred: bool = False
+) -> tuple[Tensor, Tensor]:
     x = x.double().requires_grad_()
     weight = weight.double().requires_grad_()
-    return torch.autograd.grad(ideal_norm(x, weight), (x, weight), dy.double())
+    return torch.autograd.grad(ideal_norm(x, weight, centred), (x, weight), dy.double())
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -67,6 +70,22 @@ def test_sum_and_norm(
     # What is normalised is the rounded sum.
     close(y, ideal_norm(total.double(), weight.double()), roundings=2)
     close(rstd, torch.rsqrt(total.double().square().mean(-1) + EPS).flatten())
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_weights_stored_less_one(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, close: Close
+) -> None:
+    x, dy, residual_grad = tensors(3, shape, dtype, device)
+    weight = gain(shape[-1], dtype, device)
+
+    y, rstd = rms_norm(x, weight, EPS, centred=True)
+    dx, dweight = rms_norm_backward(dy, x, weight, rstd, residual_grad, centred=True)
+
+    close(y, ideal_norm(x.double(), weight.double(), centred=True))  # one rounding, not two
+    ideal_dx, ideal_dweight = ideal_gradients(dy, x, weight, centred=True)
+    close(dx, ideal_dx + residual_grad.double())
+    close(dweight, ideal_dweight)
 
 
 @pytest.mark.parametrize("bypass", [False, True], ids=["alone", "bypass"])
@@ -167,6 +186,15 @@ def test_reference_rounds_like_hugging_face() -> None:
     wide = x.float()
     normalised = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).bfloat16()
     assert torch.equal(rms_norm(x, weight, EPS)[0], weight * normalised)
+
+
+def test_reference_rounds_centred_weights_like_hugging_face() -> None:
+    (x,) = tensors(1, (64, 96), torch.bfloat16, torch.device("cpu"))
+    weight = gain(96, torch.bfloat16, torch.device("cpu"))
+    wide = x.float()
+    normalised = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)
+    expected = (normalised * (1.0 + weight.float())).bfloat16()
+    assert torch.equal(rms_norm(x, weight, EPS, centred=True)[0], expected)
 
 
 @given(st.lists(st.floats(-8, 8), min_size=2, max_size=9), st.sampled_from([-4.0, -0.5, 2.0, 64.0]))

@@ -469,6 +469,14 @@ def test_random_weights_follow_the_scheme_of_transformers() -> None:
 
 
 @pytest.mark.usefixtures("small_pieces")
+def test_random_norms_that_are_stored_less_one_are_zero() -> None:
+    _, ours = random_masters(3, variant="gemma2")
+    norms = [values for key, values in ours.items() if "norm" in key]
+    assert len(norms) == 4 * 3 + 1
+    assert not any(values.any() for values in norms)
+
+
+@pytest.mark.usefixtures("small_pieces")
 def test_random_weights_depend_on_seed_and_name_alone() -> None:
     masters, ours = random_masters(3)
     again, _ = random_masters(3)

@@ -109,6 +109,8 @@ def test_layer_names_sort_beyond_a_hundred_layers() -> None:
                 "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             },
         ),
+        ("gemma2", {}),
+        ("gemma3_text", {}),
     ],
 )
 def test_windows_mask_what_transformers_masks(variant: str, settings: dict[str, Any]) -> None:
@@ -144,7 +146,12 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
     assert decoder.o_bias is (attention.o_proj.bias is not None)
     assert decoder.mlp_bias is (getattr(mlp, up).bias is not None)
     assert decoder.qk_norm is hasattr(attention, "q_norm")
-    assert decoder.norm_eps == model.norm.variance_epsilon
+    assert decoder.norm_eps == getattr(model.norm, "variance_epsilon", None) or model.norm.eps
+    assert decoder.centred is bool((tiny_model(config).model.norm.weight < 0.5).any())
+    assert decoder.softcap == getattr(attention, "attn_logit_softcapping", None)
+    assert decoder.final_softcap == getattr(config, "final_logit_softcapping", None)
+    scale = getattr(model.embed_tokens, "scalar_embed_scale", None)
+    assert decoder.embed_scale == scale
     assert decoder.padding_idx == model.embed_tokens.padding_idx
 
 
@@ -160,6 +167,8 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
         ("llama", {"pad_token_id": 301}, "pad_token_id 301"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
         ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional'"),
+        ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
         ("phi3", {"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
         ("mistral", {"sliding_window": 0}, "sliding_window 0"),
@@ -181,7 +190,7 @@ def test_settings_without_an_implementation_are_refused(
 
 
 def test_an_unknown_family_is_refused_by_name(tmp_path: Path) -> None:
-    for content in ({"model_type": "gemma3_text"}, {"model_type": ["llama"]}, {}):
+    for content in ({"model_type": "gemma3n"}, {"model_type": ["llama"]}, {}):
         (tmp_path / "config.json").write_text(json.dumps(content))
         with pytest.raises(UnsupportedModelError, match=r"supported are .*llama.*qwen3") as caught:
             read_model_config(tmp_path)
@@ -260,14 +269,16 @@ ROPED = [
 def test_rope_tables_are_those_of_the_model(family: str, rope_type: str, seq_len: int) -> None:
     config = _roped(rope_type, family, head_dim=16)
     model = tiny_model(config)
-    expected = model.model.rotary_emb(torch.empty(0), torch.arange(seq_len)[None])
-    head_dim = decoder_config(config).head_dim
-    for ours, theirs in zip(
-        rope_tables(config, seq_len, torch.device("cpu")), expected, strict=True
-    ):
-        assert ours.dtype is torch.float32
-        assert ours.shape == (seq_len, head_dim)
-        assert torch.equal(ours, theirs[0])
+    decoder = decoder_config(config)
+    for kind in decoder.rope_kinds:
+        arguments = () if kind is None else (kind,)
+        rotary = model.model.rotary_emb
+        expected = rotary(torch.empty(0), torch.arange(seq_len)[None], *arguments)
+        tables = rope_tables(config, seq_len, torch.device("cpu"), kind)
+        for ours, theirs in zip(tables, expected, strict=True):
+            assert ours.dtype is torch.float32
+            assert ours.shape == (seq_len, decoder.head_dim)
+            assert torch.equal(ours, theirs[0])
 
 
 @pytest.mark.parametrize("seq_len", [12, 13])
@@ -291,7 +302,10 @@ def test_rope_tables_differ_between_scalings() -> None:
 
 
 def _roped(rope_type: str, family: str = "llama", **settings: Any) -> PretrainedConfig:
-    rope = {"rope_type": rope_type, "rope_theta": 5000.0, **ROPES[rope_type]}
+    rope: dict[str, Any] = {"rope_type": rope_type, "rope_theta": 5000.0, **ROPES[rope_type]}
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": 100.0}
+        rope = {"full_attention": rope, "sliding_attention": local}
     return tiny_config(family, rope_parameters=rope, **settings)
 
 
@@ -309,6 +323,9 @@ PUBLISHED = {
     "phi3-mini": 3_821_079_552,
     "phi4-mini": 3_836_021_760,
     "phi4-14b": 14_659_507_200,
+    "gemma2-2b": 2_614_341_888,
+    "gemma2-9b": 9_241_705_984,
+    "gemma3-1b": 999_885_952,
 }
 
 

@@ -39,6 +39,7 @@ class Problem:
         ignored: float = 0.3,
         seed: int = 0,
         device: torch.device = CPU,
+        softcap: float | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.xn = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
@@ -49,7 +50,11 @@ class Problem:
         self.targets = targets.to(device)
         self.scale = 1 / 7
         xn, w = (t.float().detach().requires_grad_() for t in (self.xn, self.w))
-        losses = F.cross_entropy(xn @ w.T, self.targets, reduction="sum", ignore_index=-100)
+        self.softcap = softcap
+        logits = xn @ w.T
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        losses = F.cross_entropy(logits, self.targets, reduction="sum", ignore_index=-100)
         loss = losses * self.scale
         self.loss = loss.item()
         self.dxn, self.dw = torch.autograd.grad(loss, (xn, w))
@@ -61,7 +66,15 @@ class Problem:
         loss = torch.tensor(LOSS_START, device=self.xn.device)
         stats = HeadStats.start(len(self.xn), self.xn.device)
         for start, end in pairwise(bounds):
-            head_stats(self.xn, self.w[start:end], self.targets, start, stats, tile=tile)
+            head_stats(
+                self.xn,
+                self.w[start:end],
+                self.targets,
+                start,
+                stats,
+                tile=tile,
+                softcap=self.softcap,
+            )
         lse = head_loss(stats, self.targets, self.scale, loss)
         for start, end in pairwise(bounds):
             head_grad(
@@ -76,6 +89,7 @@ class Problem:
                 accumulate_dxn=start > 0,
                 accumulate_dw=accumulate_dw,
                 tile=tile,
+                softcap=self.softcap,
             )
         return loss
 
@@ -92,6 +106,7 @@ class Problem:
             dw,
             accumulate_dw=accumulate_dw,
             tile=tile,
+            softcap=self.softcap,
         )
         return loss
 
@@ -117,7 +132,14 @@ def test_any_split_matches_full_cross_entropy(data: st.DataObject) -> None:
     bounds = sorted({0, vocab} | cuts)
     tile = data.draw(st.integers(1, 25))
     ignored = data.draw(st.sampled_from([0.0, 0.3, 1.0]))
-    problem = Problem(tokens, 8, vocab, ignored=ignored, seed=data.draw(st.integers(0, 99)))
+    problem = Problem(
+        tokens,
+        8,
+        vocab,
+        ignored=ignored,
+        seed=data.draw(st.integers(0, 99)),
+        softcap=data.draw(st.sampled_from([None, 0.7])),
+    )
     dxn, dw = problem.buffers(torch.float32, torch.float32)
     problem.check(problem.in_chunks(bounds, tile, dxn, dw), dxn, dw, 1e-5)
     dxn, dw = problem.buffers(torch.float32, torch.float32)

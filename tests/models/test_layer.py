@@ -48,6 +48,10 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral-window": {"sliding_window": 7},
     "phi3": {},
+    "gemma2": {"attn_logit_softcapping": 3.0, "layer_types": ["full_attention"]},
+    "gemma2-window": {"sliding_window": 5, "attention_bias": True},
+    "gemma3_text": {"layer_types": ["full_attention"]},
+    "gemma3_text-window": {"sliding_window": 5},
     "phi3-partial": {"partial_rotary_factor": 0.5},
 }
 
@@ -75,18 +79,18 @@ class Case:
         config._attn_implementation = "eager"
         model = AutoModel.from_config(config).train()
         model.norm = torch.nn.Identity()
-        unit = model_spec(config).layers[0]
+        unit, cfg = model_spec(config).layers[0], decoder_config(config)
         named = dict(model.named_parameters())
         flat = torch.zeros(unit.numel, dtype=dtype)
         for param in unit.params:
             target = named[param.key.removeprefix("model.")]
             assert target.shape == param.shape
-            around = 1.0 if "norm" in param.key else 0.0
+            around = 1.0 if "norm" in param.key and not cfg.centred else 0.0
             spread = 0.3 if target.ndim == 1 else target.shape[1] ** -0.5
             value = (around + spread * torch.randn(param.shape)).to(dtype)
             target.data.copy_(value)
             flat[param.offset : param.offset + param.numel] = value.flatten()
-        return cls(config, decoder_config(config), unit, model, flat)
+        return cls(config, cfg, unit, model, flat)
 
     def operands(self, flat: Tensor) -> dict[str, Tensor]:
         return {
@@ -119,7 +123,7 @@ class Case:
         slot = torch.full((self.unit.numel,), math.nan, dtype=slot_dtype, device=device)
         grads = self.operands(slot)
         seq = x.shape[2]
-        rope = rope_tables(self.config, seq, x.device)
+        rope = rope_tables(self.config, seq, x.device, self.cfg.rope_kinds[0])
         mask = window_mask(seq, self.cfg.windows[0], x.device)
         y = torch.full_like(x, math.nan)
         with torch.no_grad():
@@ -305,7 +309,7 @@ def run_layer(case: Case, keep: bool, batch: int, seq: int, device: str) -> dict
     x, dx = (t[0].to(device) for t in case.inputs(1, batch, seq))
     grads = torch.zeros(case.unit.numel, dtype=x.dtype, device=device)
     w = case.operands(case.flat.to(device))
-    rope = rope_tables(case.config, seq, x.device)
+    rope = rope_tables(case.config, seq, x.device, case.cfg.rope_kinds[0])
     mask = window_mask(seq, case.cfg.windows[0], x.device)
     kept = kept_activations(case, batch, seq, device) if keep else None
     with torch.no_grad():
@@ -322,9 +326,12 @@ def run_layer(case: Case, keep: bool, batch: int, seq: int, device: str) -> dict
                 mask=mask,
                 kept=kept,
             )
-    products = 2 if keep else 3
-    spared = 0 if keep else w["down.weight"].numel()
-    assert flops.total == 2 * batch * seq * (products * case.unit.matrix_numel - spared)
+    products = (2 if keep else 3) * case.unit.matrix_numel
+    if case.cfg.output_norms:  # whose inputs are needed
+        products += w["o.weight"].numel() + w["down.weight"].numel()
+    if not keep:
+        products -= w["down.weight"].numel()
+    assert flops.total == 2 * batch * seq * products
     return {"y": y, "dx": dx, "gradients": grads}
 
 

@@ -38,6 +38,8 @@ PACKED = [
     packed_batch(1, [[9, 7], [5, 2, 1, 8], [3], [16]]),
     packed_batch(2, [[], [16], [1, 1, 14], [4, 4, 4]]),
 ]
+OTHERS = ["gemma2", "gemma3_text"]
+"""Families whose layers or embeddings do what the others' do not."""
 NUMERICS: dict[str, dict[str, Any]] = {
     "two micro-batches": {},
     "one micro-batch": {"micro_rows": 4},
@@ -141,6 +143,21 @@ def test_weights_do_not_depend_on_placement_order_or_threads(
 ) -> None:
     units = frozenset(model.units[i] for i in resident if i < len(model.units))
     check(model, name, {**placement, "resident": units})
+
+
+@pytest.mark.parametrize("variant", OTHERS)
+def test_weights_of_other_families_do_not_depend_on_placement(variant: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", variant, tied=True)
+    plain = {"two micro-batches": train(folder, {})}
+    placement = {
+        "resident": frozenset(["embed", "L01"]),
+        "window": 2,
+        "chunk_numel": 3000,
+        "offloaded": 2,
+        "kept": 1,
+        "spilled": 1,
+    }
+    check(Model(folder, (), plain), "two micro-batches", placement)
 
 
 @pytest.mark.parametrize("policy", POLICIES)

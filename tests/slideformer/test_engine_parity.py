@@ -51,6 +51,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral, windowed": ("mistral", {}),
     "mistral, tied, windowed": ("mistral", {"tied": True}),
     "phi3": ("phi3", {}),
+    "gemma2": ("gemma2", {}),
+    "gemma2, tied, padding token": ("gemma2", {"tied": True, "pad_token_id": 0}),
+    "gemma3": ("gemma3_text-biases", {}),
+    "gemma3, tied": ("gemma3_text", {"tied": True}),
     "phi3, tied, windowed, partial and scaled rope": ("phi3-partial", {"tied": True}),
 }
 

@@ -179,9 +179,7 @@ def train_reference(
 
     Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
         [
             {
@@ -209,9 +207,7 @@ def train_reference(
 
 def reference_loss(folder: Path, batch: Batch) -> float:
     """Mean loss per target token of a checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="sdpa"
-    )
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 
