@@ -38,13 +38,24 @@ def places(graphs: Iterable[TaskGraph]) -> dict[str, tuple[Tier, int]]:
     return found
 
 
-def lay_out(wanted: Mapping[str, tuple[Tier, int]]) -> Layout:
-    """Place after place, each aligned; nothing is shared and nothing is left between."""
+def lay_out(
+    wanted: Mapping[str, tuple[Tier, int]], shared: Mapping[str, str] | None = None
+) -> Layout:
+    """Place after place, each aligned, and nothing left between.
+
+    Nothing is shared, but for the places that ``shared`` puts into another's memory.
+    """
+    shared = shared or {}
     offsets: dict[str, int] = {}
     sizes: dict[Tier, int] = {}
     for name, (tier, nbytes) in wanted.items():
-        offsets[name] = sizes.get(tier, 0)
-        sizes[tier] = offsets[name] + aligned(nbytes)
+        if name not in shared:
+            offsets[name] = sizes.get(tier, 0)
+            sizes[tier] = offsets[name] + aligned(nbytes)
+    for name, other in shared.items():
+        if wanted[name] != wanted[other]:
+            raise GraphError(f"{name} cannot lie in the memory of {other}, which is another size")
+        offsets[name] = offsets[other]
     return Layout(offsets, sizes)
 
 

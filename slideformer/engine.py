@@ -49,6 +49,7 @@ from slideformer.models.rotary import rope_tables
 from slideformer.models.save_ops import SaveOps
 from slideformer.models.update_ops import UpdateOps
 from slideformer.numerics import numerics_of
+from slideformer.phantom import phantom_budgets, real_part, shared_places, stand_ins
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
 from slideformer.run_memory import RunMemory
 from slideformer.runtime.cpu import CpuDevice
@@ -67,10 +68,11 @@ MAX_OPEN_STEPS = 2
 class Engine:
     """Fine-tunes one model; use as a context manager, or `close` it.
 
-    ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks);
-    ``policy`` replaces the one that ``config`` names. With ``checkpoint`` it goes on from there and
-    keeps its numerics. ``on_plan`` is called with the plan before anything large is allocated; what
-    it raises ends the construction.
+    ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks), and
+    ``phantom`` backs the state of most layers by that of others (``phantom.py``). ``policy``
+    replaces the one that ``config`` names. With ``checkpoint`` it goes on from there and keeps its
+    numerics. ``on_plan`` is called with the plan before anything large is allocated; what it raises
+    ends the construction.
 
     Raises `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`, `UnsupportedModelError`
     before anything large is allocated.
@@ -81,6 +83,7 @@ class Engine:
         config: EngineConfig,
         *,
         initial: PretrainedConfig | None = None,
+        phantom: bool = False,
         policy: Policy | None = None,
         checkpoint: Checkpoint | None = None,
         on_plan: Callable[[MemoryPlan], None] | None = None,
@@ -98,7 +101,10 @@ class Engine:
         self._profile = profile_for(self._device)
         budgets = budgets_for(config, self._device)
         kept = checkpoint.info.numerics if checkpoint else {}
+        if phantom:
+            budgets = phantom_budgets(self.spec, budgets)
         self.plan = plan_for(self._hf_config, config, budgets, self._profile, kept)
+        layers = stand_ins(self.spec, self.plan) if phantom else {}
         if on_plan is not None:
             on_plan(self.plan)
         self._steps = checkpoint.info.step if checkpoint else 0
@@ -113,10 +119,13 @@ class Engine:
             self._device,
             config.nvme,
             checksums=config.nvme_checksums,
+            shared=shared_places(layers),
         )
         self._determinism = Determinism(config.deterministic)
         try:
-            self._stored = fill(self._memory, self.spec, config.model, initial, checkpoint)
+            self._stored = fill(
+                self._memory, real_part(self.spec, layers), config.model, initial, checkpoint
+            )
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
             self._start()

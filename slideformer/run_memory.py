@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,8 @@ _PIECE = 16 << 20
 class RunMemory:
     """The memory that the graphs of a run work on; `close` gives it back.
 
+    ``shared`` puts places into the memory of others, as :func:`slideformer.memory.layout.lay_out`.
+
     Raises `ConfigError` if the plan needs NVMe and there is no folder, `StoreError` if the folders
     cannot be used, `BudgetError` or `DeviceError` if the system refuses memory.
     """
@@ -48,6 +50,7 @@ class RunMemory:
         folders: Sequence[Path],
         *,
         checksums: bool,
+        shared: Mapping[str, str] | None = None,
     ) -> None:
         self._spec, self._plan = spec, plan
         self._kinds = units_on_nvme(spec, plan)
@@ -61,7 +64,7 @@ class RunMemory:
         if stored:
             self.store = open_store(folders, self._extents, checksums=checksums)
         try:
-            self.arenas = Arenas(lay_out(in_memory), in_memory, device)
+            self.arenas = Arenas(lay_out(in_memory, shared), in_memory, device)
         except BaseException:
             self._close_store()
             raise

@@ -6,9 +6,11 @@
 | R2 | FP32 masters and moments beside a BF16 model | every layer | fused AdamW |
 | R3 | as R2 | none | fused AdamW |
 | R4 | BF16 | every layer | none: forward and backward only |
+| layer | one layer in BF16 stands for all | every layer | none: neither embedding nor head either |
 
 All of Liger's kernels for the family are applied where Liger is installed; attention is SDPA and
-the whole batch is one micro-batch. Nothing of SlideFormer's own arithmetic runs here.
+the whole batch is one micro-batch, but for ``layer``, whose micro-batches are the engine's. Nothing
+of SlideFormer's own arithmetic runs here.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ class Recipe:
     masters: bool
     recompute: bool
     optimizer: bool
+    one_layer: bool = False
 
 
 RECIPES = {
@@ -44,6 +47,7 @@ RECIPES = {
     "R2": Recipe(masters=True, recompute=True, optimizer=True),
     "R3": Recipe(masters=True, recompute=False, optimizer=True),
     "R4": Recipe(masters=False, recompute=True, optimizer=False),
+    "layer": Recipe(masters=False, recompute=True, optimizer=False, one_layer=True),
 }
 
 
@@ -90,13 +94,20 @@ class Baseline:
         shape: str,
         batch_size: int,
         seq_len: int,
+        micro_rows: int,
     ) -> None:
-        """Say what to run: a recipe on a shape with random weights and random batches."""
+        """Say what to run: a recipe on a shape with random weights and random batches.
+
+        ``micro_rows`` are the rows that ``layer`` computes at once.
+        """
         self._recipe = RECIPES[recipe]
         self._folder = None
         self._config = shape_config(shape)
         batches = random_batches(self._config.vocab_size, batch_size, seq_len, 4)
         self._host_ids = [batch.input_ids for batch in batches]
+        self._micro_rows, self._layers = micro_rows, self._config.num_hidden_layers
+        if self._recipe.one_layer:
+            self._config.num_hidden_layers = 1
 
     def prepare_folder(self, recipe: str, folder: str, tokens: str, lr: float) -> None:
         """Say what to run: a recipe on a checkpoint; batches are those of a .npy file [n, B, S]."""
@@ -171,6 +182,8 @@ class Baseline:
 
     def _step(self, step: int) -> Tensor:
         ids = self._batches[step % len(self._batches)]
+        if self._recipe.one_layer:
+            return self._layer_steps(ids)
         loss: Tensor = self._model(input_ids=ids, labels=ids).loss
         loss.backward()
         if self._optimizer is not None:
@@ -178,6 +191,27 @@ class Baseline:
         for parameter in self._parameters:
             parameter.grad = None
         return loss.detach()
+
+    def _layer_steps(self, ids: Tensor) -> Tensor:
+        """Forward, recompute and backward of one layer, as often as there are layers."""
+        decoder = self._model.model
+        layer, rows = decoder.layers[0], self._micro_rows
+        x = torch.randn(
+            rows, ids.shape[1], self._config.hidden_size, dtype=torch.bfloat16, device=self._device
+        ).requires_grad_()
+        positions = torch.arange(ids.shape[1], device=self._device).unsqueeze(0)
+        tables = decoder.rotary_emb(x, positions)
+        loss = torch.zeros((), device=self._device)
+        for _ in range(self._layers):
+            for parameter in layer.parameters():
+                parameter.grad = None
+            for _ in range(len(ids) // rows):
+                x.grad = None
+                y = layer(
+                    x, attention_mask=None, position_ids=positions, position_embeddings=tables
+                )
+                y.backward(x.detach())
+        return loss
 
     def _synchronize(self) -> None:
         if self._device.type == "cuda":

@@ -107,7 +107,10 @@ class Comparison:
 
     def _build_ours(self) -> dict[str, Any]:
         built: dict[str, Any] = self._ours.ask(
-            "build", shape=self.row.shape, settings=self.row.engine_settings()
+            "build",
+            shape=self.row.shape,
+            settings=self.row.engine_settings(),
+            phantom=self.row.phantom,
         )
         return built
 
@@ -121,6 +124,7 @@ class Comparison:
             shape=row.shape,
             batch_size=row.batch_size,
             seq_len=row.seq_len,
+            micro_rows=self.result["engine"]["plan"]["micro_rows"],
         )
         self.result["liger"] = hello["liger"]
         self.result["baseline_kernels"] = "Liger" if hello["liger"] else "plain transformers"

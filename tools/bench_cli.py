@@ -30,7 +30,11 @@ def bench(
     gpu_cap: Annotated[
         str | None, typer.Option(help="Hard bound on our process's reserved GPU memory.")
     ] = None,
-    baseline: Annotated[str, typer.Option(help="R1, R2, R3, R4 or none.")] = "R1",
+    baseline: Annotated[str, typer.Option(help="R1, R2, R3, R4, layer or none.")] = "R1",
+    phantom: Annotated[
+        bool,
+        typer.Option("--phantom", help="Back most layers' state by that of two; trains nothing."),
+    ] = False,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Engine setting name=value; repeatable.")
     ] = None,
@@ -76,6 +80,7 @@ def bench(
         "cpu_memory": cpu_memory,
         "gpu_cap": gpu_cap,
         "baseline": baseline,
+        "phantom": phantom,
         "settings": _settings(settings or []),
     }
     wanted = [parse_row(text, common) for text in row or []]

@@ -25,6 +25,7 @@ from slideformer.measure import (
     shape_config,
     torch_device,
 )
+from slideformer.phantom import spared_nbytes, stand_ins
 from slideformer.traces import write_trace
 
 
@@ -47,20 +48,26 @@ class Ours:
         name = torch.cuda.get_device_name(self._device) if self._device.type == "cuda" else None
         return {"device": self._device.type, "gpu": name, **memory(self._device)}
 
-    def build(self, shape: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-        """Make the engine, with random weights unless ``shape`` is None; returns its plan."""
+    def build(
+        self, shape: str | None, settings: dict[str, Any], *, phantom: bool = False
+    ) -> dict[str, Any]:
+        """Make the engine, with random weights unless ``shape`` is None; returns its plan.
+
+        ``phantom`` is that of `Engine`; the host memory it spares is not counted as planned.
+        """
         started = time.perf_counter()
         initial = shape_config(shape) if shape is not None else None
         config = EngineConfig(**{"model": "random", **settings, "device": self._device.type})
-        self._engine = engine = Engine(config, initial=initial)
+        self._engine = engine = Engine(config, initial=initial, phantom=phantom)
         spec = engine.spec
+        layers = stand_ins(spec, engine.plan) if phantom else {}
         self._batches = random_batches(spec.vocab, config.batch_size, config.seq_len, 4)
         return {
             "build_seconds": time.perf_counter() - started,
             "parameters": spec.param_count,
             "layers": len(spec.layers),
             "hidden": spec.hidden,
-            "plan": plan_facts(engine.plan),
+            "plan": plan_facts(engine.plan, spared_nbytes(spec, layers)),
             "traffic": traffic(engine.graph),
         }
 
@@ -130,8 +137,8 @@ class Ours:
             torch.cuda.empty_cache()
 
 
-def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
-    """The plan's plain numbers, and its predicted peaks in bytes."""
+def plan_facts(plan: MemoryPlan, spared: int = 0) -> dict[str, Any]:
+    """The plan's plain numbers, and its predicted peaks in bytes, less ``spared`` on the host."""
     facts = {
         field.name: value
         for field in dataclasses.fields(plan)
@@ -141,7 +148,7 @@ def plan_facts(plan: MemoryPlan) -> dict[str, Any]:
         **facts,
         "resident": sorted(plan.resident),
         "gpu_peak": plan.peaks[Tier.GPU],
-        "host_peak": sum(size for tier, size in plan.peaks.items() if tier in HOST_TIERS),
+        "host_peak": sum(size for tier, size in plan.peaks.items() if tier in HOST_TIERS) - spared,
     }
 
 

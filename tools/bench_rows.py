@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slideformer.config import parse_size
 from slideformer.graph.errors import ConfigError
 
-BASELINES = ("R1", "R2", "R3", "R4", "none")
+BASELINES = ("R1", "R2", "R3", "R4", "layer", "none")
 _ROW_FIELDS = ("shape", "batch_size", "gpu_memory", "cpu_memory", "baseline")
 
 
@@ -31,13 +31,15 @@ class Row(BaseModel):
     cpu_memory: str | None = None
     gpu_cap: str | None = None
     baseline: str = "R1"
+    phantom: bool = False
     settings: dict[str, Any] = {}
 
     @property
     def label(self) -> str:
         """How the row is called in tables."""
         more = "".join(f" {name}={value}" for name, value in self.settings.items())
-        return f"{self.shape} b{self.batch_size} gpu {self.gpu_memory or 'free'}{more}"
+        kind = " phantom" if self.phantom else ""
+        return f"{self.shape}{kind} b{self.batch_size} gpu {self.gpu_memory or 'free'}{more}"
 
     def engine_settings(self) -> dict[str, Any]:
         """Keyword arguments of `EngineConfig`, the model and the device left out."""
@@ -67,14 +69,15 @@ class Turns(BaseModel):
 def parse_row(text: str, common: Mapping[str, Any]) -> Row:
     """A row written ``shape:batch:gpu:cpu:baseline[:name=value…]``; empty parts take ``common``.
 
-    Names are those of the engine's settings, or ``seq_len`` and ``gpu_cap``. Raises `ConfigError`.
+    Names are those of the engine's settings, or ``seq_len``, ``gpu_cap`` and ``phantom``. Raises
+    `ConfigError`.
     """
     values = dict(common)
     settings = dict(values.pop("settings", {}))
     for position, part in enumerate(text.split(":")):
         name, equals, value = part.partition("=")
         if equals:
-            target = values if name in ("seq_len", "gpu_cap") else settings
+            target = values if name in ("seq_len", "gpu_cap", "phantom") else settings
             target[name] = yaml.safe_load(value)
         elif position >= len(_ROW_FIELDS):
             raise ConfigError(f"row {text!r}: {part!r} is not name=value")
