@@ -306,7 +306,8 @@ class Scripted:
             if self._runs == 1:
                 raise WorkerError("no memory", out_of_memory=True)
         seconds = 2.0 if self.name == "Baseline" else 1.0
-        return {"device": "cpu", "gpu": None, "liger": None, "step_seconds": seconds}
+        answer = {"device": "cpu", "gpu": None, "liger": None, "step_seconds": seconds}
+        return {**answer, "plan": {"micro_rows": 2}}
 
     def close(self) -> None:
         self.log.append(f"{self.name}.close")
