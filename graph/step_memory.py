@@ -162,6 +162,10 @@ class StepMemory:
             self._loaded[key] = self._load_chunks(chunks, f"w.{visit.slot}", purpose)
         return self._loaded[key]
 
+    def loaded(self, chunk: Chunk) -> str:
+        """The buffer in the window that holds the weights of a layer's chunk now."""
+        return self._loaded[chunk.unit][chunk.index]
+
     def _load_chunks(self, chunks: Sequence[Chunk], slot: str, purpose: str) -> list[str]:
         return [self._load(chunk, slot, purpose, chunks[0].begin) for chunk in chunks]
 

@@ -2,16 +2,16 @@
 
 Of the first ``nvme_moments`` of the streamed layers in `spread` order the moments, of ``nvme_lo``
 of those the masters' lower halves, and of ``nvme_hi`` of those the upper halves are extents: one
-per chunk, read before the chunk's update and written behind it. Upper halves are also read for
-forward and for backward, on their way to the GPU. Reads run ahead as far as there are free slots,
-into the next step too, so that reading one chunk, updating the one before and writing the one
-before that overlap. What the GPU exchanges with the disk passes through host memory as well: the
-slots there let the disk, which is slow, run ahead of the GPU and behind it without holding the
-GPU's own slots meanwhile.
+per chunk, read before the chunk's update and written behind it. Upper halves are read for forward
+and for backward, on their way to the GPU; to be updated they come back from there, since PCIe is
+many times faster than the disk. Reads run ahead as far as there are free slots, into the next step
+too, so that reading one chunk, updating the one before and writing the one before that overlap.
+What the GPU exchanges with the disk passes through host memory as well: the slots there let the
+disk run ahead of the GPU and behind it without holding the GPU's own slots meanwhile.
 
     moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: both moments, halves of the master
     away.x.U.m                    nvme   an extent per boundary of a micro-batch
-    staged.k              cpu     a chunk's extents, to be updated; all slots are used in turn
+    staged.k              pinned  a chunk's state, to be updated; all slots are used in turn
     wh.k                  pinned  a chunk's upper halves on their way up
     xs.k                  pinned  a boundary on its way down or up
     saved_lo, saved_hi    cpu     a unit's halves put together, to be saved
@@ -84,13 +84,35 @@ class StoredState:
 
     # -- state, around a chunk's update ----------------------------------------------------------
 
+    def prepare(self, chunk: Chunk) -> list[str]:
+        """Bring what is on NVMe of a chunk's state into the next slot, to be updated there.
+
+        Upper halves come down from the GPU, which has them for backward. Returns the buffers.
+        """
+        kinds = self._kinds.get(chunk.unit, ())
+        if not kinds:
+            return []
+        staged = self._stage(chunk, kinds)
+        name, read = f"{chunk.unit}.{chunk.label}", [kind for kind in kinds if kind != HI]
+        self._transfer(
+            f"read.{name}",
+            TaskKind.NVME_READ,
+            [self._extent(kind, chunk) for kind in read],
+            [staged[kind] for kind in read],
+        )
+        if HI in kinds:
+            weight = self._memory.loaded(chunk)
+            copied = f"d2h.{chunk.unit}.hi.{chunk.label}"
+            self._memory.copy(copied, TaskKind.D2H, weight, staged[HI])
+        return list(staged.values())
+
     def read(self, chunk: Chunk) -> list[str]:
-        """Bring a chunk's extents into the next slot; returns the buffers there, if it has any."""
+        """The same, all from NVMe."""
         kinds = self._kinds.get(chunk.unit, ())
         return self._read(chunk, kinds, f"read.{chunk.unit}.{chunk.label}") if kinds else []
 
     def write(self, chunk: Chunk) -> None:
-        """Write what `read` returned back to its extents."""
+        """Write what `prepare` returned back to its extents."""
         kinds = self._kinds.get(chunk.unit, ())
         if kinds:
             extents = [self._extent(kind, chunk) for kind in kinds]
@@ -130,19 +152,27 @@ class StoredState:
             yield from saved
 
     def _read(self, chunk: Chunk, kinds: Sequence[str], name: str) -> list[str]:
-        slot = self._next("staged")
+        staged = list(self._stage(chunk, kinds).values())
         extents = [self._extent(kind, chunk) for kind in kinds]
-        staged: list[str] = []
+        self._transfer(name, TaskKind.NVME_READ, extents, staged)
+        return staged
+
+    def _stage(self, chunk: Chunk, kinds: Sequence[str]) -> dict[str, str]:
+        """Buffers of a chunk's state, one behind another in the next slot."""
+        slot = self._next("staged")
+        staged: dict[str, str] = {}
         offset = 0
-        for kind, extent in zip(kinds, extents, strict=True):
+        for kind in kinds:
             nbytes = extent_nbytes(kind, chunk.numel)
-            staged.append(
-                self._memory.buffer(
-                    f"staged.{extent}", nbytes, Tier.CPU, Role.OPTIMIZER, slot=slot, offset=offset
-                )
+            staged[kind] = self._memory.buffer(
+                f"staged.{kind}.{chunk.unit}.{chunk.label}",
+                nbytes,
+                Tier.PINNED,
+                Role.OPTIMIZER,
+                slot=slot,
+                offset=offset,
             )
             offset += nbytes
-        self._transfer(name, TaskKind.NVME_READ, extents, staged)
         return staged
 
     # -- weights, on their way to the GPU --------------------------------------------------------

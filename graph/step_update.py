@@ -57,7 +57,7 @@ class UpdateWriter:
         for chunk, staged in memory.gradients.stage_gradients(chunks, accumulators):
             gradient = memory.gradients.download_gradient(chunk, staged)
             name = f"{chunk.unit}.{chunk.label}"
-            owned = [*memory.owned(chunk), *memory.stored.read(chunk)]
+            owned = [*memory.owned(chunk), *memory.stored.prepare(chunk)]
             memory.task(
                 f"update.{name}",
                 TaskKind.CPU_UPDATE,

@@ -1,8 +1,8 @@
 """How much goes to NVMe: the least that brings the host within its budget.
 
 Moments come first, layer by layer, then the masters' lower halves, then boundaries, then the upper
-halves. Every byte there is written and read once a step, upper halves are read three times, so
-fewer bytes are always faster.
+halves. Every byte there is written and read once a step, upper halves are read twice, so fewer
+bytes are always faster.
 """
 
 from __future__ import annotations
@@ -67,8 +67,8 @@ def nvme_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
 
 
 def nvme_read_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
-    """Bytes that a step reads from NVMe: upper halves once in forward and once in backward too."""
-    return nvme_nbytes(spec, plan) + 4 * spec.layers[0].numel * plan.nvme_hi
+    """Bytes that a step reads from NVMe: upper halves once in forward and once in backward."""
+    return nvme_nbytes(spec, plan) + 2 * spec.layers[0].numel * plan.nvme_hi
 
 
 def nvme_seconds(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:

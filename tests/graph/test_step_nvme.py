@@ -79,7 +79,7 @@ def test_a_step_writes_each_extent_once_and_reads_it_as_often_as_it_must(case: C
     again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
     for extent, count in reads.items():
         kind, unit, *_ = extent.split(".")
-        assert count == (1 if kind != HI else 3 if unit in again else 2)
+        assert count == (2 if kind == HI and unit in again else 1)
     kinds = units_on_nvme(spec, plan)
     assert {tuple(name.split(".")[:2]) for name in writes if not name.startswith("away.")} == {
         (kind, unit) for unit in kinds for kind in kinds[unit]

@@ -31,6 +31,11 @@ PLACEMENTS: list[dict[str, Any]] = [
     {"resident": frozenset({"embed", "norm", "L00", "L01", "L02"}), "kept": 3},
     {"kept": 1, "spilled": 2},
 ]
+ON_NVME: list[dict[str, Any]] = [
+    {"nvme_moments": 3, "nvme_lo": 3, "nvme_hi": 3, "offloaded": 3, "nvme_boundaries": 2},
+    {"nvme_moments": 2, "nvme_lo": 2, "nvme_hi": 1, "chunk_numel": 5000, "nvme_slots": 1},
+    {"nvme_moments": 1, "nvme_lo": 1, "nvme_hi": 1, "resident": frozenset({"embed", "L00"})},
+]
 
 
 def batch(seed: int) -> Batch:
@@ -80,7 +85,8 @@ def train(
         losses = [handle.loss() for handle in handles]
         engine.synchronize()
         weights = {}
-        for name, state in engine._memory.states.items():
+        for name in engine._memory.states:
+            state = engine._memory.whole(name)
             joined = torch.empty(len(state.hi))
             join_master(state.hi.cpu(), state.lo.cpu(), joined)
             weights[name] = joined
@@ -98,6 +104,19 @@ def test_placement_and_policy_do_not_change_a_bit(
         assert again == losses, placement
         for name, value in weights.items():
             assert torch.equal(others[name], value), (placement, name)
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_weights_boundaries_and_state_on_nvme_do_not_change_a_bit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    losses, weights = train(checkpoint, monkeypatch, PLACEMENTS[0])
+    for placement in ON_NVME:
+        again, others = train(checkpoint, monkeypatch, placement, nvme=(tmp_path,))
+        assert again == losses, placement
+        for name, value in weights.items():
+            assert torch.equal(others[name], value), (placement, name)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("deterministic")
