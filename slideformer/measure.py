@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DeviceError
-from slideformer.models.data.batches import IGNORED_TARGET, Batch
+from slideformer.models.data.batches import IGNORED_TARGET, Batch, BatchStream
+from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "Batch",
     "array_batches",
     "batch_of",
+    "log_normal_stream",
     "memory",
     "random_batches",
     "shape_config",
@@ -48,6 +50,30 @@ def random_batches(vocab: int, rows: int, seq_len: int, count: int, seed: int = 
         batch_of(torch.randint(0, vocab, (rows, seq_len), generator=generator))
         for _ in range(count)
     ]
+
+
+def log_normal_stream(
+    vocab: int, seq_len: int, batch_size: int, documents: int, *, packing: bool
+) -> BatchStream:
+    """Batches of documents of random tokens, whose lengths vary as those of real texts do.
+
+    Lengths are log-normal (sigma 1), clipped to 1 … ``seq_len``, and a third of it on average.
+    """
+    generator = np.random.default_rng(0)
+    drawn = generator.lognormal(size=documents)
+    low, high = 0.0, float(seq_len)
+    for _ in range(50):  # the clipped mean grows with the scale
+        scale = (low + high) / 2
+        lengths = np.clip(drawn * scale, 1, seq_len).astype(np.int64)
+        low, high = (scale, high) if lengths.mean() < seq_len / 3 else (low, scale)
+    tokens = int(lengths.sum())
+    dataset = TokenDataset.from_arrays(
+        generator.integers(0, vocab, tokens, dtype=np.int32),
+        np.append(0, np.cumsum(lengths)),
+        np.ones(tokens, dtype=np.bool_),
+        seq_len=seq_len,
+    )
+    return BatchStream(dataset, batch_size, seed=0, packing=packing)
 
 
 def array_batches(ids: NDArray[np.int64]) -> list[Batch]:
