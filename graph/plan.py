@@ -152,6 +152,9 @@ class MemoryPlan:
     BF16 weights. Of the offloaded boundaries those of ``nvme_boundaries`` layers wait for backward
     on NVMe. Each kind passes through ``nvme_slots`` slots in host memory, by chunk or micro-batch.
 
+    ``deferred`` plans update no unit before all gradients of the step are known, and keep these
+    parked until then, each in a place of its own.
+
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
 
@@ -167,6 +170,7 @@ class MemoryPlan:
     offloaded: int
     staging_slots: int
     packed: bool = False
+    deferred: bool = False
     resident: frozenset[str] = frozenset()
     kept: int = 0
     spilled: int = 0

@@ -1,8 +1,9 @@
 """Compile a memory plan into the graph of a training step, an evaluation, a save or a checkpoint.
 
 The order of the statements below is the program order from which all edges follow: embedding,
-layers forward, output matrix and loss, layers backward, embedding's update. Within a unit the order
-is micro-batch by micro-batch, so a unit's weights cross PCIe once per pass.
+layers forward, output matrix and loss, layers backward, embedding's update; deferred, all updates
+come last. Within a unit the order is micro-batch by micro-batch, so a unit's weights cross PCIe
+once per pass.
 
 Buffers and slots are declared in ``step_memory.py``, the output matrix is in ``step_head.py``,
 updates are in ``step_update.py``, saves and checkpoints in ``step_save.py``.
@@ -63,7 +64,7 @@ def _write_step(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     layers.forward()
     head.write()
     layers.backward(updates)
-    updates.report_norm()
+    updates.close()
     return memory
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from slideformer.graph.step_memory import StepMemory
 
 CHECK_NBYTES = 256
-"""Bytes behind each travelling gradient chunk for its norm (4 used; keeps chunks aligned)."""
+"""Bytes behind each travelling gradient chunk for the sum of its squares; keeps chunks aligned."""
 
 
 class Gradients:
@@ -54,7 +54,7 @@ class Gradients:
     def finish_gradients(
         self, chunks: Sequence[Chunk], accumulators: Sequence[str], targets: Sequence[str]
     ) -> None:
-        """Round finished gradients and append their norms, in one task of the compute lane."""
+        """Round finished gradients and append their squares, in one task of the compute lane."""
         numel = sum(chunk.numel for chunk in chunks)
         self._memory.task(
             f"finish.{chunks[0].unit}.{chunks[0].label}",
@@ -96,7 +96,11 @@ class Gradients:
         return self._memory.buffer(name, nbytes, Tier.PINNED, Role.GRADIENT, slot=slot)
 
     def parked_gradient(self, chunk: Chunk) -> str:
-        """A tied matrix's gradient from the output side, until the look-up's side is known."""
+        """A gradient that waits where it was finished or, streamed, on the host.
+
+        That of a tied matrix from the output side, until the look-up's side is known; deferred,
+        that of a resident unit.
+        """
         name = f"parked.{chunk.unit}.{chunk.label}"
         if not self._memory.resident(chunk.unit):
             return self._memory.buffer(
@@ -108,7 +112,7 @@ class Gradients:
             size * chunk.numel,
             Tier.GPU,
             Role.GRADIENT,
-            slot="parked",
+            slot=f"parked.{chunk.unit}",
             offset=size * chunk.begin,
         )
 

@@ -13,6 +13,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
                           (both on the GPU for a resident unit; less what is on NVMe)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
+    parked.U              GPU      the same of a resident unit
     xh.U, kh.U            pinned   offloaded boundaries, spilled activations
     wh.k, xs.k            pinned   weights and boundaries between NVMe and the GPU
 """

@@ -1,23 +1,31 @@
 """The part of a step's graph that turns finished gradients into weights.
 
-The gradients of a streamed unit's chunks are rounded and their norms taken on the GPU (``finish``);
-then they go down and the CPU updates them chunk by chunk. A resident unit is updated on the GPU.
+The gradients of a streamed unit's chunks are rounded and their squares summed on the GPU
+(``finish``); then they go down and the CPU updates them chunk by chunk. A resident unit is updated
+on the GPU.
 
 The embedding's gradient has two sides. From the look-up, only the rows of this step's tokens have
 one, known when the first layer's backward is done; from a tied output matrix, all rows have one,
 known early and parked. AdamW works element by element, so rows without tokens (``idle``) are
 updated early and only the used ones wait for the end.
+
+Deferred, every gradient stays parked until all are known: ``clip`` takes their norm and decides how
+they are scaled, and all updates follow it, in the order in which the next forward needs them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import UnitSpec
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.tasks import Cost, TaskKind
+
+CLIP = "clip.norm"
+"""Task that all deferred updates come after."""
 
 
 class UpdateWriter:
@@ -27,7 +35,9 @@ class UpdateWriter:
         self.memory = memory
         self.spec, self.plan = memory.spec, memory.plan
         self._squares: list[str] = []
-        self._norms: list[str] = []
+        self._on_gpu: list[str] = []
+        self._travelled: list[str] = []
+        self._deferred: list[tuple[str, Callable[[], None]]] = []
 
     def finish_unit(self, unit: UnitSpec, accumulators: list[str]) -> None:
         """Update a unit from its accumulators."""
@@ -50,27 +60,58 @@ class UpdateWriter:
             self._idle_rows([chunk], chunk.label)
 
     def _finish(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
-        memory = self.memory
-        if memory.resident(chunks[0].unit):
-            self._update_on_gpu(chunks, accumulators)
+        memory, unit = self.memory, chunks[0].unit
+        if memory.resident(unit):
+            if self.plan.deferred:
+                accumulators = self._park(chunks, accumulators)
+            self._write(unit, partial(self._update_on_gpu, chunks, accumulators))
             return
         for chunk, staged in memory.gradients.stage_gradients(chunks, accumulators):
             gradient = memory.gradients.download_gradient(chunk, staged)
-            name = f"{chunk.unit}.{chunk.label}"
-            owned = [*memory.owned(chunk), *memory.stored.prepare(chunk)]
-            memory.task(
-                f"update.{name}",
-                TaskKind.CPU_UPDATE,
-                reads=[gradient, *owned],
-                writes=[*owned, self._square(name)],
-                cost=Cost(params=chunk.numel),
-                unit=chunk.unit,
-                begin=chunk.begin,
-                end=chunk.end,
-            )
-            memory.stored.write(chunk)
+            self._travelled.append(gradient)
+            self._write(unit, partial(self._update, chunk, gradient))
 
-    def _update_on_gpu(self, chunks: Sequence[Chunk], accumulators: list[str]) -> None:
+    def _write(self, unit: str, update: Callable[[], None]) -> None:
+        """Append an update now, or when all gradients are known."""
+        if self.plan.deferred:
+            self._deferred.append((unit, update))
+        else:
+            update()
+
+    def _update(self, chunk: Chunk, gradient: str) -> None:
+        memory, name = self.memory, f"{chunk.unit}.{chunk.label}"
+        # Deferred, the window no longer has the weights.
+        stored = memory.stored.read if self.plan.deferred else memory.stored.prepare
+        owned = [*memory.owned(chunk), *stored(chunk)]
+        memory.task(
+            f"update.{name}",
+            TaskKind.CPU_UPDATE,
+            reads=[gradient, *owned],
+            writes=[*owned, *self._result(name)],
+            after=self._decided,
+            cost=Cost(params=chunk.numel),
+            unit=chunk.unit,
+            begin=chunk.begin,
+            end=chunk.end,
+        )
+        memory.stored.write(chunk)
+
+    def _park(self, chunks: Sequence[Chunk], accumulators: list[str]) -> list[str]:
+        """Round a resident unit's gradient and keep it on the GPU, with the sum of its squares."""
+        memory, name = self.memory, f"{chunks[0].unit}.{chunks[0].label}"
+        kept = [memory.gradients.parked_gradient(chunk) for chunk in chunks]
+        kept.append(self._square(name, on_gpu=True))
+        memory.task(
+            f"finish.{name}",
+            TaskKind.COMPUTE,
+            op="park",
+            reads=accumulators,
+            writes=kept,
+            cost=Cost(nbytes=8 * sum(chunk.numel for chunk in chunks)),
+        )
+        return kept
+
+    def _update_on_gpu(self, chunks: Sequence[Chunk], gradients: list[str]) -> None:
         memory, unit = self.memory, chunks[0].unit
         begin, end = chunks[0].begin, chunks[-1].end
         owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
@@ -79,8 +120,9 @@ class UpdateWriter:
             f"update.{name}",
             TaskKind.COMPUTE,
             op="update_on_gpu",
-            reads=[*accumulators, *owned],
-            writes=[*owned, self._norm(name)],
+            reads=[*gradients, *owned],
+            writes=[*owned, *self._result(name, on_gpu=True)],
+            after=self._decided,
             cost=Cost(nbytes=26 * (end - begin)),
             unit=unit,
             begin=begin,
@@ -104,9 +146,7 @@ class UpdateWriter:
         )
         begin, end = chunks[0].begin, chunks[-1].end
         params = end - begin
-        self._rows(
-            label, "update_idle_rows", chunks, gradients, params=params, begin=begin, end=end
-        )
+        self._rows(label, "idle_rows", chunks, gradients, params=params, begin=begin, end=end)
 
     def late_rows(self, first: str) -> None:
         """Add the look-up's gradient up row by row and update the used rows."""
@@ -120,14 +160,14 @@ class UpdateWriter:
         if self.spec.tied:
             gradients += [memory.gradients.parked_gradient(c) for c in chunks]
         used = min(self.plan.tokens, self.spec.vocab) * self.spec.hidden
-        self._rows("rows", "update_used_rows", list(chunks), gradients, params=used)
+        self._rows("rows", "used_rows", list(chunks), gradients, params=used)
         for m in range(self.plan.micro_batches):
             memory.activations.release(memory.activations.boundaries["dx", m])
 
     def _rows(
         self,
         label: str,
-        op: str,
+        rows: str,
         chunks: list[Chunk],
         gradients: list[str],
         *,
@@ -135,54 +175,82 @@ class UpdateWriter:
         begin: int = 0,
         end: int = 0,
     ) -> None:
-        """An update of some rows of the embedding, by the processor in whose memory they live."""
-        memory = self.memory
+        """An update of some rows of the embedding, by the processor in whose memory they live.
+
+        Deferred, the sum of their gradients' squares is taken at once, where they have any.
+        """
+        memory, name = self.memory, f"embed.{label}"
         owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
         resident = memory.resident("embed")
-        result = (self._norm if resident else self._square)(f"embed.{label}")
-        memory.task(
-            f"update.embed.{label}",
-            TaskKind.COMPUTE if resident else TaskKind.CPU_UPDATE,
-            op=f"{op}_on_gpu" if resident else op,
-            reads=[*gradients, *owned, *(["index"] if resident else [])],
-            writes=[*owned, result],
-            cost=Cost(nbytes=26 * params) if resident else Cost(params=params),
-            begin=begin,
-            end=end,
-        )
+        where = "_on_gpu" if resident else ""
+        index = ["index"] if resident else []
+
+        def update() -> None:
+            memory.task(
+                f"update.{name}",
+                TaskKind.COMPUTE if resident else TaskKind.CPU_UPDATE,
+                op=f"update_{rows}{where}",
+                reads=[*gradients, *owned, *index],
+                writes=[*owned, *self._result(name, on_gpu=resident)],
+                after=self._decided,
+                cost=Cost(nbytes=26 * params) if resident else Cost(params=params),
+                begin=begin,
+                end=end,
+            )
+
+        if self.plan.deferred and gradients:
+            memory.task(
+                f"square.{name}",
+                TaskKind.COMPUTE if resident else TaskKind.CPU,
+                op=f"square_{rows}{where}",
+                reads=[*gradients, *index],
+                writes=[self._square(name, on_gpu=resident)],
+                cost=Cost(nbytes=2 * self.plan.compute.nbytes * params),
+                begin=begin,
+                end=end,
+            )
+        self._write("embed", update)
 
     # -- the norm of all gradients ---------------------------------------------------------------
 
-    def _square(self, name: str) -> str:
-        """Eight bytes for one CPU update's sum of squared gradients (FP64)."""
-        return self._result(self._squares, "square", name, 8, Tier.CPU)
+    @property
+    def _decided(self) -> list[str]:
+        """What an update waits for beside its gradient: how all of them are scaled."""
+        return [CLIP] if self.plan.deferred else []
 
-    def _norm(self, name: str) -> str:
-        """Four bytes for the norm of one chunk's gradient that stays on the GPU (FP32)."""
-        return self._result(self._norms, "norm", name, 4, Tier.GPU)
+    def _result(self, name: str, *, on_gpu: bool = False) -> list[str]:
+        """What an update writes beside state: its sum of squares, if that is not known before."""
+        return [] if self.plan.deferred else [self._square(name, on_gpu=on_gpu)]
 
-    def _result(self, results: list[str], kind: str, name: str, nbytes: int, tier: Tier) -> str:
-        """The next of the numbers that lie one after another in a slot of their kind."""
-        offset = nbytes * len(results)
-        results.append(f"{kind}.{name}")
-        return self.memory.buffer(
-            results[-1], nbytes, tier, Role.RESULT, slot=f"{kind}s", offset=offset
-        )
+    def _square(self, name: str, *, on_gpu: bool) -> str:
+        """Eight bytes for the sum of squares of one gradient (FP64), in the slot of its tier."""
+        results = self._on_gpu if on_gpu else self._squares
+        offset = 8 * len(results)
+        results.append(f"square.{name}")
+        tier, slot = (Tier.GPU, "squares_on_gpu") if on_gpu else (Tier.CPU, "squares")
+        return self.memory.buffer(results[-1], 8, tier, Role.RESULT, slot=slot, offset=offset)
 
-    def report_norm(self) -> None:
-        """Add up the squared gradients of all chunks."""
+    def close(self) -> None:
+        """Add up the squared gradients of all chunks; deferred, then append all updates."""
         memory, reads = self.memory, list(self._squares)
-        names = ",".join(name.removeprefix("norm.") for name in self._norms)
-        if self._norms:
-            nbytes = 4 * len(self._norms)
-            host = memory.buffer("norms_host", nbytes, Tier.PINNED, Role.RESULT)
+        names = ",".join(name.removeprefix("square.") for name in self._on_gpu)
+        if self._on_gpu:
+            nbytes = 8 * len(self._on_gpu)
+            host = memory.buffer("squares_host", nbytes, Tier.PINNED, Role.RESULT)
             memory.task(
-                "d2h.norms",
+                "d2h.squares",
                 TaskKind.D2H,
-                op="download_norms",
-                reads=self._norms,
+                op="download_squares",
+                reads=self._on_gpu,
                 writes=[host],
                 cost=Cost(nbytes=nbytes),
             )
             reads.append(host)
-        memory.task("report.norm", TaskKind.CPU, reads=reads, resident=names)
+        if not self.plan.deferred:
+            memory.task("report.norm", TaskKind.CPU, reads=reads, resident=names)
+            return
+        reads += self._travelled
+        memory.task(CLIP, TaskKind.CPU, reads=reads, resident=names)
+        order = [unit.name for unit in self.spec.units]
+        for _, update in sorted(self._deferred, key=lambda each: order.index(each[0])):
+            update()

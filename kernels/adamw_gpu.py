@@ -41,7 +41,7 @@ def adamw_update_gpu(
         hi, lo: int16[n]: the master weights.
         m, v: float32[n]: the moments.
         grad: bfloat16[n] or float32[n].
-        norm: float32, one element: the gradient's norm, or whatever tells if it is finite.
+        norm: float32 or float64, one element: whatever tells if the gradient is finite.
         segments: Ascending, disjoint, within ``[0, n)``. They carry the learning rates and weight
             decays; those of ``hyper`` are not used.
         hyper: Betas, eps, step and the factor of all gradients.
@@ -54,7 +54,7 @@ def adamw_update_gpu(
     n = hi.numel()
     state = _check_state(hi, lo, m, v)
     _check("grad", grad, GRADIENTS, (n,), hi)
-    _check("norm", norm.reshape(-1), (torch.float32,), (1,), hi)
+    _check("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
     previous = 0
     for segment in segments:
         if not previous <= segment.begin <= segment.end <= n:

@@ -75,8 +75,9 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
 def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
     """Seconds in which the compute lane waits whatever the order.
 
-    Between the last backward and the next forward nothing hides what is due first; and forward
-    waits for spilled activations that go down, between boundaries, slower than it makes them.
+    Between the last backward and the next forward nothing hides what is due first; forward waits
+    for spilled activations that go down, between boundaries, slower than it makes them, and
+    deferred, for updates that it does not hide.
     """
     layer = spec.layers[0]
     forward = plan.micro_batches * profile.products.seconds(
@@ -86,10 +87,15 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     boundaries = plan.offloaded * plan.tokens * spec.hidden * plan.compute.nbytes
     seconds = max(0.0, (spilled + boundaries) / profile.d2h - forward) if spilled else 0.0
+    rest = spec.param_count - sum(spec.unit(name).numel for name in plan.resident)
     if "embed" not in plan.resident:
-        used = min(plan.tokens, spec.vocab) * spec.hidden
+        used = (spec.vocab if plan.deferred else min(plan.tokens, spec.vocab)) * spec.hidden
+        rest -= used
         boundary = plan.tokens * spec.hidden * plan.compute.nbytes
         seconds += used / profile.update + 2 * boundary / profile.host_copy
     if layer.name not in plan.resident:
+        rest -= layer.numel
         seconds += layer.numel / profile.update
+    if plan.deferred:
+        seconds += max(0.0, rest / profile.update - forward)
     return seconds

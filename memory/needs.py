@@ -36,7 +36,7 @@ class PlanRequest:
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile); ``predict`` simulates a step under the policy that will run it.
     ``micro_rows``, ``vocab_chunks``, ``head_tile`` and ``window`` fix what is otherwise chosen;
-    ``packed`` is that of the plan.
+    ``packed`` and ``deferred`` are those of the plan.
     """
 
     spec: ModelSpec
@@ -52,6 +52,7 @@ class PlanRequest:
     head_tile: int | None = None
     window: int | None = None
     packed: bool = False
+    deferred: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Sizes:
     """What a plan needs: GPU and host bytes, overheads included, and boundary slots.
 
     ``host`` counts the fewest gradient slots, ``gradient`` bytes each, out of ``gradients`` that
-    could be parked at once.
+    could be parked at once; deferred, all of them.
     """
 
     gpu: int
@@ -96,9 +97,10 @@ def measure(request: PlanRequest, plan: MemoryPlan) -> Sizes:
     largest = max(gradients, default=0)
     spare = SPARE_WHEN_SPILLING if plan.spilled else SPARE_BOUNDARIES
     sizes = peaks(request, draft)
+    fewest = min(MIN_GRADIENT_SLOTS, len(gradients)) * largest
     return Sizes(
         gpu=sizes[Tier.GPU] + spare * max(boundaries),
-        host=host_bytes(sizes) - sum(gradients) + min(MIN_GRADIENT_SLOTS, len(gradients)) * largest,
+        host=host_bytes(sizes) - (0 if plan.deferred else sum(gradients) - fewest),
         boundaries=len(boundaries) + spare,
         gradient=largest,
         gradients=len(gradients),

@@ -117,6 +117,7 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     # All chunks of a layer leave at once, while the next one is differentiated.
                     staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk)),
                     packed=request.packed,
+                    deferred=request.deferred,
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )
 
@@ -137,7 +138,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
             break
-        spared = (2 + STATE_NBYTES) * sum(spec.unit(name).numel for name in resident)
+        spared = _resident_nbytes(base) * sum(spec.unit(name).numel for name in resident)
         relieved = relieve(spec, replace(base, resident=resident), -host - spared)
         if relieved is None or nvme_nbytes(spec, relieved) > nvme_room(budgets):
             continue
@@ -191,8 +192,14 @@ def _residents(
     yield frozenset(names), nbytes
     for unit in request.spec.layers:
         names.append(unit.name)
-        nbytes += (2 + STATE_NBYTES) * unit.numel
+        nbytes += _resident_nbytes(base) * unit.numel
         yield frozenset(names), nbytes
+
+
+def _resident_nbytes(plan: MemoryPlan) -> int:
+    """Bytes per element that a resident unit has on the GPU, and spares the host."""
+    gradient = plan.compute.nbytes if plan.deferred else 0
+    return 2 + STATE_NBYTES + gradient
 
 
 def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
@@ -250,12 +257,15 @@ def _last(limit: int, holds: Callable[[int], bool]) -> int:
 
 
 def _assign_gradients(request: PlanRequest, plan: MemoryPlan, sizes: Sizes) -> MemoryPlan:
-    """Park as many gradients at once as the host budget allows.
+    """Park as many gradients at once as the host budget allows; deferred, all of them.
 
     Each chunk takes, in program order, the slot that a simulated step frees first.
     """
     if sizes.gradients == 0:
         return plan
+    if plan.deferred:
+        every = tuple(range(sizes.gradients))
+        return replace(plan, gradient_slots=len(every), gradient_slot=every)
     room = request.budgets.host - sizes.host
     count = min(sizes.gradients, MIN_GRADIENT_SLOTS + room // sizes.gradient)
     graph = compile_step(request.spec, plan)

@@ -19,6 +19,7 @@ from torch import Tensor
 from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.step_gradients import CHECK_NBYTES
 from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
@@ -87,10 +88,16 @@ class ModelMemory:
         if scale is not None:
             rows.mul_(float(torch.tensor(scale, dtype=self.dtype)))
 
-    def travelling(self, view: Tensor, numel: int) -> tuple[Tensor, Tensor]:
-        """A travelling gradient chunk: its elements, and its norm (FP32 scalar) behind them."""
-        nbytes = numel * self.plan.compute.nbytes
-        return view[:nbytes].view(self.dtype), view[nbytes : nbytes + 4].view(torch.float32)[0]
+    def travelling(self, view: Tensor) -> tuple[Tensor, Tensor]:
+        """A travelling gradient chunk: its elements, and the sum of their squares behind them."""
+        nbytes = len(view) - CHECK_NBYTES
+        return view[:nbytes].view(self.dtype), self.travelling_square(view)
+
+    @staticmethod
+    def travelling_square(view: Tensor) -> Tensor:
+        """The sum of squares (FP64 scalar) of a travelling gradient chunk."""
+        begin = -(-(len(view) - CHECK_NBYTES) // 8) * 8  # where an FP64 may lie
+        return view[begin : begin + 8].view(torch.float64)[0]
 
 
 def whole(views: Views, names: Sequence[str], prefix: str) -> Tensor:

@@ -91,10 +91,15 @@ def unpack_rows(index: Tensor, tokens: int) -> PackedRows:
 
 @dataclass(frozen=True)
 class StepResults:
-    """Filled by tasks while a step runs: mean loss per target token, and norm of all gradients."""
+    """Filled by tasks while a step runs.
+
+    ``loss`` is the mean per target token, ``gradient_norm`` that of all gradients before clipping.
+    ``decision``, of a deferred step, is how its updates work, or None if it is skipped.
+    """
 
     loss: Future[float] = field(default_factory=Future)
     gradient_norm: Future[float] = field(default_factory=Future)
+    decision: Future[AdamW | None] = field(default_factory=Future)
 
     def fail(self, error: BaseException) -> None:
         """Pass an error on to whoever waits for a result."""

@@ -177,17 +177,15 @@ class HeadOps:
                 context.results.loss.set_result(float(loss))
 
             return run_loss
-        squares = [views[n].view(torch.float64) for n in task.reads if n != "norms_host"]
-        norms = [views[n].view(torch.float32) for n in task.reads if n == "norms_host"]
-
+        squares = [views[n].view(torch.float64) for n in task.reads if n != "squares_host"]
+        on_gpu = [views[n].view(torch.float64) for n in task.reads if n == "squares_host"]
         chunks = str(task.args["resident"]).split(",")
 
         def run(context: StepContext) -> None:
-            for norm in norms:
-                for chunk, value in zip(chunks, norm.tolist(), strict=True):
+            for each in on_gpu:
+                for chunk, value in zip(chunks, each.tolist(), strict=True):
                     finite(value, f"update.{chunk}: ")
-            every = [*squares, *(norm.double() ** 2 for norm in norms)]
-            total = float(torch.cat(every).sum())
+            total = float(torch.cat([*squares, *on_gpu]).sum())
             context.results.gradient_norm.set_result(finite(total) ** 0.5)
 
         return run

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import asdict
 from pathlib import Path
@@ -45,13 +45,15 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class CheckpointInfo(BaseModel):
     """What a checkpoint says of itself; ``training`` is what the one who trained had to add.
 
-    ``stored`` is the dtype of the model folder that training began from, ``plan`` the digest of the
-    memory plan, ``model`` what must be the same of a model to go on with.
+    ``skipped`` of the steps changed nothing, as their gradients were not finite. ``stored`` is the
+    dtype of the model folder that training began from, ``plan`` the digest of the memory plan,
+    ``model`` what must be the same of a model to go on with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int = Field(ge=0)
+    skipped: int = Field(default=0, ge=0)
     stored: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
     numerics: dict[str, str | int]
     plan: str
@@ -80,12 +82,21 @@ class CheckpointInfo(BaseModel):
 class PendingCheckpoint:
     """A checkpoint whose state is being written; `finish` or `abort` it.
 
-    Raises `CheckpointError` if it cannot be begun.
+    ``skipped`` tells how many steps changed nothing, once the state is written. Raises
+    `CheckpointError` if it cannot be begun.
     """
 
-    def __init__(self, output: Path, spec: ModelSpec, info: CheckpointInfo, model: Path) -> None:
+    def __init__(
+        self,
+        output: Path,
+        spec: ModelSpec,
+        info: CheckpointInfo,
+        model: Path,
+        skipped: Callable[[], int],
+    ) -> None:
         self.output = output.absolute()
         self._info = info
+        self._skipped = skipped
         self._nbytes = state_nbytes(spec)
         self._done: Future[None] | None = None
         check_room(self.output, self._nbytes)
@@ -129,7 +140,8 @@ class PendingCheckpoint:
             self._add_model()
             for name, text in files.items():
                 self._writer.add(name, text.encode())
-            info = self._info.model_copy(update={"training": dict(training)})
+            found = {"training": dict(training), "skipped": self._skipped()}
+            info = self._info.model_copy(update=found)
             self._writer.finish(info.model_dump(mode="json"))
             return self._folder.move(replace=True)
         except OSError as error:

@@ -158,6 +158,10 @@ class EngineConfig(BaseModel):
     """AdamW's decoupled weight decay, on matrices; norms and biases have none."""
     parameter_groups: Groups = ()
     """Learning rates and weight decays of parameters by name: in the YAML file only."""
+    max_grad_norm: Number | None = Field(default=None, gt=0)
+    """Norm of all gradients together to which larger ones are scaled down, as PyTorch does."""
+    skip_nonfinite: bool = Field(default=False, strict=True)
+    """Whether a step with a gradient that is not finite is left out, instead of ending the run."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"
@@ -172,6 +176,11 @@ class EngineConfig(BaseModel):
     """Threads of the CPU update."""
     deterministic: bool = Field(default=False, strict=True)
     """Whether the GPU uses deterministic kernels only."""
+
+    @property
+    def deferred(self) -> bool:
+        """Whether no unit is updated before all gradients of its step are known."""
+        return self.max_grad_norm is not None or self.skip_nonfinite
 
     @model_validator(mode="after")
     def _divides(self) -> Self:

@@ -18,6 +18,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,19 +36,17 @@ from slideformer.graph.plan import MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
-from slideformer.models.bindings import ModelMemory, StreamOps
+from slideformer.models.bindings import ModelMemory
 from slideformer.models.checkpoint import check_weights
+from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import decoder_config, read_model_config
-from slideformer.models.head_ops import HeadOps
 from slideformer.models.layouts import fill_constants
-from slideformer.models.resident_ops import ResidentOps
 from slideformer.models.rotary import rope_tables
-from slideformer.models.save_ops import SaveOps
-from slideformer.models.update_ops import UpdateOps
+from slideformer.models.tables import model_bindings
 from slideformer.numerics import numerics_of
 from slideformer.phantom import phantom_budgets, real_part, shared_places, stand_ins
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
@@ -108,6 +107,7 @@ class Engine:
         if on_plan is not None:
             on_plan(self.plan)
         self._steps = checkpoint.info.step if checkpoint else 0
+        self._skipped = checkpoint.info.skipped if checkpoint else 0
         self._open: deque[Future[None]] = deque()
         self._failed: BaseException | None = None
         self._closed = False
@@ -140,14 +140,10 @@ class Engine:
         config, cuda = self.config, self._device.type == "cuda"
         memory = ModelMemory(self.spec, self._decoder, self.plan, self._memory.states)
         threads = config.threads or default_threads()
-        bindings = {
-            **StreamOps(memory).table(),
-            **HeadOps(memory).table(),
-            **UpdateOps(memory, threads).table(),
-            **ResidentOps(memory, threads).table(),
-            **SaveOps(memory).table(),
-            **self._memory.bindings(),
-        }
+        self._clip = ClipOps(
+            memory, config.max_grad_norm, skip=config.skip_nonfinite, skipped=self._skipped
+        )
+        bindings = model_bindings(memory, threads, self._clip) | self._memory.bindings()
         step = self._graphs[0]
         constants = {
             name: self._memory.view(buffer)
@@ -282,7 +278,13 @@ class Engine:
         what failed an earlier step.
         """
         info = CheckpointInfo.of(self._steps, self.spec, self.plan, self.numerics, self._stored)
-        pending = PendingCheckpoint(Path(output), self.spec, info, self.config.model)
+        pending = PendingCheckpoint(
+            Path(output),
+            self.spec,
+            info,
+            self.config.model,
+            partial(self._clip.skipped, info.step),
+        )
         try:
             pending.started(self._submit(3, pending.context))
         except BaseException:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import Future
 from dataclasses import dataclass
 
@@ -26,8 +27,15 @@ class StepHandle:
         return self._results.loss.result()
 
     def gradient_norm(self) -> float:
-        """Euclidean norm of all gradients; known when the step's last update is done."""
+        """Euclidean norm of all gradients, before clipping; known when the last of them is.
+
+        It is not finite if the step was skipped.
+        """
         return self._results.gradient_norm.result()
+
+    def skipped(self) -> bool:
+        """Whether the step changed nothing, because a gradient was not finite."""
+        return not math.isfinite(self.gradient_norm())
 
     def wait(self) -> None:
         """Until every task of the step is done."""

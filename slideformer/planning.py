@@ -114,6 +114,7 @@ def plan_for(
             head_tile=_chosen(numerics, "head_tile"),
             window=config.window,
             packed=config.packing,
+            deferred=config.deferred,
         )
     )
 

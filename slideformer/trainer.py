@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Generator, Mapping
@@ -74,7 +75,8 @@ class StepMetrics:
     """One finished step.
 
     ``step`` counts from 1, ``loss`` is the mean per target token in nats, ``tokens`` are real ones
-    (no padding), ``seconds`` is the time since the step before was done.
+    (no padding), ``seconds`` is the time since the step before was done. ``skipped``: the gradient
+    was not finite, so the step changed nothing.
     """
 
     step: int
@@ -83,6 +85,7 @@ class StepMetrics:
     lr: float
     tokens: int
     seconds: float
+    skipped: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +244,7 @@ class _Run:
             lr=self._rates[handle.number - 1],
             tokens=handle.real_tokens,
             seconds=now - self._done_at,
+            skipped=handle.skipped(),
         )
         self._done_at = now
         self.metrics.append(metrics)
@@ -298,7 +302,7 @@ def _save_records(
     config: Config, metrics: list[StepMetrics], numerics: Mapping[str, str | int]
 ) -> None:
     """Write config, metrics and numerics into the output folder."""
-    lines = "".join(json.dumps(asdict(m)) + "\n" for m in metrics)
+    lines = "".join(json.dumps(_plain(m)) + "\n" for m in metrics)
     try:
         save_config(config, config.output / CONFIG_FILE)
         _write_text(config.output / METRICS_FILE, lines)
@@ -309,6 +313,13 @@ def _save_records(
             f"{METRICS_FILE} and {NUMERICS_FILE} could be written beside it: "
             f"{error.strerror or error}"
         ) from error
+
+
+def _plain(metrics: StepMetrics) -> dict[str, float | int | bool | None]:
+    """As values of JSON, which has no numbers that are not finite."""
+    return {
+        name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()
+    }
 
 
 def _write_text(path: Path, text: str) -> None:

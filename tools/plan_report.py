@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.console import Console
 from rich.table import Table
 
 from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.model import ModelSpec, UnitKind
+from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step_nvme import whole_pages
 from slideformer.planning import budgets_for, device_for
@@ -58,12 +60,21 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
         f"{_count(plan.vocab_chunks, 'chunk')} of its vocabulary, "
         f"{min(plan.head_tile, plan.micro_tokens)} tokens at a time",
     )
-    table.add_row(
-        "  gradients",
-        f"{_count(len(plan.gradient_slot), 'chunk')} in {_count(plan.gradient_slots, 'slot')} "
-        "of pinned memory until their update",
-    )
+    table.add_row("  gradients", _gradients(plan, streamed))
     return table
+
+
+def _gradients(plan: MemoryPlan, streamed: Sequence[UnitSpec]) -> str:
+    if plan.deferred:
+        nbytes = plan.compute.nbytes * sum(unit.numel for unit in streamed)
+        return (
+            f"all wait until their norm is known, {format_size(nbytes)} of pinned memory; "
+            "updates are deferred to the next forward"
+        )
+    return (
+        f"{_count(len(plan.gradient_slot), 'chunk')} in {_count(plan.gradient_slots, 'slot')} "
+        "of pinned memory until their update"
+    )
 
 
 def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:

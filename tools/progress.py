@@ -7,6 +7,7 @@ the process uses now: on the GPU allocated and reserved, on the host PSS.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import deque
@@ -49,6 +50,7 @@ class ConsoleProgress:
         self._task = TaskID(0)
         self._every = 1
         self._steps = 0
+        self._skipped = 0
         self._loss = _Smoothed()
         self._recent: deque[StepMetrics] = deque(maxlen=_SPEED_STEPS)
         self._memory = _Memory()
@@ -76,12 +78,14 @@ class ConsoleProgress:
     def step(self, metrics: StepMetrics) -> None:
         """Show a step's figures."""
         smoothed = self._loss.add(metrics.loss)
+        self._skipped += metrics.skipped
         # The first step warms up: its time says nothing about the next ones.
         if metrics.step > 1 or self._steps == 1:
             self._recent.append(metrics)
         values = [
             f"loss {metrics.loss:.3f} ({smoothed:.3f})",
             f"norm {metrics.gradient_norm:.3g}",
+            *([f"{self._skipped} skipped"] if self._skipped else []),
             f"{self._speed()} tokens/s",
             self._memory.text(),
         ]
@@ -117,10 +121,11 @@ class _Smoothed:
         self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more value."""
-        self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
-        self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
-        return self._sum / self._weight
+        """The average with one more value, left out if it is not finite."""
+        if math.isfinite(value):
+            self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
+            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
+        return self._sum / self._weight if self._weight else value
 
 
 class _Memory:

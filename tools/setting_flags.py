@@ -24,6 +24,7 @@ PLANNED = (
     *("model", "gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit"),
     *("batch_size", "seq_len"),
     *("packing", "compute", "policy", "micro_batch", "window"),
+    *("max_grad_norm", "skip_nonfinite"),
 )
 """Settings that decide a plan."""
 

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Buffer, Role, Tier
 from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.errors import BudgetError
@@ -40,7 +41,7 @@ def cases(draw: st.DrawFn) -> Case:
     plan = draw(draft_plans(spec))
     if draw(st.booleans()):
         plan = replace(plan, boundary_slots=pool_size(spec, plan) + draw(st.integers(0, 2)))
-    if draw(st.booleans()):
+    if not plan.deferred and draw(st.booleans()):
         slots = draw(st.integers(1, 4))
         graph = compile_step(spec, plan)
         parked = sum(name.startswith("gh.") for name in graph.buffers)
@@ -130,25 +131,67 @@ def test_an_update_is_told_the_elements_that_it_owns(case: Case) -> None:
         states = [b for b in owned(graph, task.writes) if b.place == f"state.{unit}"]
         assert (his[0].offset, his[-1].stop) == (2 * begin, 2 * end)
         assert (states[0].offset, states[-1].stop) == (10 * begin, 10 * end)
-        result = graph.buffers[task.writes[-1]]
-        assert result.offset % result.nbytes == 0
-        assert len(task.writes) == len(his) + len(states) + 1
-        gpu = task.kind is TaskKind.COMPUTE
-        assert gpu == (unit in plan.resident)
-        assert result.nbytes == (4 if gpu else 8)
+        squares = [graph.buffers[name] for name in task.writes if name.startswith("square.")]
+        assert len(squares) == (not plan.deferred)
+        assert len(task.writes) == len(his) + len(states) + len(squares)
+        assert (task.kind is TaskKind.COMPUTE) == (unit in plan.resident)
 
 
 @some
 @given(cases())
-def test_the_norm_adds_up_every_update_once(case: Case) -> None:
+def test_the_norm_adds_up_every_gradient_once(case: Case) -> None:
+    spec, plan = case
     graph = compile_step(*case)
-    parts = [task.writes[-1] for task in graph.tasks if is_update(task)]
-    assert len(set(parts)) == len(parts)
-    down = [task for task in graph.tasks if task.name == "d2h.norms"]
-    (report,) = (task for task in graph.tasks if task.name == "report.norm")
-    direct = [name for name in report.reads if name != "norms_host"]
-    assert Counter(parts) == Counter([*direct, *(n for task in down for n in task.reads)])
-    tiled(graph.buffers[name] for name in parts)
+    names = [name for task in graph.tasks for name in task.writes if name.startswith("square.")]
+    assert len(set(names)) == len(names)
+    down = [task for task in graph.tasks if task.name == "d2h.squares"]
+    (report,) = (
+        task
+        for task in graph.tasks
+        if task.op in ("report", "clip") and task.reads[0] != "loss_host"
+    )
+    direct = [name for name in report.reads if not name.startswith(("gh.", "squares_host"))]
+    assert Counter(names) == Counter([*direct, *(n for task in down for n in task.reads)])
+    assert all(graph.buffers[name].nbytes == 8 for name in names)
+    tiled(graph.buffers[name] for name in names)
+    travelled = {name for name in report.reads if name.startswith("gh.")}
+    if plan.deferred:
+        assert travelled == {name for name in graph.buffers if name.startswith("gh.")}
+        units = {name.split(".")[1] for name in (*names, *travelled)}
+        assert units == {unit.name for unit in spec.units}
+    else:
+        assert not travelled
+        assert len(names) == sum(is_update(task) for task in graph.tasks)
+
+
+@some
+@given(cases())
+def test_deferred_updates_follow_the_norm_and_forward_order(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, replace(plan, deferred=True, gradient_slots=0, gradient_slot=()))
+    clip = graph.index["clip.norm"]
+    updates = [task for task in graph.tasks if is_update(task)]
+    for task in updates:
+        position = graph.index[task.name]
+        assert position > clip
+        assert clip in graph.edges.predecessors[position]
+    order = [str(task.args.get("unit", "embed")) for task in updates]
+    forward = [unit.name for unit in spec.units]
+    assert order == sorted(order, key=forward.index)
+    parked = [b for b in graph.buffers.values() if b.name.startswith(("gh.", "parked."))]
+    written = Counter(n for task in graph.tasks for n in task.writes if n.startswith("gh."))
+    assert set(written.values()) <= {1}
+    assert len({(b.place, b.offset) for b in parked}) == len(parked), "each has its own place"
+
+
+def test_the_next_forward_waits_for_each_layer_alone() -> None:
+    """A deferred update is due when the next step brings its own layer up, and not before."""
+    graph = compile_step(small_spec(), small_plan(deferred=True, chunk_numel=10_000))
+    edges = next_instance_edges(graph)
+    for unit in ("L00", "L01", "L02"):
+        up = graph.index[f"h2d.{unit}.fwd.c0"]
+        waits = {graph.tasks[before].name for before, after in edges if after == up}
+        assert {name for name in waits if name.startswith("update.")} == {f"update.{unit}.c0"}
 
 
 @some

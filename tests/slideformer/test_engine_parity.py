@@ -10,14 +10,13 @@ import pytest
 
 from tests.models.tiny import padding
 from tests.support.engines import (
-    Reference,
     Weights,
+    check_moved,
     config_for,
     engine_with,
     make_batch,
     reference_loss,
     stored_weights,
-    tolerance,
     too_far,
     train_reference,
     weights_of,
@@ -69,13 +68,6 @@ def train(
         losses = [handle.loss() for handle in handles]
         norms = [handle.gradient_norm() for handle in handles]
         return losses, norms, weights_of(engine)
-
-
-def check_moved(reference: Reference, start: Weights) -> None:
-    """The comparison means something: every tensor with a gradient moved far beyond tolerance."""
-    for name in reference.with_gradient:
-        moved = float((reference.weights[name] - start[name]).norm())
-        assert moved >= 100 * tolerance(reference.weights[name]), name
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -27,6 +27,7 @@ from slideformer.models.data.batches import make_batch as make_rows
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import Rows
 from slideformer.runtime.policies import Policy
+from slideformer.schedule import Schedule
 from tests.models.tiny import joined, save, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
@@ -171,13 +172,16 @@ def train_reference(
     folder: Path,
     batches: Sequence[Batch],
     *,
-    lr: float = 1e-3,
+    lr: float | Schedule = 1e-3,
     weight_decay: float = 0.0,
     groups: Callable[[str], dict[str, float]] = lambda name: {},
+    max_norm: float | None = None,
+    skipped: Collection[int] = (),
 ) -> Reference:
     """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention.
 
-    Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``.
+    Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``. A
+    schedule, without groups, counts steps from 0, and so does ``skipped``: steps without an update.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     optimizer = torch.optim.AdamW(
@@ -189,18 +193,23 @@ def train_reference(
             }
             for name, parameter in model.named_parameters()
         ],
-        lr=lr,
+        lr=lr(0) if callable(lr) else lr,
     )
     result = Reference([], [], {}, set())
-    for batch in batches:
+    for step, batch in enumerate(batches):
+        if callable(lr):
+            for group in optimizer.param_groups:
+                group["lr"] = lr(step)
         optimizer.zero_grad()
-        result.losses.append(
-            sum(_backward(model, batch, start) for start in range(0, ROWS, MICRO_ROWS))
-        )
+        starts = range(0, len(batch.input_ids), MICRO_ROWS)
+        result.losses.append(sum(_backward(model, batch, start) for start in starts))
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         result.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
         result.with_gradient |= {name for name, grad in gradients.items() if grad.any()}
-        optimizer.step()
+        if max_norm is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+        if step not in skipped:
+            optimizer.step()
     result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     return result
 
@@ -249,6 +258,13 @@ def too_far(ours: Weights, reference: Weights) -> list[str]:
         if not error <= tolerance(value):
             found.append(f"{name}: {error:.2e} > {tolerance(value):.2e}")
     return found
+
+
+def check_moved(reference: Reference, start: Weights) -> None:
+    """The comparison means something: every tensor with a gradient moved far beyond tolerance."""
+    for name in reference.with_gradient:
+        moved = float((reference.weights[name] - start[name]).norm())
+        assert moved >= 100 * tolerance(reference.weights[name]), name
 
 
 def hf_config(**settings: Any) -> PretrainedConfig:

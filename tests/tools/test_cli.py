@@ -155,6 +155,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvme_memory": "2GiB",
         "nvme_write_limit": "1GiB",
         "nvme_checksums": False,
+        "max_grad_norm": 2.0,
+        "skip_nonfinite": True,
         "decay_steps": 2,
     }
     # Those that exclude others, and "cycles", which belongs to another schedule.
@@ -167,7 +169,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Trainer, "train", capture)
     arguments = [f"{flag_name(n)}={v}" for n, v in given.items() if not isinstance(v, bool)]
-    switches = ("--deterministic", "--packing", "--no-nvme-checksums")
+    switches = ("--deterministic", "--packing", "--no-nvme-checksums", "--skip-nonfinite")
     code, _, err = call("train", *arguments, *switches)
     assert code == 0, err
     assert seen == [load_config(None, given)]
