@@ -25,16 +25,22 @@ class TrainingRule:
     pattern: str
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    frozen: bool = False
 
     def applied(self, param: ParamSpec) -> ParamSpec:
         """``param`` under this rule."""
-        return replace(param, lr_scale=self.lr_scale, weight_decay=self.weight_decay)
+        return replace(
+            param,
+            lr_scale=self.lr_scale,
+            weight_decay=self.weight_decay,
+            frozen=self.frozen,
+        )
 
 
 def apply_rules(spec: ModelSpec, rules: Sequence[TrainingRule]) -> ModelSpec:
     """``spec`` with each parameter under the first rule that matches it, if any does.
 
-    Raises `ConfigError` for a rule that decides no parameter.
+    Raises `ConfigError` for a rule that decides no parameter, or if all parameters are frozen.
     """
     used: set[int] = set()
 
@@ -52,6 +58,11 @@ def apply_rules(spec: ModelSpec, rules: Sequence[TrainingRule]) -> ModelSpec:
     for number, rule in enumerate(rules):
         if number not in used:
             raise ConfigError(_unused(number + 1, rule, spec))
+    if all(unit.frozen for unit in units):
+        raise ConfigError(
+            "parameter_groups: all parameters are frozen, so there is nothing to train; put a "
+            "group of those to train, without frozen, before the others"
+        )
     return replace(spec, units=units)
 
 

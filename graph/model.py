@@ -34,7 +34,7 @@ class ParamSpec:
     ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``),
     ``offset`` the index of its first element in the unit's flat storage, ``decay`` whether weight
     decay is for it, as for matrices. ``lr_scale`` multiplies the learning rate of a step, and
-    ``weight_decay`` replaces the run's.
+    ``weight_decay`` replaces the run's. A ``frozen`` parameter is used and never changed.
     """
 
     key: str
@@ -43,6 +43,7 @@ class ParamSpec:
     decay: bool
     lr_scale: float = 1.0
     weight_decay: float | None = None
+    frozen: bool = False
 
     @property
     def numel(self) -> int:
@@ -83,8 +84,13 @@ class UnitSpec:
 
     @cached_property
     def param_count(self) -> int:
-        """Number of trained elements, padding excluded."""
+        """Number of elements, padding excluded."""
         return sum(p.numel for p in self.params)
+
+    @cached_property
+    def frozen(self) -> bool:
+        """Whether all its parameters are: then it has no gradient and no optimizer state."""
+        return all(p.frozen for p in self.params)
 
     @cached_property
     def matrix_numel(self) -> int:
@@ -136,12 +142,32 @@ class ModelSpec:
 
     @cached_property
     def param_count(self) -> int:
-        """Number of trained parameters; tied matrices count once."""
+        """Number of parameters, frozen ones included; tied matrices count once."""
         return sum(u.param_count for u in self.units)
+
+    @cached_property
+    def trained_count(self) -> int:
+        """Number of parameters that are trained."""
+        return sum(p.numel for u in self.units for p in u.params if not p.frozen)
+
+    @cached_property
+    def lowest_trained(self) -> int:
+        """Position of the layer at which backward ends: the first one that is trained.
+
+        0 if the embedding is trained, and the number of layers if neither is any layer.
+        """
+        if not self.embed.frozen:
+            return 0
+        trained = (i for i, unit in enumerate(self.layers) if not unit.frozen)
+        return next(trained, len(self.layers))
 
     def unit(self, name: str) -> UnitSpec:
         """The unit of that name."""
-        return next(u for u in self.units if u.name == name)
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, UnitSpec]:
+        return {unit.name: unit for unit in self.units}
 
 
 @dataclass(frozen=True, slots=True)

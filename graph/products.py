@@ -27,19 +27,21 @@ def backward_products(
 ) -> tuple[Product, ...]:
     """One layer's recompute and backward on a micro-batch.
 
+    Of a frozen layer, backward is the gradient of its input alone.
     Recompute leaves the down projection out, and from what is ``kept`` only attention is computed
     again, if that.
     """
     tokens = plan.micro_tokens
     forward, attention = forward_products(spec, unit, plan.micro_rows, plan.seq_len)
-    gradient = ProductKind.GRADIENT if plan.micro_batches == 1 else ProductKind.SUMMED
+    summed = plan.micro_batches > 1 and not unit.frozen
+    gradient = ProductKind.SUMMED if summed else ProductKind.GRADIENT
     attended = (
         ATTENTION_BACKWARD if kept and keeps_attention(spec, plan) else ATTENTION_BACKWARD + 1
     )
     again = 0 if kept else forward.flops - 2 * spec.hidden * spec.intermediate * tokens
     found = (
         Product(ProductKind.FORWARD, again, tokens, spec.hidden),
-        Product(gradient, 2 * forward.flops, tokens, spec.hidden),
+        Product(gradient, (2 - unit.frozen) * forward.flops, tokens, spec.hidden),
         Product(
             ProductKind.ATTENTION, round(attended * attention.flops), plan.seq_len, spec.head_dim
         ),

@@ -87,10 +87,13 @@ class _LayerWriter:
         self._micro = range(self.plan.micro_batches)
         self._layout = [*memory.constants, *(["documents"] if self.plan.packed else [])]
         layers = len(self.spec.layers)
-        self._keeping = self.plan.keeps(layers) if train else frozenset()
-        self._spilling = self.plan.spills(layers) if train else frozenset()
+        # Positions of the layers that have a backward; those before them keep nothing for it.
+        self._backward = range(self.spec.lowest_trained if train else layers, layers)
+        self._keeping = self.plan.keeps(layers).intersection(self._backward)
+        self._spilling = self.plan.spills(layers).intersection(self._backward)
         streamed = [u.name for u in self.spec.layers if not memory.resident(u.name)]
-        visits = [*streamed, *head.visits, *(reversed(streamed) if train else ())]
+        again = [u.name for u in self.spec.layers[self._backward.start :] if u.name in streamed]
+        visits = [*streamed, *head.visits, *reversed(again)]
         memory.visits = place_weights(visits, self.plan.window)
 
     def forward(self) -> None:
@@ -118,9 +121,9 @@ class _LayerWriter:
             unit=unit.name,
             micro=m,
         )
-        if not self._train or position < self._offloaded:
+        if position not in self._backward or position < self._offloaded:
             memory.activations.release(x)
-        if position + 1 < self._offloaded:
+        if position + 1 < self._offloaded and position + 1 in self._backward:
             memory.activations.offload_boundary(follower, m, out)
         if position in self._spilling:
             memory.activations.spill(unit.name, m)
@@ -137,7 +140,8 @@ class _LayerWriter:
         inputs |= {"documents": memory.documents_nbytes} if self.plan.packed else {}
         if memory.resident("embed"):
             inputs |= {"ids": 8 * self.plan.tokens}
-            inputs |= {"index": memory.index_nbytes} if self._train else {}
+            trained = self._train and not self.spec.embed.frozen
+            inputs |= {"index": memory.index_nbytes} if trained else {}
         staged = [
             memory.buffer(f"{name}_host", nbytes, Tier.PINNED, Role.INPUT)
             for name, nbytes in inputs.items()
@@ -165,11 +169,11 @@ class _LayerWriter:
                 cost=cost,
                 micro=m,
             )
-            if self._offloaded:
+            if self._offloaded and 0 in self._backward:
                 memory.activations.offload_boundary(first, m, x)
             return
         host = memory.activations.host_boundary(first, m)
-        reads = [*rows, *(memory.state(c) for c in chunks)]  # FP32 compute needs both halves
+        reads = [*rows, *(s for c in chunks for s in memory.state(c))]  # FP32 compute needs both
         memory.task(
             f"gather.embed.m{m}", TaskKind.CPU, reads=reads, writes=[host], cost=cost, micro=m
         )
@@ -179,7 +183,7 @@ class _LayerWriter:
         """Recompute and differentiate each layer, last first; update each as its gradient lands."""
         memory = self.memory
         updates.early_rows()
-        for position in reversed(range(len(self.spec.layers))):
+        for position in reversed(self._backward):
             unit = self.spec.layers[position]
             weights = self._weights(unit, "bwd")
             accumulators = memory.gradients.accumulate(unit, "acc.0")
@@ -209,3 +213,5 @@ class _LayerWriter:
             if position == 0:
                 updates.late_rows(unit.name)
             updates.finish_unit(unit, accumulators)
+        for m in self._micro:
+            memory.activations.release(memory.activations.boundaries["dx", m])

@@ -29,16 +29,18 @@ class Gradients:
     # -- gradients -------------------------------------------------------------------------------
 
     def accumulate(self, unit: UnitSpec, slot: str) -> list[str]:
-        """Gradient accumulators of a unit's chunks."""
+        """Gradient accumulators of a unit's chunks; none if it is frozen."""
         return self._accumulators(
             self._memory.chunks[unit.name], slot, self._plan.layer_accumulator
         )
 
     def accumulate_chunks(self, chunks: Sequence[Chunk], slot: str) -> list[str]:
-        """Gradient accumulators of chunks of the output matrix."""
+        """Gradient accumulators of chunks of the output matrix; none if it is frozen."""
         return self._accumulators(chunks, slot, self._plan.head_accumulator)
 
     def _accumulators(self, chunks: Sequence[Chunk], slot: str, size: int) -> list[str]:
+        if self._memory.spec.unit(chunks[0].unit).frozen:
+            return []
         return [
             self._memory.buffer(
                 f"acc.{chunk.unit}.{chunk.label}",

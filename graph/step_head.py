@@ -72,7 +72,7 @@ class HeadWriter:
                 op="loss" if self._train else "evaluate_loss",
                 reads=reads,
                 writes=writes,
-                cost=self._cost(part, products=3 if self._train else 1),
+                cost=self._cost(part, products=3 - self.spec.head.frozen if self._train else 1),
                 micro=m,
             )
             memory.activations.release(x)
@@ -122,7 +122,7 @@ class HeadWriter:
                     + ([] if part is self._vocab[-1] else [dxn])
                     + (accumulators if m else []),
                     writes=[dxn, *accumulators],
-                    cost=self._cost(part, products=3),
+                    cost=self._cost(part, products=3 - self.spec.head.frozen),
                     micro=m,
                     vocab=part.index,
                 )

@@ -27,7 +27,7 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.chunks import Chunk, chunk_unit
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.model import ModelSpec
+from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import Visit
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_activations import Activations
@@ -37,6 +37,16 @@ from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_NBYTES = 10
 """Bytes per element beside the master's upper half: its lower half (2) and two moments (4 + 4)."""
+
+
+def state_nbytes(unit: UnitSpec, compute: Compute) -> int:
+    """The same for a unit that may be frozen: it has no moments, and in BF16 the upper half does.
+
+    What the upper half leaves out of a frozen weight is neither computed with nor changed.
+    """
+    if not unit.frozen:
+        return STATE_NBYTES
+    return 0 if compute is Compute.BF16 else 2
 
 
 class StepMemory:
@@ -125,15 +135,17 @@ class StepMemory:
         """Upper halves of a chunk's master: its BF16 weights, 2 bytes per element."""
         return self._owned(chunk, "hi", 2, Tier.PINNED, Role.WEIGHT)
 
-    def state(self, chunk: Chunk) -> str:
-        """Lower halves and moments of a chunk, 10 bytes per element, or 2 without the moments."""
-        size = 2 if self.stored.has(MOMENTS, chunk.unit) else STATE_NBYTES
-        return self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)
+    def state(self, chunk: Chunk) -> list[str]:
+        """Lower halves and moments of a chunk, as far as it has them and they are not on NVMe."""
+        unit = self.spec.unit(chunk.unit)
+        size = state_nbytes(unit, self.plan.compute)
+        size -= 8 * self.stored.has(MOMENTS, unit.name) + 2 * self.stored.has(LO, unit.name)
+        return [self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)] if size else []
 
     def owned(self, chunk: Chunk) -> list[str]:
         """What a chunk owns in memory: upper halves and state, as far as they are not on NVMe."""
         hi = [] if self.stored.has(HI, chunk.unit) else [self.hi(chunk)]
-        return [*hi, *([] if self.stored.has(LO, chunk.unit) else [self.state(chunk)])]
+        return [*hi, *self.state(chunk)]
 
     def _owned(self, chunk: Chunk, kind: str, size: int, tier: Tier, role: Role) -> str:
         return self.buffer(
@@ -193,7 +205,7 @@ class StepMemory:
             f"h2d.{name}",
             TaskKind.H2D,
             op="upload_halves",
-            reads=[self.hi(chunk), self.state(chunk)],
+            reads=self.owned(chunk),
             writes=[halves],
             cost=Cost(nbytes=4 * chunk.numel),
             unit=chunk.unit,

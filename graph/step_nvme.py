@@ -1,13 +1,13 @@
 """What a step keeps on NVMe, and the host slots through which it passes.
 
-Of the first ``nvme_moments`` of the streamed layers in `spread` order the moments, of ``nvme_lo``
-of those the masters' lower halves, and of ``nvme_hi`` of those the upper halves are extents: one
-per chunk, read before the chunk's update and written behind it. Upper halves are read for forward
-and for backward, on their way to the GPU; to be updated they come back from there, since PCIe is
-many times faster than the disk. Reads run ahead as far as there are free slots, into the next step
-too, so that reading one chunk, updating the one before and writing the one before that overlap.
-What the GPU exchanges with the disk passes through host memory as well: the slots there let the
-disk run ahead of the GPU and behind it without holding the GPU's own slots meanwhile.
+Of the first ``nvme_moments`` of the streamed, trained layers in `spread` order the moments, of
+``nvme_lo`` of those the masters' lower halves, and of ``nvme_hi`` of those the upper halves are
+extents: one per chunk, read before the chunk's update and written behind it. Upper halves are read
+for forward and for backward, on their way to the GPU; to be updated they come back from there,
+since PCIe is many times faster than the disk. Reads run ahead as far as there are free slots, into
+the next step too, so that reading one chunk, updating the one before and writing the one before
+that overlap. What the GPU exchanges with the disk passes through host memory as well: the slots
+there let the disk run ahead of the GPU and behind it without holding the GPU's own slots meanwhile.
 
     moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: both moments, halves of the master
     away.x.U.m                    nvme   an extent per boundary of a micro-batch
@@ -57,10 +57,14 @@ def spread(units: Sequence[str], count: int) -> list[str]:
     return [units[i * len(units) // count] for i in range(count)]
 
 
+def with_streamed_state(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
+    """The layers whose optimizer state may be on NVMe: neither resident nor frozen."""
+    return [u.name for u in spec.layers if u.name not in plan.resident and not u.frozen]
+
+
 def units_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[str, ...]]:
     """Unit → kinds of its state that lie on NVMe."""
-    streamed = [unit.name for unit in spec.layers if unit.name not in plan.resident]
-    moments = spread(streamed, plan.nvme_moments)
+    moments = spread(with_streamed_state(spec, plan), plan.nvme_moments)
     lo = spread(moments, plan.nvme_lo)
     hi = spread(lo, plan.nvme_hi)
     assert not lo or plan.compute is Compute.BF16, "FP32 compute reads both halves in every pass"

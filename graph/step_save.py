@@ -8,14 +8,24 @@ places that a save has anyway: `saved` for units on the GPU, the staging slots f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.model import ModelSpec, UnitSpec
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_PARTS = {"hi": 2, "lo": 2, "m": 4, "v": 4}
 """The arrays of a unit's state, in the order of a checkpoint's files, and bytes per element."""
+
+
+def state_parts(unit: UnitSpec, compute: Compute) -> tuple[str, ...]:
+    """The arrays that a unit has: a frozen one no moments, nor in BF16 a lower half."""
+    if not unit.frozen:
+        return tuple(STATE_PARTS)
+    return ("hi",) if compute is Compute.BF16 else ("hi", "lo")
+
 
 _TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)))
 """How a resident unit's state comes down: 4 bytes per element a time, as a save's place holds."""
@@ -28,13 +38,14 @@ def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         chunks = memory.chunks[unit.name]
         weights = [name for c in chunks for name in memory.owned(c)]
         weights += memory.stored.read_master(unit)
+        halves = [part for part in state_parts(unit, plan.compute) if part in ("hi", "lo")]
         if memory.resident(unit.name):
-            weights = [_bring_down(memory, unit, "save", ("hi", "lo"))]
+            weights = [_bring_down(memory, unit, "save", halves)]
         memory.task(
             f"save.{unit.name}",
             TaskKind.SAVE,
             reads=weights,
-            cost=Cost(nbytes=4 * unit.numel),
+            cost=Cost(nbytes=2 * len(halves) * unit.numel),
             unit=unit.name,
         )
     return memory
@@ -47,13 +58,14 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue
+        nbytes = sum(STATE_PARTS[part] for part in state_parts(unit, plan.compute))
         for chunk in memory.chunks[unit.name]:
             memory.task(
                 f"save.{unit.name}.{chunk.label}",
                 TaskKind.SAVE,
                 op="save_state",
                 reads=[*memory.owned(chunk), *memory.stored.read(chunk)],
-                cost=Cost(nbytes=sum(STATE_PARTS.values()) * chunk.numel),
+                cost=Cost(nbytes=nbytes * chunk.numel),
                 unit=unit.name,
                 begin=chunk.begin,
                 end=chunk.end,
@@ -62,21 +74,25 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
 
 
 def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
-    for trip, parts in _TRIPS:
+    has = state_parts(unit, memory.plan.compute)
+    for trip, names in _TRIPS:
+        parts = [part for part in names if part in has]
+        if not parts:
+            continue
         memory.task(
             f"save.{unit.name}.{trip}",
             TaskKind.SAVE,
             op="save_staged",
             reads=[_bring_down(memory, unit, trip, parts)],
-            cost=Cost(nbytes=4 * unit.numel),
+            cost=Cost(nbytes=sum(STATE_PARTS[part] for part in parts) * unit.numel),
             unit=unit.name,
             parts=",".join(parts),
         )
 
 
-def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: tuple[str, ...]) -> str:
-    nbytes = 4 * unit.numel
-    assert nbytes == sum(STATE_PARTS[part] for part in parts) * unit.numel
+def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[str]) -> str:
+    nbytes = sum(STATE_PARTS[part] for part in parts) * unit.numel
+    assert nbytes <= 4 * unit.numel
     staged = memory.buffer(
         f"saved.{unit.name}.{trip}", nbytes, Tier.PINNED, Role.WEIGHT, slot="saved"
     )

@@ -40,11 +40,14 @@ class UpdateWriter:
         self._deferred: list[tuple[str, Callable[[], None]]] = []
 
     def finish_unit(self, unit: UnitSpec, accumulators: list[str]) -> None:
-        """Update a unit from its accumulators."""
-        self._finish(self.memory.chunks[unit.name], accumulators)
+        """Update a unit from its accumulators, unless it is frozen."""
+        if not unit.frozen:
+            self._finish(self.memory.chunks[unit.name], accumulators)
 
     def finish_head(self, chunks: tuple[Chunk, ...], slot: str) -> None:
         """Update chunks of the output matrix; those of a tied one wait for the look-up's side."""
+        if self.spec.head.frozen:
+            return
         memory, accumulators = self.memory, self.memory.gradients.accumulate_chunks(chunks, slot)
         if not self.spec.tied:
             self._finish(chunks, accumulators)
@@ -114,7 +117,7 @@ class UpdateWriter:
     def _update_on_gpu(self, chunks: Sequence[Chunk], gradients: list[str]) -> None:
         memory, unit = self.memory, chunks[0].unit
         begin, end = chunks[0].begin, chunks[-1].end
-        owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
+        owned = [name for c in chunks for name in memory.owned(c)]
         name = f"{unit}.{chunks[0].label}"
         memory.task(
             f"update.{name}",
@@ -134,6 +137,8 @@ class UpdateWriter:
     def early_rows(self) -> None:
         """Update the idle rows, unless their gradients' arrival on the host has done so."""
         chunks = self.memory.chunks["embed"]
+        if self.spec.embed.frozen:
+            return
         if self.memory.resident("embed"):
             self._idle_rows(list(chunks), "idle")
         elif not self.spec.tied:
@@ -151,6 +156,8 @@ class UpdateWriter:
     def late_rows(self, first: str) -> None:
         """Add the look-up's gradient up row by row and update the used rows."""
         memory = self.memory
+        if self.spec.embed.frozen:
+            return
         gradients = [memory.activations.boundaries["dx", m] for m in range(self.plan.micro_batches)]
         if not memory.resident("embed"):
             for m, dx in enumerate(gradients):
@@ -161,8 +168,6 @@ class UpdateWriter:
             gradients += [memory.gradients.parked_gradient(c) for c in chunks]
         used = min(self.plan.tokens, self.spec.vocab) * self.spec.hidden
         self._rows("rows", "used_rows", list(chunks), gradients, params=used)
-        for m in range(self.plan.micro_batches):
-            memory.activations.release(memory.activations.boundaries["dx", m])
 
     def _rows(
         self,
@@ -180,7 +185,7 @@ class UpdateWriter:
         Deferred, the sum of their gradients' squares is taken at once, where they have any.
         """
         memory, name = self.memory, f"embed.{label}"
-        owned = [name for c in chunks for name in (memory.hi(c), memory.state(c))]
+        owned = [name for c in chunks for name in memory.owned(c)]
         resident = memory.resident("embed")
         where = "_on_gpu" if resident else ""
         index = ["index"] if resident else []

@@ -6,6 +6,8 @@ a second. It ranks candidates; the plan that is chosen is then simulated.
 
 from __future__ import annotations
 
+from collections import Counter
+
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
@@ -31,18 +33,32 @@ def step_bound(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> fl
 
 def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
     layers, layer = len(spec.layers), spec.layers[0]
-    keeping = len(plan.keeps(layers))
-    micro, rates = plan.micro_batches, profile.products
+    micro, rates, keeps = plan.micro_batches, profile.products, plan.keeps(layers)
     seconds = layers * rates.seconds(forward_products(spec, layer, plan.micro_rows, plan.seq_len))
-    for count, kept in ((keeping, True), (layers - keeping, False)):
-        if count:
-            seconds += count * rates.seconds(backward_products(spec, layer, plan, kept=kept))
-    products = 3 if plan.vocab_chunks == 1 else 4
+    kinds = Counter((spec.layers[i].frozen, i in keeps) for i in _backward(spec))
+    for (frozen, kept), count in kinds.items():
+        like = next(unit for unit in spec.layers if unit.frozen is frozen)
+        seconds += count * rates.seconds(backward_products(spec, like, plan, kept=kept))
+    products = (3 if plan.vocab_chunks == 1 else 4) - spec.head.frozen
     seconds += rates.seconds(head_products(spec, plan, spec.vocab, products))
     seconds = micro * max(seconds, layers * LAUNCH_SECONDS)
-    resident = sum(spec.unit(name).numel for name in plan.resident)
-    moved = 26 * resident + 6 * (spec.param_count - resident)
+    resident, streamed = _trained(spec, plan)
+    moved = 26 * resident + 6 * streamed
     return seconds + moved / profile.gpu_copy
+
+
+def _backward(spec: ModelSpec) -> range:
+    """Positions of the layers that have a backward."""
+    return range(spec.lowest_trained, len(spec.layers))
+
+
+def _trained(spec: ModelSpec, plan: MemoryPlan) -> tuple[int, int]:
+    """Elements of the trained units that are resident, and of those that are not."""
+    numels = [0, 0]
+    for unit in spec.units:
+        if not unit.frozen:
+            numels[unit.name not in plan.resident] += unit.numel
+    return numels[0], numels[1]
 
 
 def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
@@ -53,9 +69,11 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     boundary = plan.tokens * spec.hidden * size
     spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     layer_numel = spec.layers[0].numel
-    again = max(0, sum(u.name not in plan.resident for u in spec.layers) - plan.window)
+    back = sum(spec.layers[i].name not in plan.resident for i in _backward(spec))
+    again = max(0, back - plan.window)
     up = (streamed + again * layer_numel) * size + plan.offloaded * boundary + spilled
-    down = streamed * size + plan.offloaded * boundary + spilled
+    _, updated = _trained(spec, plan)
+    down = updated * size + plan.offloaded * boundary + spilled
     # The last layer's update is due before its forward, and the next gradient comes after the loss.
     rates, micro = profile.products, plan.micro_batches
     forward = micro * rates.seconds(
@@ -67,7 +85,7 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     return [
         up / profile.h2d,
         down / profile.d2h,
-        streamed / profile.update + idle,
+        updated / profile.update + idle if updated else 0.0,
         *nvme_seconds(spec, plan, profile),
     ]
 
@@ -87,13 +105,13 @@ def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> floa
     spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
     boundaries = plan.offloaded * plan.tokens * spec.hidden * plan.compute.nbytes
     seconds = max(0.0, (spilled + boundaries) / profile.d2h - forward) if spilled else 0.0
-    rest = spec.param_count - sum(spec.unit(name).numel for name in plan.resident)
-    if "embed" not in plan.resident:
+    rest = _trained(spec, plan)[1]
+    if "embed" not in plan.resident and not spec.embed.frozen:
         used = (spec.vocab if plan.deferred else min(plan.tokens, spec.vocab)) * spec.hidden
         rest -= used
         boundary = plan.tokens * spec.hidden * plan.compute.nbytes
         seconds += used / profile.update + 2 * boundary / profile.host_copy
-    if layer.name not in plan.resident:
+    if layer.name not in plan.resident and not layer.frozen:
         rest -= layer.numel
         seconds += layer.numel / profile.update
     if plan.deferred:

@@ -20,6 +20,7 @@ from slideformer.graph.step_nvme import (
     MOMENTS,
     extent_nbytes,
     whole_pages,
+    with_streamed_state,
 )
 
 
@@ -45,7 +46,7 @@ def shares(spec: ModelSpec, plan: MemoryPlan) -> Iterator[Share]:
     """What may go to NVMe, in the order in which it goes, each only when all before it is there."""
     numel = spec.layers[0].numel
     chunk = min(plan.chunk_numel, numel)
-    streamed = sum(unit.name not in plan.resident for unit in spec.layers)
+    streamed = len(with_streamed_state(spec, plan))
     half, saved, slots = 2 * numel, 2 * numel, plan.nvme_slots
     halves = plan.compute is Compute.BF16  # FP32 compute reads both in every pass
     yield Share("nvme_moments", streamed, 8 * numel, slots * extent_nbytes(MOMENTS, chunk))

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.model import ModelSpec
+from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.graph.step import (
     compile_checkpoint,
@@ -23,7 +23,7 @@ from slideformer.graph.step import (
     compile_step,
 )
 from slideformer.graph.step_activations import SPILL_SLOTS
-from slideformer.graph.step_memory import STATE_NBYTES
+from slideformer.graph.step_memory import state_nbytes
 from slideformer.memory.bound import step_bound
 from slideformer.memory.needs import (
     MIN_GRADIENT_SLOTS,
@@ -125,7 +125,7 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
 def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int, MemoryPlan]]:
     """Ways to spend what ``base`` leaves: seconds, extra bytes, plan. Sizes are close estimates."""
     spec, budgets = request.spec, request.budgets
-    layers = len(spec.layers)
+    layers = len(spec.layers) - spec.lowest_trained  # those with a backward to keep anything for
     streamed, base = base, _most_offloaded(request, base)
     sizes = measure(request, base)
     if (sizes.gpu > budgets.gpu or sizes.host > budgets.host) and nvme_room(budgets):
@@ -138,7 +138,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
             break
-        spared = _resident_nbytes(base) * sum(spec.unit(name).numel for name in resident)
+        spared = sum(_at_rest(base, spec.unit(name)) for name in resident)
         relieved = relieve(spec, replace(base, resident=resident), -host - spared)
         if relieved is None or nvme_nbytes(spec, relieved) > nvme_room(budgets):
             continue
@@ -192,14 +192,14 @@ def _residents(
     yield frozenset(names), nbytes
     for unit in request.spec.layers:
         names.append(unit.name)
-        nbytes += _resident_nbytes(base) * unit.numel
+        nbytes += _at_rest(base, unit)
         yield frozenset(names), nbytes
 
 
-def _resident_nbytes(plan: MemoryPlan) -> int:
-    """Bytes per element that a resident unit has on the GPU, and spares the host."""
-    gradient = plan.compute.nbytes if plan.deferred else 0
-    return 2 + STATE_NBYTES + gradient
+def _at_rest(plan: MemoryPlan, unit: UnitSpec) -> int:
+    """Bytes that a resident unit has on the GPU, and spares the host."""
+    gradient = plan.compute.nbytes if plan.deferred and not unit.frozen else 0
+    return (2 + state_nbytes(unit, plan.compute) + gradient) * unit.numel
 
 
 def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:

@@ -27,6 +27,12 @@ from slideformer.models.context import StepContext
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.layouts import Layout, layer_layout, step_documents
+from slideformer.models.operands import (
+    never_written,
+    operands,
+    trained_operands,
+    written_in_vain,
+)
 from slideformer.models.state import UnitState
 
 Operation = Callable[[Any], object]
@@ -108,18 +114,6 @@ def whole(views: Views, names: Sequence[str], prefix: str) -> Tensor:
         assert part.storage_offset() == position, f"{prefix}* are not adjacent"
         position += part.numel()
     return parts[0].as_strided((position - parts[0].storage_offset(),), (1,))
-
-
-def operands(flat: Tensor, unit: UnitSpec) -> dict[str, Tensor]:
-    """Views of a unit's operands in its flat storage."""
-    return {o.name: flat[o.offset : o.offset + o.numel].view(o.shape) for o in unit.operands}
-
-
-def padding(flat: Tensor, unit: UnitSpec) -> list[Tensor]:
-    """Views of what lies between a unit's operands in its flat storage."""
-    ends = [0, *(o.offset + o.numel for o in unit.operands)]
-    starts = [*(o.offset for o in unit.operands), unit.numel]
-    return [flat[a:b] for a, b in zip(ends, starts, strict=True) if a < b]
 
 
 def without_grad(operation: Operation) -> Operation:
@@ -251,11 +245,17 @@ class StreamOps:
         cfg, accumulate = memory.decoder, int(task.args["micro"]) > 0
         x = memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         dx = memory.boundary(views[_only(task.reads, "x.dx.")])
-        flat = memory.accumulators(views, task.writes, unit.name, memory.plan.layer_accumulator)
-        gradients, kept = operands(flat, unit), self._kept(task, views)
-        # Whatever used the slot before may have left something between the operands, where nothing
-        # is written; it would get into the norm and, by the update, into the padding of the master.
-        gaps = [] if accumulate else padding(flat, unit)
+        kept = self._kept(task, views)
+        gradients: dict[str, Tensor] = {}
+        gaps: list[Tensor] = []
+        unwanted: list[Tensor] = []
+        if not unit.frozen:
+            size = memory.plan.layer_accumulator
+            flat = memory.accumulators(views, task.writes, unit.name, size)
+            gradients, unwanted = trained_operands(flat, unit), written_in_vain(flat, unit)
+            # Whatever used the slot before may have left something where nothing is written; it
+            # would get into the norm and, by the update, into the padding of the master.
+            gaps = [] if accumulate else never_written(flat, unit)
         first = unit is memory.spec.layers[0]
 
         def run(context: StepContext) -> None:
@@ -273,6 +273,8 @@ class StreamOps:
                 mask=mask,
                 kept=kept,
             )
+            for gradient in unwanted:
+                gradient.zero_()
             if first:  # what leaves it is the gradient of what the embedding looked up
                 memory.scale_embedding_(dx)
 

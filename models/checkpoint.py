@@ -88,14 +88,30 @@ def load_weights(
         log.warning("%s holds weights in %s; it counts as %s", folder, names, dtypes[0])
 
     def read(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
-        source = sources[param.key]
-        stored_as = DTYPES[source.dtype]
-        raw = buffer[: count * stored_as.itemsize]
-        read_range(source, start * stored_as.itemsize, raw.numpy().data)
-        return raw.view(stored_as)
+        return _read(sources[param.key], start, count, buffer)
 
     _fill_masters(read, spec, weights, filled)
     return dtypes[0]
+
+
+def stored_values(folder: Path, spec: ModelSpec, param: ParamSpec) -> Iterator[Tensor]:
+    """The values of one parameter of a model folder, in the dtype they are stored in, by pieces.
+
+    Each piece, 1-D, is valid until the next is asked for. Raises CheckpointError as `load_weights`
+    does.
+    """
+    source = _locate(folder, spec)[0][param.key]
+    buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
+    for start in range(0, param.numel, PIECE):
+        yield _read(source, start, min(PIECE, param.numel - start), buffer)
+
+
+def _read(source: StoredTensor, start: int, count: int, buffer: Tensor) -> Tensor:
+    """Elements of a stored tensor, in ``buffer``."""
+    stored_as = DTYPES[source.dtype]
+    raw = buffer[: count * stored_as.itemsize]
+    read_range(source, start * stored_as.itemsize, raw.numpy().data)
+    return raw.view(stored_as)
 
 
 def init_random(
@@ -272,7 +288,7 @@ def _fill_masters(
         if not hasattr(local, "buffer"):
             local.buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
         values = produce(param, start, count, local.buffer)
-        split_master(values.to(hi.device), hi, lo)
+        split_master(values.to(hi.device), hi, lo if len(lo) else torch.empty_like(hi))
 
     # One thread per operator in the workers: teams of threads that wait for each other at every
     # operator, in each of them, would be many times slower. The setting is also the default of
@@ -302,7 +318,7 @@ def _pieces(
     """A unit's parameters in pieces: parameter, first element, number of elements, both halves."""
     for array in (hi, lo):
         assert array.dtype is torch.int16
-        assert array.shape == (unit.numel,)
+        assert array.shape == (unit.numel,) or (array is lo and unit.frozen and not len(lo))
     for param in unit.params:
         for start in range(0, param.numel, PIECE):
             count = min(PIECE, param.numel - start)

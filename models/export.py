@@ -29,6 +29,7 @@ from slideformer.models.aside import (
     remove_orphans,
     write_error,
 )
+from slideformer.models.checkpoint import stored_values
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
 
@@ -65,7 +66,8 @@ class HuggingFaceWriter:
     """Writes one checkpoint; a context manager that removes what is unfinished when it is left.
 
     Args:
-        source: the model folder whose config and tokenizer belong to the weights.
+        source: the model folder whose config and tokenizer belong to the weights, and whose values
+            are taken for frozen units without a lower half.
         output: the folder to create.
         spec: the model.
         weights: masters of all units; a unit's are read while :meth:`write_unit` runs.
@@ -177,6 +179,10 @@ class HuggingFaceWriter:
             first, last = param.offset, param.offset + param.numel
             if self._dtype is torch.bfloat16:
                 yield hi[first:last].view(torch.bfloat16)
+                continue
+            if not len(lo):  # frozen: what the upper half leaves out is still in the source
+                for piece in stored_values(self._source, self._spec, param):
+                    yield piece.to(self._dtype)
                 continue
             for begin in range(first, last, PIECE):
                 end = min(begin + PIECE, last)

@@ -86,7 +86,7 @@ def head_grad(
     lse: Tensor,
     scale: float,
     dxn: Tensor,
-    dw_chunk: Tensor,
+    dw_chunk: Tensor | None,
     *,
     accumulate_dxn: bool,
     accumulate_dw: bool,
@@ -97,14 +97,16 @@ def head_grad(
 
     ``lse`` is what :func:`head_loss` returned, the other inputs are those of :func:`head_stats`.
     ``dxn`` [T, h] is overwritten by the first chunk and added to by later ones
-    (``accumulate_dxn``); ``dw_chunk`` [Vc, h] is overwritten, or with ``accumulate_dw`` added to.
-    Each is in the dtype of ``xn``, or in FP32, which it must be where more than one product is
-    summed in it: ``dxn`` over several chunks, ``dw_chunk`` over several tiles or micro-batches.
+    (``accumulate_dxn``); ``dw_chunk`` [Vc, h] is overwritten, or with ``accumulate_dw`` added to;
+    without one the matrix is frozen. Each is in the dtype of ``xn``, or in FP32, which it must be
+    where more than one product is summed in it: ``dxn`` over several chunks, ``dw_chunk`` over
+    several tiles or micro-batches.
     """
     for rows, logits in _tiles(xn, w_chunk, tile):
         d_logits = softmax_grad_(logits, targets[rows], vocab_start, lse[rows], scale, softcap)
         product_(dxn[rows], d_logits, w_chunk, accumulate=accumulate_dxn)
-        product_(dw_chunk, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
+        if dw_chunk is not None:
+            product_(dw_chunk, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
 
 
 def head_loss_and_grad(
@@ -114,7 +116,7 @@ def head_loss_and_grad(
     scale: float,
     loss: Tensor,
     dxn: Tensor,
-    dw: Tensor,
+    dw: Tensor | None,
     *,
     accumulate_dw: bool,
     tile: int,
@@ -132,7 +134,8 @@ def head_loss_and_grad(
         lse = lse_finish(tile_stats.running_max, tile_stats.running_sum)
         d_logits = softmax_grad_(logits, targets[rows], 0, lse, scale, softcap)
         product_(dxn[rows], d_logits, w, accumulate=False)
-        product_(dw, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
+        if dw is not None:
+            product_(dw, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
     head_loss(stats, targets, scale, loss)
 
 

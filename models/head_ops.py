@@ -212,9 +212,11 @@ class _Parts:
         flat = self._memory.weights(self._views, self._task.reads, self._memory.spec.head.name)
         return flat.view(-1, self._memory.spec.hidden)
 
-    def matrix_gradient(self) -> Tensor:
-        """Accumulator of their gradient [rows, hidden]."""
+    def matrix_gradient(self) -> Tensor | None:
+        """Accumulator of their gradient [rows, hidden], unless they are frozen."""
         memory = self._memory
+        if memory.spec.head.frozen:
+            return None
         size = memory.plan.head_accumulator
         flat = memory.accumulators(self._views, self._task.writes, memory.spec.head.name, size)
         return flat.view(-1, memory.spec.hidden)
@@ -234,6 +236,8 @@ class _Parts:
         _, d_weight = rms_norm_backward(
             dxn, self.x, self.norm, rstd, out=dx, centred=memory.decoder.centred
         )
+        if memory.spec.norm.frozen:
+            return
         size = memory.plan.layer_accumulator
         flat = memory.accumulators(self._views, self._task.writes, "norm", size)
         store_(flat[: memory.spec.hidden], d_weight, accumulate=not self.first)

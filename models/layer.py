@@ -91,8 +91,8 @@ def backward(
 
     ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
     overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
-    dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only).
-    ``kept``, if forward filled it, is overwritten too.
+    dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only). An
+    operand that it lacks is frozen. ``kept``, if forward filled it, is overwritten too.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
     sink = Gradients(grads, accumulate)

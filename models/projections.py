@@ -21,20 +21,25 @@ Operands = Mapping[str, Tensor]
 
 
 class Gradients(NamedTuple):
-    """Where weight gradients go, and whether they are added to what is there."""
+    """Where weight gradients go, and whether they are added to what is there.
+
+    What has no slot is frozen: its gradient is not computed.
+    """
 
     slots: Operands
     accumulate: bool
 
     def linear(self, name: str, d_out: Tensor, inputs: Tensor) -> None:
         """Gradients of a projection's matrix and bias; ``d_out`` [T, n], ``inputs`` [T, m]."""
-        product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
+        if f"{name}.weight" in self.slots:
+            product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
         if f"{name}.bias" in self.slots:
             self.vector(f"{name}.bias", d_out.sum(0, dtype=torch.float32))
 
     def vector(self, name: str, value: Tensor) -> None:
         """A gradient already reduced over tokens, FP32."""
-        store_(self.slots[name], value, accumulate=self.accumulate)
+        if name in self.slots:
+            store_(self.slots[name], value, accumulate=self.accumulate)
 
 
 def linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:

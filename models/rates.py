@@ -45,18 +45,19 @@ class RateRun(NamedTuple):
 
 
 def rate_runs(unit: UnitSpec, begin: int, end: int) -> list[RateRun]:
-    """Ranges of equal rates that tile ``[begin, end)``, counted from ``begin``, as few as possible.
+    """Ranges of equal rates in ``[begin, end)``, counted from ``begin``, as few as possible.
 
-    Padding belongs to the range before it: it is zero, has no gradient and stays zero.
+    Frozen parameters are left out. Padding belongs to the parameter before it: it is zero, has no
+    gradient and stays zero.
     """
     runs: list[RateRun] = []
     ends = [*(p.offset for p in unit.params[1:]), unit.numel]
     for param, stop in zip(unit.params, ends, strict=True):
         low, high = max(param.offset, begin) - begin, min(stop, end) - begin
-        if low >= high:
+        if low >= high or param.frozen:
             continue
         rates = Rates.of(param)
-        if runs and runs[-1].rates == rates:
+        if runs and runs[-1].rates == rates and runs[-1].end == low:
             low = runs.pop().begin
         runs.append(RateRun(low, high, rates))
     return runs

@@ -62,7 +62,8 @@ class SaveOps:
     def save_state(self, task: Task, views: Views) -> Operation:
         """Write all of a chunk's state into a checkpoint."""
         state = self._memory.chunk_state(task, views)
-        parts = {part: getattr(state, part) for part in STATE_PARTS}
+        arrays = {part: getattr(state, part) for part in STATE_PARTS}
+        parts = {part: values for part, values in arrays.items() if len(values)}
         return _write(task, int(task.args["begin"]), parts)
 
     def save_staged(self, task: Task, views: Views) -> Operation:

@@ -17,7 +17,8 @@ from slideformer.models.families import decoder_config
 
 MasterWeights = Mapping[str, tuple[Tensor, Tensor]]
 """Unit name → ``(hi, lo)``, the two halves of its FP32 master weights: CPU tensors int16 [n] with
-n the unit's ``numel`` (see ``slideformer.kernels.split``)."""
+n the unit's ``numel`` (see ``slideformer.kernels.split``). Of a frozen unit ``lo`` may be empty:
+then its weights are known in BF16 alone."""
 
 EMBED_KEY = "model.embed_tokens.weight"
 """Name of the token matrix in a checkpoint."""

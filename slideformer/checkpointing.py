@@ -26,8 +26,8 @@ from torch import Tensor
 
 from slideformer.graph.errors import CheckpointError, SlideFormerError
 from slideformer.graph.model import ModelSpec, UnitSpec
-from slideformer.graph.plan import MemoryPlan
-from slideformer.graph.step_save import STATE_PARTS
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.step_save import STATE_PARTS, state_parts
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
 from slideformer.models.export import HuggingFaceWriter, companions
@@ -47,7 +47,8 @@ class CheckpointInfo(BaseModel):
 
     ``skipped`` of the steps changed nothing, as their gradients were not finite. ``stored`` is the
     dtype of the model folder that training began from, ``plan`` the digest of the memory plan,
-    ``model`` what must be the same of a model to go on with.
+    ``model`` what must be the same of a model to go on with, ``frozen`` the units that have weights
+    alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -58,6 +59,7 @@ class CheckpointInfo(BaseModel):
     numerics: dict[str, str | int]
     plan: str
     model: dict[str, str | int]
+    frozen: tuple[str, ...] = ()
     training: dict[str, Any] = {}
 
     @classmethod
@@ -76,6 +78,7 @@ class CheckpointInfo(BaseModel):
             numerics=dict(numerics),
             plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
             model=model_identity(spec),
+            frozen=_frozen(spec),
         )
 
 
@@ -97,15 +100,13 @@ class PendingCheckpoint:
         self.output = output.absolute()
         self._info = info
         self._skipped = skipped
-        self._nbytes = state_nbytes(spec)
+        sizes = file_sizes(spec, Compute(str(info.numerics["compute"])))
+        self._nbytes = sum(sizes.values())
         self._done: Future[None] | None = None
         check_room(self.output, self._nbytes)
         try:
             self._folder = AsideFolder(self.output)
-            self._writer = RangeWriter(
-                self._folder.path,
-                {_file(unit): sum(STATE_PARTS.values()) * unit.numel for unit in spec.units},
-            )
+            self._writer = RangeWriter(self._folder.path, sizes)
         except OSError as error:
             raise write_error(self.output, self._nbytes, error) from error
         self._units = {unit.name: unit for unit in spec.units}
@@ -201,7 +202,16 @@ class Checkpoint:
         return dtype
 
     def check_model(self, spec: ModelSpec) -> None:
-        """Raise `CheckpointError` unless it is of that model."""
+        """Raise `CheckpointError` unless it is of that model, with the same units frozen."""
+        self._check_identity(spec)
+        if set(self.info.frozen) != set(_frozen(spec)):
+            found, wanted = (",".join(x) or "none" for x in (self.info.frozen, _frozen(spec)))
+            raise CheckpointError(
+                f"{self.folder / MANIFEST}: the checkpoint's frozen units are {found}, those of "
+                f"the settings are {wanted}; resume with its parameter_groups"
+            )
+
+    def _check_identity(self, spec: ModelSpec) -> None:
         found, wanted = self.info.model, model_identity(spec)
         for name in wanted:
             if found.get(name) != wanted[name]:
@@ -218,6 +228,11 @@ class Checkpoint:
         offset = _offset(unit, part) + STATE_PARTS[part] * begin
         self._reader.read(_file(unit), offset, into.view(torch.uint8).numpy())
 
+    def parts(self, unit: UnitSpec) -> tuple[str, ...]:
+        """The parts of a unit's state that it has, those of `STATE_PARTS` or the first of them."""
+        nbytes = self._reader.files[_file(unit)]
+        return tuple(part for part in STATE_PARTS if _offset(unit, part) < nbytes)
+
     def text(self, name: str) -> str:
         """A file that `PendingCheckpoint.finish` was given; raises `CheckpointError`."""
         if name not in self._reader.files:
@@ -227,11 +242,12 @@ class Checkpoint:
     def export(self, output: Path | str) -> Path:
         """Write its weights as a Hugging Face folder, a unit at a time; returns where it lies.
 
+        Of a unit that was frozen in BF16 compute it has the BF16 weights, and so has the folder.
         Raises `CheckpointError`, or `UnsupportedModelError` if it is of a newer release.
         """
         source = self.folder / MODEL_FOLDER
         spec = model_spec(read_model_config(source))
-        self.check_model(spec)
+        self._check_identity(spec)
         with HuggingFaceWriter(
             source, Path(output), spec, _Masters(self, spec), self.stored
         ) as writer:
@@ -248,9 +264,10 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __getitem__(self, name: str) -> tuple[Tensor, Tensor]:
         unit = self._spec.unit(name)
-        hi, lo = (torch.empty(unit.numel, dtype=torch.int16) for _ in range(2))
+        hi, lo = (torch.zeros(unit.numel, dtype=torch.int16) for _ in range(2))
         self._checkpoint.read(unit, "hi", 0, hi)
-        self._checkpoint.read(unit, "lo", 0, lo)
+        if "lo" in self._checkpoint.parts(unit):
+            self._checkpoint.read(unit, "lo", 0, lo)
         return hi, lo
 
     def __iter__(self) -> Iterator[str]:
@@ -260,9 +277,16 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
         return len(self._spec.units)
 
 
-def state_nbytes(spec: ModelSpec) -> int:
-    """Bytes of all state of a model in a checkpoint."""
-    return sum(STATE_PARTS.values()) * sum(unit.numel for unit in spec.units)
+def file_sizes(spec: ModelSpec, compute: Compute) -> dict[str, int]:
+    """Bytes of the file of each unit in a checkpoint, by name."""
+    return {
+        _file(unit): sum(STATE_PARTS[part] for part in state_parts(unit, compute)) * unit.numel
+        for unit in spec.units
+    }
+
+
+def _frozen(spec: ModelSpec) -> tuple[str, ...]:
+    return tuple(unit.name for unit in spec.units if unit.frozen)
 
 
 def model_identity(spec: ModelSpec) -> dict[str, str | int]:

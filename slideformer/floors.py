@@ -18,10 +18,10 @@ from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models import layer
 from slideformer.models.attention import window_mask
-from slideformer.models.bindings import operands
 from slideformer.models.families import decoder_config
 from slideformer.models.head import head_loss_and_grad
 from slideformer.models.layer_memory import Kept, kept_views
+from slideformer.models.operands import operands
 from slideformer.models.rotary import rope_tables
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec

@@ -61,7 +61,7 @@ def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
                     "lr in proportion, but that is 0; set it as well"
                 )
             scale = group.lr / config.lr
-        rules.append(TrainingRule(group.pattern, scale, group.weight_decay))
+        rules.append(TrainingRule(group.pattern, scale, group.weight_decay, group.frozen))
     return apply_rules(model_spec(hf_config), rules)
 
 

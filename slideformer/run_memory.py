@@ -85,7 +85,10 @@ class RunMemory:
         return {} if self.store is None else transfer_bindings(self.store)
 
     def masters(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """Both halves of every unit; those on NVMe share one place each, a unit at a time."""
+        """Both halves of every unit; those on NVMe share one place each, a unit at a time.
+
+        A frozen unit may have no lower half.
+        """
         found: dict[str, tuple[Tensor, Tensor]] = {}
         for unit in self._spec.units:
             state, kinds = self.states[unit.name], self._kinds.get(unit.name, ())
@@ -102,8 +105,9 @@ class RunMemory:
         """The same as the graph of a save leaves them: resident units pass through one place."""
         found = self.masters()
         for name in self._plan.resident:
-            staged = self.arenas.place("saved")[: 4 * self._spec.unit(name).numel]
-            hi, lo = staged.view(torch.int16).chunk(2)
+            sizes = [len(half) for half in found[name]]
+            staged = self.arenas.place("saved")[: 2 * sum(sizes)]
+            hi, lo = staged.view(torch.int16).split(sizes)
             found[name] = (hi, lo)
         return found
 

@@ -29,9 +29,17 @@ class ParameterGroup(Section):
     """Factor of the run's learning rate, instead of ``lr``."""
     weight_decay: float | None = Field(default=None, ge=0, allow_inf_nan=False)
     """Weight decay, whatever the parameters are."""
+    frozen: bool = Field(default=False, strict=True)
+    """Whether the parameters stay as they are."""
 
     @model_validator(mode="after")
-    def _one_rate(self) -> Self:
+    def _agree(self) -> Self:
+        rates = {"lr": self.lr, "lr_scale": self.lr_scale, "weight_decay": self.weight_decay}
+        given = [name for name, value in rates.items() if value is not None]
+        if self.frozen and given:
+            raise ValueError(
+                f"frozen is true and {given[0]} is {rates[given[0]]}; give only one of them"
+            )
         if self.lr is not None and self.lr_scale is not None:
             raise ValueError(
                 f"lr is {self.lr} and lr_scale is {self.lr_scale}; give only one of them"

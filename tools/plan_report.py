@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -11,17 +11,16 @@ from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import whole_pages
 from slideformer.planning import budgets_for, device_for
-
-_STATE_NBYTES = 12
-"""Bytes of a parameter at rest: FP32 master (BF16 value and remainder) and two FP32 moments."""
 
 
 def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> None:
     """Print the plan of ``spec`` under the budgets of ``config``."""
     console.print(
-        f"Plan: {spec.family}, {spec.param_count:,} parameters in {len(spec.layers)} layers; "
+        f"Plan: {spec.family}, {spec.param_count:,} parameters in {len(spec.layers)} layers"
+        f"{_trained(spec)}; "
         f"steps of {plan.rows} × {plan.seq_len} tokens in {plan.compute.upper()}",
         soft_wrap=True,
     )
@@ -34,22 +33,33 @@ def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: Me
     )
 
 
+def _trained(spec: ModelSpec) -> str:
+    """How many parameters are trained, unless all are."""
+    if spec.trained_count == spec.param_count:
+        return ""
+    return f", {spec.trained_count:,} of them trained"
+
+
 def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     table = Table.grid(padding=(0, 2))
     layer = max(unit.numel for unit in spec.layers) * plan.compute.nbytes
     streamed = [unit for unit in spec.units if unit.name not in plan.resident]
     stored = plan.peaks.get(Tier.NVME, 0)
     away = _stored_boundaries(spec, plan)
-    at_rest = _STATE_NBYTES * sum(unit.numel for unit in streamed) - (stored - away)
+    at_rest = _at_rest(plan, (unit for unit in streamed if not unit.frozen)) - (stored - away)
+    frozen = [unit for unit in streamed if unit.frozen]
     if any(unit.kind is UnitKind.LAYER for unit in streamed):
         table.add_row(
             "  weights", f"window of {plan.window} layers on the GPU, {format_size(layer)} each"
         )
     if plan.resident:
         table.add_row("  resident", _resident(spec, plan))
-    table.add_row(
-        "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
-    )
+    if at_rest or stored:
+        table.add_row(
+            "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
+        )
+    if frozen:
+        table.add_row("  frozen", f"{format_size(_at_rest(plan, frozen))} on the host")
     if stored:
         table.add_row("  on NVMe", _on_nvme(spec, plan, stored))
     table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")
@@ -83,8 +93,13 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
     layers = sum(unit.kind is UnitKind.LAYER for unit in units)
     names = [unit.name for unit in units if unit.kind is not UnitKind.LAYER]
     names += [_count(layers, "layer")] if layers else []
-    nbytes = _STATE_NBYTES * sum(unit.numel for unit in units)
+    nbytes = _at_rest(plan, units)
     return f"{', '.join(names)} on the GPU with masters and moments, {format_size(nbytes)}"
+
+
+def _at_rest(plan: MemoryPlan, units: Iterable[UnitSpec]) -> int:
+    """Bytes of weights, and of trained units masters and moments."""
+    return sum((2 + state_nbytes(unit, plan.compute)) * unit.numel for unit in units)
 
 
 def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:
@@ -121,7 +136,7 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
 
 
 def _activations(spec: ModelSpec, plan: MemoryPlan) -> str:
-    again = len(spec.layers) - plan.kept - plan.spilled
+    again = len(spec.layers) - spec.lowest_trained - plan.kept - plan.spilled
     parts = [
         f"{_count(plan.kept, 'layer')} on the GPU" if plan.kept else "",
         f"{_count(plan.spilled, 'layer')} in pinned memory" if plan.spilled else "",

@@ -60,3 +60,11 @@ def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(
     with pytest.raises(ConfigError, match=re.escape(message)) as caught:
         apply_rules(SPEC, rules)
     assert near in str(caught.value).rsplit("nearest are ", 1)[1].split(", ")
+
+
+def test_a_model_with_nothing_to_train_is_refused() -> None:
+    with pytest.raises(ConfigError, match="all parameters are frozen, so there is nothing to tr"):
+        apply_rules(SPEC, [TrainingRule("*", frozen=True)])
+    spec = apply_rules(SPEC, [TrainingRule("*.1.norm"), TrainingRule("*", frozen=True)])
+    assert {key for key, param in params(spec).items() if not param.frozen} == {"layers.1.norm"}
+    assert (spec.trained_count, spec.lowest_trained) == (SPEC.hidden, 1)

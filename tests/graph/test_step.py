@@ -78,13 +78,22 @@ def tiled(buffers: Iterable[Buffer]) -> dict[str, int]:
     return reached
 
 
-def whole_state(spec: ModelSpec) -> dict[str, int]:
-    """Bytes of all masters and optimizer state."""
+def whole_state(spec: ModelSpec, compute: Compute) -> dict[str, int]:
+    """Bytes of all masters and optimizer state, less what frozen units do without."""
+    frozen = 2 if compute is Compute.FP32 else 0
     return {
         f"{kind}.{unit.name}": size * unit.numel
         for unit in spec.units
-        for kind, size in (("hi", 2), ("state", 10))
+        for kind, size in (("hi", 2), ("state", frozen if unit.frozen else 10))
+        if size
     }
+
+
+def trained_state(spec: ModelSpec) -> dict[str, int]:
+    """The same of trained units alone."""
+    trained = {unit.name for unit in spec.units if not unit.frozen}
+    whole = whole_state(spec, Compute.BF16)
+    return {place: n for place, n in whole.items() if place.partition(".")[2] in trained}
 
 
 def is_update(task: Task) -> bool:
@@ -108,10 +117,10 @@ def test_every_element_is_updated_exactly_once(case: Case) -> None:
     # Idle rows and used rows are complements: the former tile the embedding like any unit's update,
     # one task has all of the latter.
     others = [task for task in graph.tasks if is_update(task) and task not in used]
-    assert tiled(b for t in others for b in owned(graph, t.writes)) == whole_state(spec)
-    (rows,) = used
-    embed = {place: n for place, n in whole_state(spec).items() if place.endswith(".embed")}
-    assert tiled(owned(graph, rows.writes)) == embed
+    assert tiled(b for t in others for b in owned(graph, t.writes)) == trained_state(spec)
+    embed = {place: n for place, n in trained_state(spec).items() if place.endswith(".embed")}
+    assert tiled(b for t in used for b in owned(graph, t.writes)) == embed
+    assert len(used) == (not spec.embed.frozen)
     for task in graph.tasks:
         assert is_update(task) or not owned(graph, task.writes)
 
@@ -158,7 +167,7 @@ def test_the_norm_adds_up_every_gradient_once(case: Case) -> None:
     if plan.deferred:
         assert travelled == {name for name in graph.buffers if name.startswith("gh.")}
         units = {name.split(".")[1] for name in (*names, *travelled)}
-        assert units == {unit.name for unit in spec.units}
+        assert units == {unit.name for unit in spec.units if not unit.frozen}
     else:
         assert not travelled
         assert len(names) == sum(is_update(task) for task in graph.tasks)
@@ -199,12 +208,14 @@ def test_the_next_forward_waits_for_each_layer_alone() -> None:
 def test_micro_batches_are_layer_major(case: Case) -> None:
     spec, plan = case
     layers = [unit.name for unit in spec.layers]
+    trained = [i for i, unit in enumerate(spec.units) if not unit.frozen]
+    lowest = max(trained[0] - 1, 0)  # the embedding comes before the layers
     micro = range(plan.micro_batches)
     for graph in graphs_of(spec, plan)[:2]:
         forward = [t.name for t in graph.tasks if t.op == "fwd"]
         assert forward == [f"fwd.{unit}.m{m}" for unit in layers for m in micro]
     backward = [t.name for t in compile_step(spec, plan).tasks if t.op == "bwd"]
-    assert backward == [f"bwd.{unit}.m{m}" for unit in reversed(layers) for m in micro]
+    assert backward == [f"bwd.{unit}.m{m}" for unit in reversed(layers[lowest:]) for m in micro]
 
 
 @some
@@ -235,7 +246,8 @@ def test_what_forward_leaves_in_the_window_need_not_come_up_again(case: Case) ->
     graph = compile_step(spec, plan)
     streamed = [unit.name for unit in spec.layers if unit.name not in plan.resident]
     again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
-    assert again == set(streamed[: -plan.window])
+    backward = {unit.name for unit in spec.layers[spec.lowest_trained :]}
+    assert again == set(streamed[: -plan.window]) & backward
 
 
 @some
@@ -258,12 +270,12 @@ def test_a_layer_computes_with_its_own_weights_only(case: Case) -> None:
 def test_offloaded_boundaries_go_down_once_and_come_up_once(case: Case) -> None:
     spec, plan = case
     graph = compile_step(spec, plan)
-    units = [unit.name for unit in spec.layers[: plan.offloaded]]
+    units = [unit.name for unit in spec.layers[spec.lowest_trained : plan.offloaded]]
     micro = range(plan.micro_batches)
     down = [t.name for t in graph.tasks if t.name.startswith("d2h.x.")]
     up = [t.name for t in graph.tasks if t.name.startswith("h2d.x.") and t.name.endswith(".bwd")]
     # Unless the embedding is on the GPU, the first layer's input was gathered on the host.
-    first = 0 if "embed" in plan.resident else 1
+    first = 0 if "embed" in plan.resident or spec.lowest_trained else 1
     assert sorted(down) == sorted(f"d2h.x.{unit}.m{m}" for unit in units[first:] for m in micro)
     assert sorted(up) == sorted(f"h2d.x.{unit}.m{m}.bwd" for unit in units for m in micro)
     assert not any(t.name.startswith("d2h.x.") for t in compile_evaluation(spec, plan).tasks)
@@ -285,7 +297,7 @@ def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
     saves = [task for task in graph.tasks if task.kind is TaskKind.SAVE]
     assert [task.args["unit"] for task in saves] == [unit.name for unit in spec.units]
     read = [b for task in graph.tasks for b in owned(graph, task.reads)]
-    assert tiled(read) == whole_state(spec)
+    assert tiled(read) == whole_state(spec, plan.compute)
     for task in saves:
         unit = spec.unit(str(task.args["unit"]))
         if unit.name in plan.resident:  # brought down first
@@ -293,7 +305,7 @@ def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
             assert (staged.place, staged.tier, staged.nbytes) == (
                 "saved",
                 Tier.PINNED,
-                4 * unit.numel,
+                (2 if unit.frozen else 4) * unit.numel,
             )
 
 
@@ -306,21 +318,23 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
     assert list(dict.fromkeys(task.args["unit"] for task in saves)) == [
         unit.name for unit in reversed(spec.units)
     ]
-    assert sum(task.cost.nbytes for task in saves) == sum(whole_state(spec).values())
+    whole = whole_state(spec, plan.compute)
+    assert sum(task.cost.nbytes for task in saves) == sum(whole.values())
     streamed = [b for task in saves for b in owned(graph, task.reads)]
     assert tiled(streamed) == {
         place: nbytes
-        for place, nbytes in whole_state(spec).items()
+        for place, nbytes in whole.items()
         if place.partition(".")[2] not in plan.resident
     }
     for name in plan.resident:  # comes down in three trips through the place that a save has
         trips = [task for task in graph.tasks if task.args["unit"] == name]
-        assert [task.kind for task in trips] == [TaskKind.D2H, TaskKind.SAVE] * 3
+        parts = ["hi"] if spec.unit(name).frozen else ["hi,lo", "m", "v"]
+        assert [task.kind for task in trips] == [TaskKind.D2H, TaskKind.SAVE] * len(parts)
         for down, save in zip(trips[::2], trips[1::2], strict=True):
             assert down.writes == save.reads
             assert down.args["parts"] == save.args["parts"]
             assert graph.buffers[down.writes[0]].place == "saved"
-        assert [task.args["parts"] for task in trips[::2]] == ["hi,lo", "m", "v"]
+        assert [task.args["parts"] for task in trips[::2]] == parts
 
 
 @some
@@ -351,6 +365,22 @@ def test_the_vocabulary_does_not_size_the_slots_of_layers(case: Case) -> None:
     for name, (_, nbytes) in footprint(spec, plan).items():
         if name.startswith("w.") and name.partition(".")[2].isdigit():
             assert nbytes <= plan.compute.nbytes * max(largest_layer, swept)
+
+
+@some
+@given(cases())
+def test_what_is_frozen_has_no_gradient(case: Case) -> None:
+    spec, plan = case
+    graph = compile_step(spec, plan)
+    frozen = {unit.name for unit in spec.units if unit.frozen}
+    gradients = [b.name for b in graph.buffers.values() if b.role is Role.GRADIENT]
+    assert not [n for n in gradients if n.split(".")[1] in frozen and not n.startswith("dxh.")]
+    for task in graph.tasks:
+        assert task.kind is not TaskKind.CPU_UPDATE or task.name.split(".")[1] not in frozen
+    # Below the lowest trained layer nothing is kept for backward.
+    below = {unit.name for unit in spec.layers[: spec.lowest_trained]}
+    kept = {n.split(".")[1] for n in graph.buffers if n.startswith(("kept.", "kh."))}
+    assert kept.isdisjoint(below)
 
 
 def test_an_update_of_a_layer_waits_for_its_own_gradient_and_loads_only() -> None:

@@ -29,7 +29,7 @@ from slideformer.memory.needs import (
 from slideformer.memory.planner import WORTHWHILE, make_plan, plan_graphs
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
-from tests.support.specs import draft_plans, small_spec, specs
+from tests.support.specs import draft_plans, freeze, small_spec, specs
 
 MIB = 1 << 20
 PROFILE = MachineProfile(gpu_overhead=3 * MIB, host_overhead=5 * MIB)
@@ -69,6 +69,8 @@ def requests(draw: st.DrawFn) -> PlanRequest:
         vocab=draw(st.integers(50, 4000)),
         tied=draw(st.booleans()),
     )
+    names = [unit.name for unit in spec.units][: draw(st.sampled_from([0, 0, 1, 3, -1, -2]))]
+    spec = freeze(spec, [] if names == [u.name for u in spec.units] else names)
     request = PlanRequest(
         spec=spec,
         rows=draw(st.sampled_from([1, 2, 4, 6])),

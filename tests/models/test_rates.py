@@ -30,24 +30,26 @@ def test_every_element_of_a_chunk_has_the_rates_of_its_parameter(
 ) -> None:
     unit = data.draw(st.sampled_from(spec.units))
     rates = st.sampled_from([(1.0, None), (1.0, 0.25), (0.5, None), (0.0, 0.0)])
-    drawn = [data.draw(rates) for _ in unit.params]
+    drawn = [(*data.draw(rates), data.draw(st.booleans())) for _ in unit.params]
     params = tuple(
-        replace(param, lr_scale=scale, weight_decay=decay)
-        for param, (scale, decay) in zip(unit.params, drawn, strict=True)
+        replace(param, lr_scale=scale, weight_decay=decay, frozen=frozen)
+        for param, (scale, decay, frozen) in zip(unit.params, drawn, strict=True)
     )
     unit = replace(unit, params=params)
     begin = data.draw(st.integers(0, unit.numel - 1))
     end = data.draw(st.integers(begin + 1, unit.numel))
     runs = rate_runs(unit, begin, end)
-    found: list[tuple[float, float]] = []
+    found: list[tuple[float, float] | None] = []
     for segment in segments(runs, OPTIMIZER):
-        assert segment.begin == len(found) < segment.end, "segments follow one another"
+        assert len(found) <= segment.begin < segment.end <= end - begin
+        found += [None] * (segment.begin - len(found))
         found += [(segment.lr, segment.weight_decay)] * (segment.end - segment.begin)
-    assert len(found) == end - begin
+    found += [None] * (end - begin - len(found))
     for param in unit.params:
         for element in range(param.offset, param.offset + param.numel):
             if begin <= element < end:
-                assert found[element - begin] == expected(param)
+                assert found[element - begin] == (None if param.frozen else expected(param))
         applied = Rates.of(param).applied(OPTIMIZER)
         assert (applied.lr, applied.weight_decay) == expected(param)
-    assert all(a.rates != b.rates for a, b in pairwise(runs)), "as few runs as possible"
+    touching = [(a, b) for a, b in pairwise(runs) if a.end == b.begin]
+    assert all(a.rates != b.rates for a, b in touching), "as few runs as possible"

@@ -177,13 +177,17 @@ def train_reference(
     groups: Callable[[str], dict[str, float]] = lambda name: {},
     max_norm: float | None = None,
     skipped: Collection[int] = (),
+    frozen: Collection[str] = (),
 ) -> Reference:
     """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention.
 
-    Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``. A
-    schedule, without groups, counts steps from 0, and so does ``skipped``: steps without an update.
+    Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``, and
+    those of ``frozen`` are not trained. A schedule, without groups, counts steps from 0, and so
+    does ``skipped``: steps without an update.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
     optimizer = torch.optim.AdamW(
         [
             {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import strategies as st
@@ -66,6 +68,20 @@ def small_spec(
     )
 
 
+def freeze(spec: ModelSpec, names: Collection[str]) -> ModelSpec:
+    """``spec`` with the units, or parameters, of these names frozen."""
+    units = tuple(
+        replace(
+            unit,
+            params=tuple(
+                replace(p, frozen=unit.name in names or p.key in names) for p in unit.params
+            ),
+        )
+        for unit in spec.units
+    )
+    return replace(spec, units=units)
+
+
 def _single(name: str, kind: UnitKind, shape: tuple[int, ...]) -> UnitSpec:
     return layout_unit(name, kind, [ParamGroup("weight", ((f"{name}.weight", shape),), True)])
 
@@ -89,8 +105,8 @@ def small_plan(**changes: Any) -> MemoryPlan:
 
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
-    """Small decoders of all forms."""
-    return small_spec(
+    """Small decoders of all forms, some with frozen units; something is trained."""
+    spec = small_spec(
         layers=draw(st.integers(1, 4)),
         hidden=draw(st.integers(1, 24)),
         intermediate=draw(st.integers(1, 30)),
@@ -100,6 +116,9 @@ def specs(draw: st.DrawFn) -> ModelSpec:
         tied=draw(st.booleans()),
         windows=draw(st.sampled_from([(), (3,), (3, 5)])),
     )
+    names = [unit.name for unit in spec.units]
+    names.remove(draw(st.sampled_from(names)))
+    return freeze(spec, draw(st.just(()) | st.just(names) | st.sets(st.sampled_from(names))))
 
 
 @st.composite
