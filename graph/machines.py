@@ -69,6 +69,8 @@ class _Contention(_Schema):
     copies: _Share | None = None
     updates: _Share | None = None
     compute: _Share | None = None
+    nvme_read: _Share | None = None
+    nvme_write: _Share | None = None
 
 
 class _File(_Schema):

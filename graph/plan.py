@@ -48,13 +48,15 @@ class Contention:
 
     ``both_ways``: a copy's, beside one the other way. ``copies``: a copy's, beside CPU updates.
     ``updates`` and ``compute``: those of CPU updates and of the GPU, beside copies both ways;
-    beside copies one way, the square root.
+    beside copies one way, the square root. ``nvme_read`` and ``nvme_write``: one beside the other.
     """
 
     both_ways: float = 1.0
     copies: float = 1.0
     updates: float = 1.0
     compute: float = 1.0
+    nvme_read: float = 1.0
+    nvme_write: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,10 @@ class MachineProfile:
         if lane in (Lane.CPU, Lane.COMPUTE) and copies:
             full = share.updates if lane is Lane.CPU else share.compute
             return full if len(copies) == 2 else math.sqrt(full)
+        if lane is Lane.NVME_READ and Lane.NVME_WRITE in busy:
+            return share.nvme_read
+        if lane is Lane.NVME_WRITE and Lane.NVME_READ in busy:
+            return share.nvme_write
         return 1.0
 
     @cached_property

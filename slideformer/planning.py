@@ -29,6 +29,7 @@ from slideformer.models.head import head_workspace_bytes
 from slideformer.models.layer_memory import workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
+from slideformer.profiles import announce, cached_machine
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 
@@ -140,8 +141,16 @@ def device_for(config: EngineConfig) -> torch.device:
 
 
 def profile_for(device: torch.device) -> MachineProfile:
-    """What planning assumes of this machine; without a GPU there is no context beside the plan."""
-    profile = MachineProfile()
+    """What planning assumes of this machine: what was measured here, else a generic machine.
+
+    Without a GPU there is no context beside the plan.
+    """
+    known = cached_machine(device.type)
+    if known is None:
+        profile = MachineProfile()
+    else:
+        announce(known)
+        profile = known.profile
     return profile if device.type == "cuda" else replace(profile, gpu_overhead=0)
 
 

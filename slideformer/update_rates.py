@@ -94,7 +94,7 @@ def update_rates(
     previous = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        state = _UpdateState(numel)
+        state = UpdateState(numel)
         contenders: dict[str, Callable[[], None]] = {
             "adamw": lambda: state.adamw(threads),
             "stream": lambda: stream_rmw(*state.thirds, threads),
@@ -139,10 +139,16 @@ def update_rates(
     }
 
 
-class _UpdateState:
+def hyper_parameters(numel: int) -> tuple[AdamW, list[Segment]]:
+    """Settings of an update of ``numel`` parameters as in the middle of training."""
+    return _HYPER, [Segment(0, numel, _HYPER.lr, _HYPER.weight_decay)]
+
+
+class UpdateState:
     """Weights, moments and gradients in one allocation, as each contender wants them."""
 
     def __init__(self, numel: int) -> None:
+        self.numel = numel
         self._arena = HostArena(24 * numel)
         arrays = self._arena.tensor.split([4 * numel] * 6)
         self._master, self.m, self.v, self.p32, self.g32, halves = arrays
@@ -168,8 +174,8 @@ class _UpdateState:
 
     def adamw(self, threads: int) -> None:
         """Ours."""
-        segments = [Segment(0, self.hi.numel(), _HYPER.lr, _HYPER.weight_decay)]
-        adamw_update(self.hi, self.lo, self.m, self.v, self.g16, segments, _HYPER, threads)
+        hyper, segments = hyper_parameters(self.numel)
+        adamw_update(self.hi, self.lo, self.m, self.v, self.g16, segments, hyper, threads)
 
     def torch(self) -> None:
         """PyTorch's fused AdamW on FP32."""

@@ -8,9 +8,13 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from hypothesis import settings
+
+from slideformer import profiles
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -19,6 +23,15 @@ if not HAS_CUDA:
 
 settings.register_profile("ci", derandomize=True, deadline=None)
 settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Plans do not depend on whether this machine was measured."""
+    folder = tmp_path_factory.mktemp("profiles")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(profiles, "cache_folder", lambda: folder)
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

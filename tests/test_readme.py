@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from slideformer.config import Config
+from slideformer import profiling
 from slideformer.tools.cli import app
 from slideformer.trainer import Trainer
 from tests.support.checkpoints import write_checkpoint, write_lines
@@ -50,13 +50,14 @@ def test_a_program_runs(program: str, folder: Path) -> None:
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize("command", RUNS, ids=lambda command: str(command[0]))
 def test_a_command_is_understood(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Config] = []
+    seen: list[Any] = []
 
-    def capture(self: Trainer, *_: Any) -> None:
-        seen.append(self.config)
+    def capture(given: Any, *_: Any) -> None:
+        seen.append(given)
         raise SystemExit(0)
 
     monkeypatch.setattr(Trainer, "train", capture)
+    monkeypatch.setattr(profiling, "measure_machine", capture)
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.stderr
     assert seen or "predicted peak" in result.stdout
@@ -64,7 +65,7 @@ def test_a_command_is_understood(command: list[str], monkeypatch: pytest.MonkeyP
 
 def test_the_examples_were_found() -> None:
     assert len(PROGRAMS) == 2
-    assert [command[0] for command in RUNS] == ["train", "plan"]
+    assert [command[0] for command in RUNS] == ["train", "plan", "profile"]
     assert len(GRAPHS) == 6
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from slideformer.engine import default_threads
-from slideformer.floors import Arithmetic, compute_seconds, copy_rates, floors_of_step
+from slideformer.floors import compute_seconds, copy_rates, floors_of_step
 from slideformer.measure import torch_device
+from slideformer.stand_in import Arithmetic
 from slideformer.update_rates import update_rates
 
 _ROUNDS = 9

@@ -26,6 +26,7 @@ from slideformer.tools.console import (
 )
 from slideformer.tools.data_cli import data_app
 from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.profile_cli import profile
 from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
 
@@ -97,6 +98,7 @@ def plan(**settings: Any) -> None:
     print_plan(Console(highlight=False), config, spec, planned)
 
 
+app.command()(profile)
 app.command()(simulate)
 app.command()(bench)
 app.add_typer(data_app, name="data")

@@ -21,7 +21,6 @@ from slideformer.graph.diff import Difference, diff
 from slideformer.graph.errors import GraphError
 from slideformer.graph.exchange import to_dot, to_graphml, to_text
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.machines import load_machine
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.stats import GraphStats, Load, graph_stats
 from slideformer.tools import step_flags as flags
@@ -56,7 +55,7 @@ GraphFile = Annotated[Path, typer.Argument(help="Graph in JSON.", metavar="FILE"
 def dump(
     model: flags.Model = None,
     shape: flags.Shape = None,
-    machine: flags.MachineOrThis = None,
+    machine: flags.MachineName = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; stdout without it.")
     ] = None,
@@ -108,10 +107,10 @@ def show_diff(
 @graph_app.command()
 def stats(
     file: GraphFile,
-    machine: flags.MachineName = "h200",
+    machine: flags.MachineName = None,
 ) -> None:
     """Print counts, bytes and seconds by kind and lane, places by tier, and the critical path."""
-    known = load_machine(machine)
+    known = flags.chosen_machine(machine)
     graph = read_graph(file)
     console = stdout_console()
     console.print(f"{graph.name}: {_size(graph)}; timed on {known.title}")

@@ -14,6 +14,7 @@ from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import whole_pages
 from slideformer.planning import budgets_for, device_for
+from slideformer.profiles import cached_machine
 
 
 def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> None:
@@ -26,8 +27,10 @@ def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: Me
     )
     console.print(_places(spec, plan))
     console.print(_peaks(config, plan))
+    known = cached_machine(device_for(config).type)
+    where = "a generic machine with a data-centre GPU, not for this one"
     console.print(
-        f"Estimate for a generic machine with a data-centre GPU, not for this one: "
+        f"Estimate for {where if known is None else known.title}: "
         f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s",
         soft_wrap=True,
     )

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from slideformer.config import format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.machines import load_machine
 from slideformer.graph.tasks import Lane
+from slideformer.profiles import cached_machine
 from slideformer.simulation import GraphTimeline, compare_policies
 from slideformer.simulation import simulate as simulate_graph
 from slideformer.tools import step_flags as flags
@@ -30,10 +30,12 @@ INSTANCES = 3
 def simulate(
     model: flags.Model = None,
     shape: flags.Shape = None,
-    machine: flags.MachineName = "h200",
+    machine: flags.MachineName = None,
     **settings: Any,
 ) -> None:
     """Predict a training step on a machine that need not be at hand."""
+    if machine is None and cached_machine() is None:
+        machine = flags.UNMEASURED
     step = flags.plan_step(model, shape, machine, **settings)
     timeline = simulate_graph(step.graph, step.profile, step.config.policy, INSTANCES)
     plan, seconds = step.plan, timeline.step_seconds
@@ -59,10 +61,10 @@ def simulate(
 @policies_app.command()
 def compare(
     file: GraphFile,
-    machine: flags.MachineName = "h200",
+    machine: flags.MachineName = None,
 ) -> None:
     """Run a graph under every policy on the same machine, simulated, and print a table."""
-    known = load_machine(machine)
+    known = flags.chosen_machine(machine)
     graph = read_graph(file)
     timelines = compare_policies(graph, known.profile, INSTANCES)
     tiers = list(next(iter(timelines.values())).peaks())

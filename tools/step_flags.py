@@ -15,6 +15,7 @@ from slideformer.config import EngineConfig
 from slideformer.config_problems import flag_name
 from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.profiles import announce, cached_machine
 from slideformer.tools.setting_flags import PLANNED
 
 if TYPE_CHECKING:
@@ -28,10 +29,14 @@ Model = Annotated[
 ]
 Shape = Annotated[str | None, typer.Option(help="Named shape, as llama3-8b.", metavar="NAME")]
 _MACHINE = typer.Option(
-    "--machine", help="Named machine, as rtx4090, or a profile file.", metavar="NAME"
+    "--machine",
+    help="Named machine, as rtx4090, or a profile file. Without it this one, as measured.",
+    metavar="NAME",
 )
-MachineName = Annotated[str, _MACHINE]
-MachineOrThis = Annotated[str | None, _MACHINE]
+MachineName = Annotated[str | None, _MACHINE]
+UNMEASURED = "h200"
+"""The machine that predictions are for if none is named and this one was not measured."""
+
 STEP = tuple(name for name in PLANNED if name != "model")
 """Settings that decide a step, beside its model."""
 
@@ -48,6 +53,14 @@ class PlannedStep:
     graph: TaskGraph
 
 
+def chosen_machine(name: str | None) -> Machine:
+    """The machine of that name or file; without one this machine, if `slideformer profile` ran."""
+    if name is None and (measured := cached_machine()) is not None:
+        announce(measured)
+        return measured
+    return load_machine(name or UNMEASURED)
+
+
 def plan_step(
     model: Path | None, shape: str | None, machine: str | None, **settings: Any
 ) -> PlannedStep:
@@ -62,17 +75,25 @@ def plan_step(
         {"model": model or Path(shape or "."), "device": "auto", **given},
         context={name: flag_name(name) for name in given},
     )
-    from slideformer.planning import budgets_for, device_for, model_config, plan_for, step_graph
+    from slideformer.planning import (
+        budgets_for,
+        device_for,
+        model_config,
+        plan_for,
+        profile_for,
+        step_graph,
+    )
 
-    hf_config = model_config(model, shape)
-    profile, wanted = MachineProfile(), config
-    if known is not None:
+    hf_config, wanted, device = model_config(model, shape), config, device_for(config)
+    if known is None:
+        profile = profile_for(device)
+    else:
         profile = known.profile
         room = {
             "gpu_memory": config.gpu_memory or known.gpu_memory,
             "cpu_memory": config.cpu_memory or UNLIMITED,
         }
         wanted = config.model_copy(update=room)
-    budgets = budgets_for(wanted, device_for(config))
+    budgets = budgets_for(wanted, device)
     plan = plan_for(hf_config, config, budgets, profile)
     return PlannedStep(config, known, profile, budgets, plan, step_graph(hf_config, plan))

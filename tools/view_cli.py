@@ -12,7 +12,6 @@ from slideformer.config import parse_size
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import ConfigError, DataError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.machines import load_machine
 from slideformer.simulation import GraphTimeline, simulate
 from slideformer.tools import step_flags as flags
 from slideformer.tools.graph_cli import GraphFile, graph_app, read_graph, write_file
@@ -33,7 +32,7 @@ def view(
     trace: Annotated[
         Path | None, typer.Option(help="Measured trace to compare with.", metavar="FILE")
     ] = None,
-    machine: flags.MachineName = "h200",
+    machine: flags.MachineName = None,
     policy: PolicyName = "earliest-deadline",
     gpu_memory: Size = None,
     cpu_memory: Size = None,
@@ -47,7 +46,7 @@ def view(
     for path, suffix in ((png, ".png"), (svg, ".svg")):
         if path is not None and path.suffix != suffix:
             raise ConfigError(f"{path}: does not end in {suffix}")
-    known = load_machine(machine)
+    known = flags.chosen_machine(machine)
     graph = read_graph(file)
     predicted = simulate(graph, known.profile, policy)
     title = f"{file.stem}: {graph.name} on {known.title}, {policy}"
@@ -75,12 +74,12 @@ def write_trace(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="File; stdout without it.")
     ] = None,
-    machine: flags.MachineName = "h200",
+    machine: flags.MachineName = None,
     policy: PolicyName = "earliest-deadline",
     steps: Annotated[int, typer.Option(help="Steps to simulate.", min=1)] = 2,
 ) -> None:
     """Write a graph's predicted timeline as Chrome trace JSON, which Perfetto opens."""
-    profile = load_machine(machine).profile
+    profile = flags.chosen_machine(machine).profile
     write_file(output, to_chrome(simulate(read_graph(file), profile, policy, steps)))
 
 

@@ -1,0 +1,171 @@
+"""Measures this machine: every rate that predicting a step needs, on shapes of no particular model.
+
+    machine = measure_machine(torch.device("cuda"), sizes_for(device), nvme=())
+
+What is measured elsewhere by kind is put together here; ``profiles.py`` keeps the result.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from slideformer.engine import default_threads
+from slideformer.gpu_overhead import gpu_overhead
+from slideformer.graph.machines import Machine
+from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.tasks import Lane, ProductKind
+from slideformer.lane_rates import (
+    gpu_copy_rate,
+    host_copy_rate,
+    measure_handovers,
+    measure_lanes,
+)
+from slideformer.memory.limits import available_host_memory
+from slideformer.nvme_rates import disk_rates
+from slideformer.product_rates import ProductSizes, measure_products
+from slideformer.profiles import machine_key
+
+ALLOCATOR_SLACK = 1100 << 20
+"""Least bytes to keep free for what PyTorch's allocator holds between temporaries."""
+
+_LEAST_RATE = 1e-6
+"""Seconds below which a hand-over is not told from nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileSizes:
+    """How much is measured: products, parameters updated at once, bytes copied, bytes on NVMe."""
+
+    products: ProductSizes
+    update_numel: int
+    copy_nbytes: int
+    nvme_nbytes: int = 2 << 30
+    nvme_threads: int = 4
+
+    @property
+    def parts(self) -> int:
+        """Calls of ``done`` while everything but NVMe is measured."""
+        products = self.products
+        return 4 + len(products.sequences) + len(products.widths) + len(products.widths[:2])
+
+
+def sizes_for(device: torch.device) -> ProfileSizes:
+    """What takes two to three minutes on a large GPU, and about one where there is none."""
+    room = available_host_memory()
+    if device.type == "cuda":
+        return ProfileSizes(
+            ProductSizes(
+                widths=(1536, 3584, 9216),
+                tokens=tuple(1 << n for n in range(9, 17)),
+                sequences=(512, 1024, 2048, 4096, 8192, 16384),
+                vocab=32768,
+                tiles=(512, 1024, 2048, 4096, 8192),
+                longest=1.0,
+            ),
+            update_numel=min(1 << 27, room // 100),
+            copy_nbytes=min(256 << 20, room // 16),
+        )
+    return ProfileSizes(
+        ProductSizes(
+            widths=(256, 1024),
+            tokens=(64, 256, 1024, 4096),
+            sequences=(256, 1024),
+            vocab=4096,
+            tiles=(256, 1024),
+            longest=0.5,
+        ),
+        update_numel=min(1 << 25, room // 100),
+        copy_nbytes=min(64 << 20, room // 16),
+    )
+
+
+def measure_machine(
+    device: torch.device,
+    sizes: ProfileSizes,
+    nvme: Sequence[Path] = (),
+    done: Callable[[str], None] = lambda _: None,
+) -> Machine:
+    """This machine's profile; ``done`` is called with what was measured last.
+
+    The rates of NVMe folders add up, as files are striped over them. Without one NVMe keeps what a
+    generic machine has. Raises `DeviceError`, and `ConfigError` for a folder that cannot be used.
+    """
+    cuda, threads = device.type == "cuda", default_threads()
+    generic = MachineProfile()
+    disks = [disk_rates(folder, sizes.nvme_nbytes, sizes.nvme_threads) for folder in nvme]
+    read, write = (sum(disk[way] for disk in disks) for way in ("read", "write"))
+    if nvme:
+        done("NVMe")
+    lanes = measure_lanes(device, sizes.update_numel, sizes.copy_nbytes, threads)
+    host_copy = host_copy_rate(sizes.copy_nbytes)
+    done("copies and updates")
+    gpu_copy = gpu_copy_rate(device, sizes.update_numel) if cuda else host_copy
+    done("GPU memory")
+    handovers = measure_handovers(device, threads)
+    done("hand-overs")
+    context, slack = gpu_overhead(device) if cuda else (0, 0)
+    done("context")
+    points = measure_products(device, sizes.products, done)
+    shares = {
+        "both_ways": lanes.both_ways,
+        "copies": lanes.copies,
+        "updates": lanes.updates,
+        "compute": lanes.compute,
+    }
+    if nvme:
+        half = sum(disk["both"] for disk in disks) / 2
+        shares |= {"nvme_read": min(1.0, half / read), "nvme_write": min(1.0, half / write)}
+    found = {key: share for key, share in shares.items() if share is not None}
+    key = machine_key(device.type)
+    profile = MachineProfile(
+        name="this machine",
+        h2d=lanes.h2d,
+        d2h=lanes.d2h,
+        flops=max(point.rate for point in points if point.kind is ProductKind.FORWARD),
+        update=lanes.update,
+        host_copy=host_copy,
+        gpu_copy=gpu_copy,
+        nvme_read=read or generic.nvme_read,
+        nvme_write=write or generic.nvme_write,
+        launch=max(handovers[Lane.COMPUTE], _LEAST_RATE),
+        handover=max(handovers[Lane.CPU], _LEAST_RATE),
+        points=points,
+        contention=Contention(**found),
+        gpu_overhead=context + max(slack, ALLOCATOR_SLACK) if cuda else generic.gpu_overhead,
+    )
+    total = torch.cuda.mem_get_info(device)[1] if cuda else available_host_memory()
+    return Machine(
+        title=f"{key['device']}, {key['cores']} cores (measured)",
+        profile=profile,
+        gpu_memory=total,
+        sources=_sources(sizes, threads, bool(nvme)) | dict.fromkeys(found, "measured: together"),
+        measured={
+            **key,
+            "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "context bytes": str(context),
+            "allocator slack bytes": str(slack),
+        },
+    )
+
+
+def _sources(sizes: ProfileSizes, threads: int, nvme: bool) -> dict[str, str]:
+    copies = f"measured: copies of {sizes.copy_nbytes:,} bytes"
+    disk = f"measured: direct I/O on {sizes.nvme_nbytes:,} bytes"
+    disk = disk if nvme else "assumed: not measured; give --nvme FOLDER"
+    return {
+        "h2d": copies,
+        "d2h": copies,
+        "flops": "measured: the fastest layer, forward",
+        "update": f"measured: {sizes.update_numel:,} parameters, {threads} threads",
+        "host_copy": f"{copies}, read and written",
+        "gpu_copy": "measured: AdamW on the GPU, bytes read and written",
+        "nvme_read": disk,
+        "nvme_write": disk,
+        "launch": "measured: between layers in a run of the scheduler",
+        "handover": "measured: between CPU updates in a run of the scheduler",
+    }
