@@ -17,6 +17,10 @@ HOST_LANES = frozenset({Lane.CPU, Lane.NVME_READ, Lane.NVME_WRITE})
 """Lanes whose tasks threads of the host carry out."""
 
 
+MLP_TILE = 8192
+"""Tokens of a part of a long row in an MLP."""
+
+
 class Compute(StrEnum):
     """The arithmetic of forward and backward."""
 
@@ -209,8 +213,14 @@ class MemoryPlan:
 
     @property
     def layer_accumulator(self) -> int:
-        """Bytes per element of a layer's gradient accumulator (FP32 over several micro-batches)."""
-        return 4 if self.micro_batches > 1 else self.compute.nbytes
+        """Bytes per element of a layer's gradient accumulator: FP32 where several are added up."""
+        several = self.micro_batches > 1 or self.mlp_tile < self.micro_tokens
+        return 4 if several else self.compute.nbytes
+
+    @property
+    def mlp_tile(self) -> int:
+        """Tokens of a micro-batch that a layer's MLP takes at a time."""
+        return mlp_tile(self.micro_rows, self.seq_len)
 
     @property
     def head_accumulator(self) -> int:
@@ -240,6 +250,16 @@ class MemoryPlan:
     def draft(self) -> MemoryPlan:
         """The same plan with unbounded gradient parking and boundaries."""
         return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())
+
+
+def mlp_tile(micro_rows: int, seq_len: int) -> int:
+    """Tokens that a layer's MLP takes at a time: all of a micro-batch, or a part of one long row.
+
+    The MLP's temporaries are the largest of a layer, and a micro-batch cannot be less than a row.
+    Parts this long lose no speed, but for adding up their gradients in FP32.
+    """
+    long = micro_rows == 1 and seq_len > 2 * MLP_TILE
+    return MLP_TILE if long else micro_rows * seq_len
 
 
 def keeps_attention(spec: ModelSpec, plan: MemoryPlan) -> bool:

@@ -230,11 +230,11 @@ class StreamOps:
         cfg = self._memory.decoder
         x = self._memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         out = self._memory.boundary(views[task.writes[0]])
-        kept = self._kept(task, views)
+        kept, tile = self._kept(task, views), self._memory.plan.mlp_tile
 
         def run(context: StepContext) -> None:
             rope, mask = layout(context)
-            layer.forward(x, weights, cfg, rope, mask=mask, out=out, kept=kept)
+            layer.forward(x, weights, cfg, rope, mask=mask, out=out, kept=kept, tile=tile)
 
         return without_grad(run)
 
@@ -245,7 +245,7 @@ class StreamOps:
         cfg, accumulate = memory.decoder, int(task.args["micro"]) > 0
         x = memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         dx = memory.boundary(views[_only(task.reads, "x.dx.")])
-        kept = self._kept(task, views)
+        kept, tile = self._kept(task, views), self._memory.plan.mlp_tile
         gradients: dict[str, Tensor] = {}
         gaps: list[Tensor] = []
         unwanted: list[Tensor] = []
@@ -272,6 +272,7 @@ class StreamOps:
                 accumulate=accumulate,
                 mask=mask,
                 kept=kept,
+                tile=tile,
             )
             for gradient in unwanted:
                 gradient.zero_()

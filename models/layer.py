@@ -45,6 +45,7 @@ def forward(
     mask: Mask = None,
     out: Tensor | None = None,
     kept: Kept | None = None,
+    tile: int | None = None,
 ) -> Tensor:
     """The layer's output [B, S, h] for input ``x`` [B, S, h], BF16 or FP32, contiguous.
 
@@ -54,8 +55,8 @@ def forward(
     ``k_norm.weight`` [D], ``o_norm.weight`` and ``down_norm.weight`` [h], and the biases
     ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``. ``mask`` is that of
     :func:`slideformer.models.attention.attention`. ``out``, contiguous and distinct from ``x``,
-    receives the result. ``kept`` receives what :func:`backward` can use
-    instead of computing it again.
+    receives the result. ``kept`` receives what :func:`backward` can use instead of computing it
+    again. The MLP takes ``tile`` tokens at a time, or all at once.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -71,7 +72,9 @@ def forward(
     middle = stream if kept is None else kept.middle
     residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", cfg, out=middle)
     del attended
-    mlp_forward(middle, w, cfg, None if kept is None else kept.gate_up, out=stream)
+    for part in _tiles(len(tokens), tile):
+        gate_up = kept.gate_up[part] if kept is not None else None
+        mlp_forward(middle[part], w, cfg, gate_up, out=stream[part])
     return out
 
 
@@ -86,13 +89,15 @@ def backward(
     accumulate: bool,
     mask: Mask = None,
     kept: Kept | None = None,
+    tile: int | None = None,
 ) -> None:
     """From the gradient of the output to those of the input and of every operand.
 
     ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
     overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
     dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only). An
-    operand that it lacks is frozen. ``kept``, if forward filled it, is overwritten too.
+    operand that it lacks is frozen. ``kept``, if forward filled it, is overwritten too. ``tile`` is
+    that of :func:`forward`; if it makes several tiles, ``grads`` are FP32.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
     sink = Gradients(grads, accumulate)
@@ -116,8 +121,11 @@ def backward(
     else:
         middle = kept.middle
 
-    mlp_backward_(middle, d_stream, w, sink, cfg, None if kept is None else kept.gate_up)
-    del middle
+    for part in _tiles(len(tokens), tile):
+        partial = Gradients(grads, accumulate or part.start > 0)
+        gate_up = kept.gate_up[part] if kept is not None else None
+        mlp_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
+    del middle, gate_up
 
     d_out = d_stream
     if cfg.output_norms:
@@ -135,6 +143,12 @@ def backward(
     norm_backward(
         d_normed, tokens, w, sink, "input_norm", cfg, rstd, residual_grad=d_stream, out=d_stream
     )
+
+
+def _tiles(tokens: int, tile: int | None) -> list[slice]:
+    """``[0, tokens)`` in parts of ``tile``; all of it is one part if that is None."""
+    size = tile or tokens
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def _heads(normed: Tensor, w: Operands, cfg: DecoderConfig, x: Tensor, kept: Kept | None) -> Tensor:

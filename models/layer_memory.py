@@ -63,14 +63,17 @@ def workspace_bytes(
     seq_len: int | None = None,
     *,
     packed: bool = False,
+    tile: int | None = None,
 ) -> int:
     """Most bytes of temporaries that exist at once in :func:`forward` or :func:`backward` on a GPU.
 
     For a micro-batch of ``tokens`` tokens in sequences of ``seq_len`` (default: one sequence),
-    computed in a dtype of ``dtype_bytes``; ``packed``: with several documents in a row. Arguments
-    are not temporaries, and the workspace that cuBLAS keeps for good is not counted.
+    computed in a dtype of ``dtype_bytes``; ``packed``: with several documents in a row; ``tile``:
+    the tokens that the MLP takes at a time. Arguments are not temporaries, and the workspace that
+    cuBLAS keeps for good is not counted.
     """
     seq_len = tokens if seq_len is None else seq_len
+    tile = min(tile or tokens, tokens)
     h, i = cfg.hidden, cfg.intermediate
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     capped = cfg.softcap is not None
@@ -83,10 +86,10 @@ def workspace_bytes(
     if packed and not varlen:  # documents one by one, put together again
         copies += 2 * q + 2 * kv
     forward_peak = max(
-        h + q + 2 * kv,  # normed input, heads
-        q + 2 * kv + copies + q,  # heads, keys and values copied per query head, attended
-        h + 2 * i,  # normed middle, gate and up
-        2 * i + i,  # gate and up, activation
+        tokens * (h + q + 2 * kv),  # normed input, heads
+        tokens * (q + 2 * kv + copies + q),  # heads, keys and values by query head, attended
+        tile * (h + 2 * i),  # normed middle, gate and up
+        tile * (2 * i + i),  # gate and up, activation
     )
     held = (  # all through backward
         h  # normed input, for the gradient of the QKV matrix
@@ -95,17 +98,18 @@ def workspace_bytes(
         + copies  # saved by the attention
         + q  # attended
     )
-    mlp_peak = held + h + h + 2 * i + i  # middle, normed middle, gate and up, activation
+    # Middle; of a tile the normed middle, gate and up, activation.
+    mlp_peak = tokens * (held + h) + tile * (h + 2 * i + i)
     if cfg.output_norms:
-        mlp_peak += 2 * h  # the down projection before and after its norm
-    attention_peak = (
+        mlp_peak += tile * 2 * h  # the down projection before and after its norm
+    attention_peak = tokens * (
         held
         + q  # gradient of attended
         + (q + 2 * kv)  # gradients of queries, keys, values
         + 2 * q  # gradients of keys and values per query head, before they are summed
         + q * 4 // dtype_bytes  # gradient of the queries, summed in FP32
     )
-    per_token = max(forward_peak, mlp_peak, attention_peak) * dtype_bytes
+    elements = max(forward_peak, mlp_peak, attention_peak)
     # FP32: what the RMSNorms of the stream and the heads keep for backward; of attention the
     # log-sum-exp and each row's product of output and gradient.
     rows = 2 + (cfg.heads + cfg.kv_heads if cfg.qk_norm else 0) + 2 * cfg.heads
@@ -114,4 +118,4 @@ def workspace_bytes(
     scores = softcapped_workspace(cfg.heads, seq_len) if capped else 0
     rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    return tokens * (per_token + 4 * rows + rope) + mask + scores + 12 * 2**20
+    return elements * dtype_bytes + tokens * (4 * rows + rope) + mask + scores + 12 * 2**20

@@ -27,6 +27,7 @@ def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:
         "micro_rows": plan.micro_rows,
         "vocab_chunks": plan.vocab_chunks,
         "head_tile": plan.head_tile,
+        "mlp_tile": plan.mlp_tile,
         "kept": plan.kept,
         "spilled": plan.spilled,
         "attention": "documents" if plan.packed else "sdpa",

@@ -19,7 +19,7 @@ from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
+from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
 from slideformer.graph.step import compile_step
 from slideformer.memory.limits import available_host_memory, free_nvme
 from slideformer.memory.needs import PlanRequest, Prediction
@@ -90,7 +90,9 @@ def plan_for(
 
     def workspace(rows: int, vocab_rows: int, tile: int) -> int:
         tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
-        layers = workspace_bytes(decoder, tokens, size, seq_len, packed=config.packing)
+        layers = workspace_bytes(
+            decoder, tokens, size, seq_len, packed=config.packing, tile=mlp_tile(rows, seq_len)
+        )
         head = head_workspace_bytes(vocab_rows, tile, tokens, size)
         return max(layers, head + tokens * spec.hidden * size)
 

@@ -366,6 +366,36 @@ def test_what_is_kept_changes_no_bit(name: str, dtype: torch.dtype) -> None:
         assert value.isfinite().all()
 
 
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("accumulate", [False, True])
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_an_mlp_in_tiles_is_the_whole_one(name: str, accumulate: bool, keep: bool) -> None:
+    """But for the order in which gradients are added up."""
+    case = Case.make(make_config(name), torch.float32)
+    x, dy = case.inputs(1, 1, 23)
+    rope, w = rope_tables(case.config, 23, torch.device("cpu")), case.operands(case.flat)
+    found = []
+    for tile in (None, 10):
+        kept = kept_activations(case, 1, 23, "cpu") if keep else None
+        grads, dx = torch.ones(case.unit.numel), dy[0].clone()
+        with torch.no_grad():
+            y = layer.forward(x[0], w, case.cfg, rope, kept=kept, tile=tile)
+            layer.backward(
+                x[0],
+                dx,
+                w,
+                case.operands(grads),
+                case.cfg,
+                rope,
+                accumulate=accumulate,
+                kept=kept,
+                tile=tile,
+            )
+        found.append((y, dx, grads))
+    for whole, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("name", "dtype", "keeps"),
     [

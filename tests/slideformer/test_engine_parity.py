@@ -185,3 +185,16 @@ def test_padding_between_operands_stays_zero_and_out_of_the_norm(
         assert not padding(engine.spec, masters).any()
         assert not padding(engine.spec, moments).any()
     assert norms == pytest.approx(reference.norms, rel=1e-5)
+
+
+def test_a_long_row_passes_the_mlp_in_tiles(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("slideformer.graph.plan.MLP_TILE", 5)
+    folder = write_model(tmp_path / "model", "llama-biases")
+    batches = BATCHES[:4]
+    reference = train_reference(folder, batches, lr=LR)
+    losses, norms, weights = train(folder, batches, micro_rows=1)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
