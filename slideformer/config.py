@@ -216,7 +216,7 @@ class Config(EngineConfig):
     version: Literal[1] = 1
     """Version of this format, written into saved files."""
     data: Sources = Field(min_length=1)
-    """Training file, ``.jsonl`` or ``.txt``; several are mixed, in YAML with weights."""
+    """Training file, ``.jsonl`` or ``.txt``, or a Hugging Face data set; several are mixed."""
     validation: Sources = ()
     """File to validate with, or several."""
     validation_split: Number | None = Field(default=None, gt=0, lt=1)

@@ -33,8 +33,8 @@ from slideformer.handles import StepHandle
 from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
 from slideformer.models.data.batches import Batch, BatchStream
+from slideformer.models.data.corpus import check_source
 from slideformer.models.data.dataset import load_datasets
-from slideformer.models.data.reading import is_plain_text
 from slideformer.models.families import read_model_config
 from slideformer.planning import spec_for
 from slideformer.schedule import Schedule, learning_rates
@@ -142,7 +142,7 @@ class Trainer:
         check_output(config.output)
         spec = spec_for(read_model_config(config.model), config)
         for source in (*config.data, *config.validation):
-            is_plain_text(source.path)  # finds a missing file before the model is planned
+            check_source(source)  # finds a missing file before the model is planned
         run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
         try:
             engine = Engine(config, on_plan=run.prepare)

@@ -1,4 +1,4 @@
-"""Tokenised files, kept on disk and mapped into memory: a file is tokenised once, however large.
+"""Tokenised data, kept on disk and mapped into memory: a file is tokenised once, however large.
 
 An entry is a folder named by a key over all that decides its tokens: the file's bytes, the
 tokenizer with its chat template, the versions of both libraries, and the format. It holds whole
@@ -35,7 +35,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slideformer.graph.errors import CheckpointError, DataError
 from slideformer.kernels.build import cache_folder
 from slideformer.models.aside import AsideFolder, fsync
-from slideformer.models.data.reading import is_plain_text, open_file, read_records, read_text
+from slideformer.models.data.corpus import Corpus
+from slideformer.models.data.reading import open_file
 from slideformer.models.data.tokenise import RowTokenizer, cut_text, groups, record_chars
 
 logger = logging.getLogger(__name__)
@@ -72,28 +73,30 @@ class Tokens:
     digest: str
 
 
-def tokenised(path: Path, tokenizer: RowTokenizer) -> Tokens:
-    """The tokens of a file, from the cache where it has them; a plain text is one document.
+def tokenised(corpus: Corpus, tokenizer: RowTokenizer) -> Tokens:
+    """The tokens of a corpus, from the cache where it has them; a plain text is one document.
 
-    Raises DataError for whatever is wrong with the file, for a file that changes meanwhile, and for
-    a disk without room.
+    Raises DataError for whatever is wrong with it, for a file that changes meanwhile, and for a
+    disk without room.
     """
-    before = _state(path)
-    key = _key(path, tokenizer)
+    before = _state(corpus)
+    key = _key(corpus, tokenizer)
     try:
         folder = cache_folder() / "tokens"
         folder.mkdir(mode=0o700, exist_ok=True)
     except OSError as error:
         logger.warning(
             "The cache is not usable (%s): %s is tokenised for this process alone. Set "
-            "XDG_CACHE_HOME to a folder of yours to do it once.", error, path,
+            "XDG_CACHE_HOME to a folder of yours to do it once.", error, corpus.name,
         )  # fmt: skip
         with tempfile.TemporaryDirectory(prefix="slideformer-") as temporary:
-            found = _entry(Path(temporary) / key, path, tokenizer)  # files stay while mapped
+            found = _entry(Path(temporary) / key, corpus, tokenizer)  # files stay while mapped
     else:
-        found = _entry(folder / key, path, tokenizer)
-    if _state(path) != before:
-        raise DataError(f"{path}: changed while it was read; start again when it is complete")
+        found = _entry(folder / key, corpus, tokenizer)
+    if _state(corpus) != before:
+        raise DataError(
+            f"{corpus.name}: changed while it was read; start again when it is complete"
+        )
     return found
 
 
@@ -106,32 +109,34 @@ def release(held: NDArray[Any]) -> None:
         base.obj.madvise(mmap.MADV_DONTNEED)
 
 
-def _entry(folder: Path, path: Path, tokenizer: RowTokenizer) -> Tokens:
+def _entry(folder: Path, corpus: Corpus, tokenizer: RowTokenizer) -> Tokens:
+    name = corpus.name
     found = _open(folder)
     if found is None:
-        logger.info("%s: tokenising; the tokens are kept in %s", path, folder)
+        logger.info("%s: tokenising; the tokens are kept in %s", name, folder)
         try:
-            folder = _write(folder, _documents(path, tokenizer), joined=is_plain_text(path))
+            joined = corpus.text is not None
+            folder = _write(folder, _documents(corpus, tokenizer), joined=joined)
         except (OSError, CheckpointError) as error:
             reason = getattr(error, "strerror", None) or error
             raise DataError(
-                f"{path}: its tokens cannot be kept in {folder.parent}: {reason}; they need one to "
+                f"{name}: its tokens cannot be kept in {folder.parent}: {reason}; they need one to "
                 "two times the size of the file: make room, or set XDG_CACHE_HOME to another folder"
             ) from error
         found = _open(folder)
     if found is None:
-        raise DataError(f"{path}: its tokens in {folder} were damaged by something; try again")
+        raise DataError(f"{name}: its tokens in {folder} were damaged by something; try again")
     return found
 
 
-def _documents(path: Path, tokenizer: RowTokenizer) -> Iterator[list[Document]]:
-    """The documents of a file in groups, or the parts of a plain text."""
-    if is_plain_text(path):
-        for ids in tokenizer.document(cut_text(read_text(path))):
+def _documents(corpus: Corpus, tokenizer: RowTokenizer) -> Iterator[list[Document]]:
+    """The documents of a corpus in groups, or the parts of a plain text."""
+    if corpus.text is not None:
+        for ids in tokenizer.document(cut_text(corpus.text())):
             yield [(ids, np.ones(len(ids), dtype=np.bool_))]
-        return
-    for group in groups(read_records(path), record_chars):
-        yield [(row.ids, row.labels) for row in tokenizer.rows(group)]
+    if corpus.records is not None:
+        for group in groups(corpus.records(), record_chars):
+            yield [(row.ids, row.labels) for row in tokenizer.rows(group)]
 
 
 def _write(folder: Path, documents: Iterable[list[Document]], *, joined: bool) -> Path:
@@ -190,12 +195,12 @@ def _mapped(path: Path, kind: type[Any]) -> NDArray[Any]:
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=kind)
 
 
-def _key(path: Path, tokenizer: RowTokenizer) -> str:
-    """A name over all that decides the tokens of a file."""
+def _key(corpus: Corpus, tokenizer: RowTokenizer) -> str:
+    """A name over all that decides the tokens of a corpus."""
     parts = {
         "format": 1,
-        "file": _digest(path),
-        "plain text": is_plain_text(path),
+        "files": [_digest(path) for path in corpus.files],
+        "plain text": corpus.text is not None,
         "tokenizer": tokenizer.identity(),
         "libraries": [transformers.__version__, tokenizers.__version__],
     }
@@ -211,7 +216,11 @@ def _digest(path: Path) -> str:
             raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def _state(path: Path) -> tuple[int, int]:
-    with open_file(path) as file:
-        state = os.fstat(file.fileno())
-    return state.st_size, state.st_mtime_ns
+def _state(corpus: Corpus) -> list[tuple[int, int]]:
+    """Size and date of the files of a corpus."""
+    found = []
+    for path in corpus.files:
+        with open_file(path) as file:
+            state = os.fstat(file.fileno())
+        found.append((state.st_size, state.st_mtime_ns))
+    return found

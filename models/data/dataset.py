@@ -20,9 +20,9 @@ from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.models.data.cache import tokenised
+from slideformer.models.data.corpus import open_corpus
 from slideformer.models.data.order import split_off
 from slideformer.models.data.parts import Part, part_from, part_of
-from slideformer.models.data.reading import is_plain_text
 from slideformer.models.data.sources import Source
 from slideformer.models.data.tokenise import RowTokenizer
 
@@ -86,7 +86,9 @@ class TokenDataset:
     def from_sources(
         cls, sources: Sequence[Source], tokenizer: PreTrainedTokenizerFast, seq_len: int
     ) -> TokenDataset:
-        """Reads and tokenises ``.jsonl``, ``.json`` (one object on each line) and ``.txt`` files.
+        """Reads and tokenises files, ``.jsonl``, ``.json`` (one object on each line) or ``.txt``.
+
+        Data sets of Hugging Face, in folders or on the Hub, are read as records, too.
 
         A record becomes one document, cut off at ``seq_len`` tokens; a plain text is cut into
         consecutive documents of ``seq_len`` tokens, none of them lost. The tokens are kept on disk
@@ -196,12 +198,12 @@ def load_datasets(
 
 
 def _read(source: Source, rows: RowTokenizer, seq_len: int) -> Part:
-    path = source.path
+    corpus = open_corpus(source)
     part = part_from(
-        tokenised(path, rows),
+        tokenised(corpus, rows),
         seq_len=seq_len,
-        text=is_plain_text(path),
-        source=str(path),
+        text=corpus.text is not None,
+        source=corpus.name,
         weight=source.weight,
     )
     _report(part, seq_len)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
+from typing import Any
 
 from slideformer.graph.errors import DataError
 
@@ -62,6 +63,11 @@ class ChatRecord:
 Record = TextRecord | CompletionRecord | ChatRecord
 
 
+def is_known_suffix(path: Path) -> bool:
+    """Whether a path ends like a training file."""
+    return path.suffix.lower() in _TEXT_SUFFIXES + _RECORD_SUFFIXES
+
+
 def is_plain_text(path: Path) -> bool:
     """True for a ``.txt`` file, False for JSON lines.
 
@@ -69,7 +75,7 @@ def is_plain_text(path: Path) -> bool:
     """
     open_file(path).close()  # a directory is called a directory, not a file of unknown ending
     suffix = path.suffix.lower()
-    if suffix not in _TEXT_SUFFIXES + _RECORD_SUFFIXES:
+    if not is_known_suffix(path):
         raise DataError(
             f"{path}: the ending {suffix!r} names no known kind of training file; use .jsonl or "
             ".json (one JSON object on each line) or .txt (plain text)"
@@ -132,7 +138,10 @@ def open_file(path: Path) -> BufferedReader:
     except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
     except IsADirectoryError:
-        raise DataError(f"{path}: is a directory; name one .jsonl, .json or .txt file") from None
+        raise DataError(
+            f"{path}: is a directory; name a .jsonl, .json or .txt file, or a "
+            "folder that save_to_disk of Hugging Face datasets wrote"
+        ) from None
     except OSError as error:
         raise DataError(f"{path}: cannot be opened: {error.strerror}") from None
 
@@ -180,6 +189,14 @@ def _record(where: str, line: str) -> Record:
             f"{where}: found {_kind(value)}, not a JSON object; each line should be "
             f"{ACCEPTED_FORMS}"
         )
+    return record_of(where, value)
+
+
+def record_of(where: str, value: Mapping[str, Any]) -> Record:
+    """The record in a decoded object; ``where`` names its place in complaints.
+
+    Raises DataError unless it is of an accepted form.
+    """
     forms = [form for form in _FORMS if value.keys() >= set(form)]
     if not forms:
         raise DataError(

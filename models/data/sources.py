@@ -1,4 +1,4 @@
-"""Where training data comes from: files and their weights, as settings name them."""
+"""Where training data comes from: files, data sets and their weights, as settings name them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from slideformer.graph.errors import ConfigError
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A file of documents.
+    """A file of documents, a folder of Hugging Face datasets, or a data set's name on the Hub.
 
     ``weight`` says how often an epoch shows each document: 2 shows all of them twice, 0.5 half of
-    them, and the other half in the next epoch.
+    them, and the other half in the next epoch. ``split`` is that of a data set; files have none.
     """
 
     path: Path
     weight: float = 1.0
+    split: str = "train"
 
 
 def parse_sources(value: object) -> tuple[Source, ...]:
-    """Sources from a path, or a list of paths and of ``{path: …, weight: …}``.
+    """Sources from a path, or a list of paths and of ``{path: …, weight: …, split: …}``.
 
     Raises `ConfigError` for anything else.
     """
@@ -36,14 +37,15 @@ def _source(entry: object) -> Source:
     if isinstance(entry, Source):
         return entry
     settings = entry if isinstance(entry, Mapping) else {"path": entry}
-    unknown = [name for name in settings if name not in ("path", "weight")]
+    unknown = [name for name in settings if name not in ("path", "weight", "split")]
     if unknown or "path" not in settings:
         raise ConfigError(
-            f"{dict(settings)!r} is no source; write a path, or path and weight: "
+            f"{dict(settings)!r} is no source; write a path, or path, weight and split: "
             "{path: train.jsonl, weight: 2}"
         )
     path: object = settings["path"]
     weight: object = settings.get("weight", 1.0)
+    split: object = settings.get("split", "train")
     if not isinstance(path, str | Path) or not str(path).strip():
         raise ConfigError(f"{path!r} is not a path; name a file")
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
@@ -51,4 +53,6 @@ def _source(entry: object) -> Source:
             f"the weight of {path} is {weight!r}; it must be a number above 0, where 1 shows each "
             "document once an epoch"
         )
-    return Source(Path(os.path.expanduser(path)), float(weight))
+    if not isinstance(split, str) or not split:
+        raise ConfigError(f"the split of {path} is {split!r}; write a name, such as train")
+    return Source(Path(os.path.expanduser(path)), float(weight), split)

@@ -84,7 +84,7 @@ def test_defaults() -> None:
     assert config.model_dump() == {
         "version": 1,
         "model": Path("m"),
-        "data": ({"path": Path("d.jsonl"), "weight": 1.0},),
+        "data": ({"path": Path("d.jsonl"), "weight": 1.0, "split": "train"},),
         "validation": (),
         "validation_split": None,
         "output": Path("o"),
@@ -247,8 +247,8 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"data": ["a", 3]}, "data: 3 is not a path; name a file"),
         ({"data": [{"path": "a", "weight": 0}]}, "data: the weight of a is 0; it must be a number"),
         ({"data": [{"path": "a", "weight": True}]}, "data: the weight of a is True; it must"),
-        ({"data": [{"path": "a", "wieght": 2}]}, "is no source; write a path, or path and weight"),
-        ({"data": [{"weight": 2}]}, "is no source; write a path, or path and weight"),
+        ({"data": [{"path": "a", "wieght": 2}]}, "is no source; write a path, or path, weight"),
+        ({"data": [{"weight": 2}]}, "is no source; write a path, or path, weight"),
         ({"validation_split": 1.0}, "validation_split is 1.0: it should be less than 1"),
         (
             {"validation_split": 0.1, "validation": "v.jsonl"},

@@ -153,7 +153,7 @@ def test_missing_file_and_directory(tmp_path: Path, read: object) -> None:
 
     with pytest.raises(DataError, match=r"none\.jsonl: there is no such file"):
         exhaust(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="is a directory; name one"):
+    with pytest.raises(DataError, match="is a directory; name a "):
         exhaust(tmp_path)
 
 
