@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +163,12 @@ FAULTY = {
 """Something of every kind on NVMe."""
 
 
+def paths_of(engine: Engine) -> list[Path]:
+    """The files of its store."""
+    assert engine._memory.store is not None
+    return engine._memory.store.paths
+
+
 def train_on(engine: Engine) -> None:
     """More steps than any fault of these tests takes to show."""
     for batch in BATCHES * 2:
@@ -211,14 +223,131 @@ def test_a_corrupted_extent_fails_the_step_that_reads_it(
 ) -> None:
     def corrupt(engine: Engine) -> None:
         engine.synchronize()
-        assert engine._memory.store is not None
-        for path in engine._memory.store.paths:
+        for path in paths_of(engine):
             path.write_bytes(bytes(byte ^ 1 for byte in path.read_bytes()))
 
     config = config_for(folder, compute="bf16", nvme=disks)
     message = trained_until_it_fails(config, tmp_path / "model", corrupt)
     assert message.startswith("read.L0")
     assert "are not those that were written" in message
+
+
+def refuse(name: str, code: int) -> Callable[[Engine, pytest.MonkeyPatch], None]:
+    """From now on a system call fails with that error."""
+
+    def harm(_: Engine, patch: pytest.MonkeyPatch) -> None:
+        def call(*_: Any) -> int:
+            raise OSError(code, os.strerror(code))
+
+        patch.setattr(nvme.os, name, call)
+
+    return harm
+
+
+def take_away(engine: Engine, _: pytest.MonkeyPatch) -> None:
+    """The files' names go, as with their folder."""
+    for path in paths_of(engine):
+        path.unlink()
+
+
+def cut(engine: Engine, _: pytest.MonkeyPatch) -> None:
+    """The files end early."""
+    engine.synchronize()
+    for path in paths_of(engine):
+        os.truncate(path, 4096)
+
+
+HARMS: dict[str, tuple[Callable[[Engine, pytest.MonkeyPatch], None], str]] = {
+    "failing disk": (refuse("preadv", errno.EIO), "Input/output error"),
+    "read-only": (refuse("pwritev", errno.EROFS), "Read-only file system"),
+    "vanished": (take_away, "the file, or its folder, has been removed"),
+    "cut": (cut, "bytes are there; it was cut"),
+}
+
+
+@pytest.mark.parametrize("name", HARMS)
+def test_a_fault_fails_the_step_and_names_extent_and_path(
+    folder: Path, disks: tuple[Path, Path], tmp_path: Path, name: str
+) -> None:
+    harm, reason = HARMS[name]
+    with pytest.MonkeyPatch.context() as patch:
+        message = trained_until_it_fails(
+            config_for(folder, compute="bf16", nvme=disks),
+            tmp_path / "model",
+            lambda engine: harm(engine, patch),
+        )
+    assert re.search(rf"{disks[0].parent}.*slideformer-.*extent .*{reason}", message), message
+
+
+def test_a_disk_that_fails_while_the_weights_are_loaded_leaves_nothing(
+    folder: Path, disks: tuple[Path, Path]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        refuse("pwritev", errno.ENOSPC)(None, patch)  # type: ignore[arg-type]
+        with (
+            pytest.raises(StoreError, match=r"extent hi\.L0.*the disk is full"),
+            engine_with(config_for(folder, compute="bf16", nvme=disks), **FAULTY),
+        ):
+            pass
+    assert [list(disk.iterdir()) for disk in disks] == [[], []]
+
+
+def test_a_slow_disk_is_named_and_changes_no_bit(
+    folder: Path,
+    disks: tuple[Path, Path],
+    plain: dict[str, dict[str, Tensor]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = os.preadv
+
+    def read(*args: Any) -> int:
+        time.sleep(0.002)
+        return original(*args)
+
+    monkeypatch.setattr(nvme.os, "preadv", read)
+    monkeypatch.setattr(nvme, "_SAMPLE", 1 << 16)
+    outcome = train(folder, disks, **FAULTY)
+    assert different(outcome, plain["bf16"]) == []
+    slow = [r.getMessage() for r in caplog.records if "NVMe is slow" in r.getMessage()]
+    assert [message for message in slow if "reads of" in message and str(disks[0]) in message]
+    assert len(slow) <= 2, "each direction is reported once"
+
+
+def test_a_killed_run_leaves_files_until_the_next_start(
+    folder: Path, disks: tuple[Path, Path], tmp_path: Path
+) -> None:
+    program = tmp_path / "run.py"
+    program.write_text(KILLED)
+    output = tmp_path / "model"
+    command = [sys.executable, str(program), str(folder), str(output), *map(str, disks)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+        assert run.stdout is not None
+        assert run.stdout.readline() == "saved\n"
+        saved = stored_weights(output)
+        run.send_signal(signal.SIGKILL)
+    left = [path for disk in disks for path in disk.glob("*.nvme")]
+    assert len(left) == 2
+    with engine_with(config_for(folder, compute="bf16", nvme=disks), **FAULTY) as engine:
+        assert not any(path.exists() for path in left)
+        engine.step(BATCHES[0]).wait()
+    assert [list(disk.iterdir()) for disk in disks] == [[], []]
+    assert different(stored_weights(output), saved) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "run.py"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from tests.slideformer.test_engine_nvme import BATCHES, FAULTY, config_for, engine_with
+folder, output, *disks = map(Path, sys.argv[1:])
+with engine_with(config_for(folder, compute="bf16", nvme=tuple(disks)), **FAULTY) as engine:
+    engine.step(BATCHES[0])
+    engine.save(output)
+    print("saved", flush=True)
+    while True:
+        engine.step(BATCHES[1])
+"""
 
 
 def test_a_plan_on_nvme_without_a_folder_is_refused(folder: Path) -> None:
