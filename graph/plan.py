@@ -237,16 +237,6 @@ class MemoryPlan:
         first = layers - self.kept
         return frozenset(i * first // self.spilled for i in range(self.spilled))
 
-    @property
-    def stored_boundaries(self) -> frozenset[int]:
-        """Positions of the layers whose inputs wait on NVMe, spread evenly as `spills` are.
-
-        Never the first layer: the embedding's rows are gathered into its place in host memory.
-        """
-        others = max(self.offloaded - 1, 0)
-        count = min(self.nvme_boundaries, others)
-        return frozenset(1 + i * others // count for i in range(count))
-
     def draft(self) -> MemoryPlan:
         """The same plan with unbounded gradient parking and boundaries."""
         return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())

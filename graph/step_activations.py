@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.placing import SlotPool
 from slideformer.graph.plan import kept_nbytes
+from slideformer.graph.step_nvme import boundaries_on_nvme
 from slideformer.graph.tasks import TaskKind
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Activations:
         ring = SPILL_SLOTS if self._plan.spilled else 0
         self._pool = SlotPool("x", self._plan.boundary_slots)
         self._kept_pool = SlotPool("kept", self._plan.kept * self._plan.micro_batches + ring)
-        self._stored = {self._spec.layers[p].name for p in self._plan.stored_boundaries}
+        self._stored = frozenset(boundaries_on_nvme(self._spec, self._plan))
         self._pool_slot: dict[str, tuple[SlotPool, str]] = {}
         self.boundaries: dict[tuple[str, int], str] = {}
         self.kept: dict[tuple[str, int], str] = {}

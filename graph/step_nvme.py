@@ -74,6 +74,20 @@ def units_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[str, ...
     }
 
 
+def may_store_boundaries(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
+    """The layers whose inputs may wait on NVMe: those that are offloaded.
+
+    Never the first layer, as the embedding's rows are gathered into its place in host memory, nor
+    one below which nothing is trained, whose input does not wait for backward.
+    """
+    return [unit.name for unit in spec.layers[max(1, spec.lowest_trained) : plan.offloaded]]
+
+
+def boundaries_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
+    """The layers whose inputs wait on NVMe."""
+    return spread(may_store_boundaries(spec, plan), plan.nvme_boundaries)
+
+
 class StoredState:
     """Declares those buffers and appends their reads and writes."""
 

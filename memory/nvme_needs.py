@@ -19,6 +19,7 @@ from slideformer.graph.step_nvme import (
     LO,
     MOMENTS,
     extent_nbytes,
+    may_store_boundaries,
     whole_pages,
     with_streamed_state,
 )
@@ -53,7 +54,7 @@ def shares(spec: ModelSpec, plan: MemoryPlan) -> Iterator[Share]:
     if halves:
         yield Share("nvme_lo", streamed, half, slots * extent_nbytes(LO, chunk) + saved)
     boundary = whole_pages(plan.micro_tokens * spec.hidden * plan.compute.nbytes)
-    others = max(plan.offloaded - 1, 0)
+    others = len(may_store_boundaries(spec, plan))
     yield Share("nvme_boundaries", others, boundary * plan.micro_batches, slots * boundary)
     if halves:
         yield Share("nvme_hi", streamed, half, 2 * slots * extent_nbytes(HI, chunk) + saved)
@@ -68,8 +69,12 @@ def nvme_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
 
 
 def nvme_read_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
-    """Bytes that a step reads from NVMe: upper halves once in forward and once in backward."""
-    return nvme_nbytes(spec, plan) + 2 * spec.layers[0].numel * plan.nvme_hi
+    """Bytes that a step reads from NVMe: upper halves in forward and in backward.
+
+    Deferred updates read them once more.
+    """
+    again = 4 if plan.deferred else 2
+    return nvme_nbytes(spec, plan) + again * spec.layers[0].numel * plan.nvme_hi
 
 
 def nvme_seconds(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:

@@ -73,7 +73,7 @@ def train(shape: str, config: EngineConfig, steps: int) -> dict[str, float]:
         host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
         print(
             f"plan: moments of {plan.nvme_moments} layers, lower halves of {plan.nvme_lo}, "
-            f"boundaries of {len(plan.stored_boundaries)} and weights of {plan.nvme_hi} on NVMe, "
+            f"boundaries of {plan.nvme_boundaries} and weights of {plan.nvme_hi} on NVMe, "
             f"{format_size(plan.peaks[Tier.NVME])}; host {format_size(host)}, GPU "
             f"{format_size(plan.peaks[Tier.GPU])}",
             flush=True,

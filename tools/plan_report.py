@@ -12,7 +12,7 @@ from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step_memory import state_nbytes
-from slideformer.graph.step_nvme import whole_pages
+from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
 from slideformer.planning import budgets_for, device_for
 from slideformer.profiles import cached_machine
 
@@ -109,7 +109,7 @@ def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:
     counts = {
         "moments": plan.nvme_moments,
         "masters' lower halves": plan.nvme_lo,
-        "boundaries": len(plan.stored_boundaries),
+        "boundaries": len(boundaries_on_nvme(spec, plan)),
         "weights": plan.nvme_hi,
     }
     parts = [f"{what} of {_count(number, 'layer')}" for what, number in counts.items() if number]
@@ -122,7 +122,7 @@ def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:
 def _stored_boundaries(spec: ModelSpec, plan: MemoryPlan) -> int:
     """Bytes of the boundaries that wait on NVMe."""
     nbytes = whole_pages(plan.micro_tokens * spec.hidden * plan.compute.nbytes)
-    return len(plan.stored_boundaries) * plan.micro_batches * nbytes
+    return len(boundaries_on_nvme(spec, plan)) * plan.micro_batches * nbytes
 
 
 def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
@@ -130,7 +130,7 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
     if not plan.offloaded:
         return "all on the GPU"
     nbytes = plan.tokens * spec.hidden * plan.compute.nbytes
-    stored = len(plan.stored_boundaries)
+    stored = len(boundaries_on_nvme(spec, plan))
     on_nvme = f", those of {stored} on NVMe" if stored else ""
     return (
         f"those of {plan.offloaded - stored} of {layers} layers wait in pinned memory{on_nvme}, "
