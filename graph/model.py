@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from fractions import Fraction
 from functools import cached_property
 
 ALIGNMENT = 128
@@ -62,6 +63,8 @@ class OperandSpec:
     name: str
     shape: tuple[int, ...]
     offset: int
+    share: Fraction = Fraction(1)
+    """Share of it that one token uses: less than 1 for experts, of which a token takes some."""
 
     @property
     def numel(self) -> int:
@@ -94,8 +97,8 @@ class UnitSpec:
 
     @cached_property
     def matrix_numel(self) -> int:
-        """Elements of the operands with two axes: each multiplies every token once in forward."""
-        return sum(o.numel for o in self.operands if len(o.shape) == 2)
+        """Elements of the operands with two axes that multiply a token, once each in forward."""
+        return sum(int(o.share * o.numel) for o in self.operands if len(o.shape) == 2)
 
 
 @dataclass(frozen=True)
@@ -172,11 +175,15 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters of one operand before layout: ``(checkpoint key, shape)`` in stacking order."""
+    """Parameters of one operand before layout: ``(checkpoint key, shape)`` in stacking order.
+
+    ``share`` is that of the operand.
+    """
 
     operand: str
     params: tuple[tuple[str, tuple[int, ...]], ...]
     decay: bool
+    share: Fraction = Fraction(1)
 
 
 def layout_unit(name: str, kind: UnitKind, groups: Sequence[ParamGroup]) -> UnitSpec:
@@ -191,5 +198,6 @@ def layout_unit(name: str, kind: UnitKind, groups: Sequence[ParamGroup]) -> Unit
             params.append(param)
             offset += param.numel
         rows = sum(shape[0] for _, shape in group.params)
-        operands.append(OperandSpec(group.operand, (rows, *group.params[0][1][1:]), start))
+        shape = (rows, *group.params[0][1][1:])
+        operands.append(OperandSpec(group.operand, shape, start, group.share))
     return UnitSpec(name, kind, tuple(params), tuple(operands), offset)

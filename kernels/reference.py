@@ -3,8 +3,8 @@
 They run wherever PyTorch runs and serve CPU tensors in production. Arithmetic is FP32, results are
 rounded once to the dtype of the input (RMSNorm may round twice, as Hugging Face does). They
 allocate FP32 temporaries freely and make no claim to speed. Arguments are checked by the public
-functions in ``rms_norm.py``, ``rope.py``, ``swiglu.py`` and ``cross_entropy.py``, whose docstrings
-hold the formulas.
+functions in ``rms_norm.py``, ``rope.py``, ``swiglu.py``, ``cross_entropy.py`` and ``routed.py``,
+whose docstrings hold the formulas.
 """
 
 from __future__ import annotations
@@ -149,3 +149,19 @@ def softmax_grad_(
         grad *= slope
     valid = (targets != IGNORE_INDEX)[:, None]
     return logits.copy_(torch.where(valid, grad * scale, 0.0))
+
+
+def gather_sum(
+    rows: Tensor, places: Tensor, weights: Tensor | None, residual: Tensor, out: Tensor
+) -> None:
+    """See :func:`slideformer.kernels.routed.gather_sum`."""
+    total = residual.float()
+    for j in range(places.shape[1]):
+        value = rows[places[:, j]].float()
+        total = total + (value if weights is None else weights[:, j, None] * value)
+    out.copy_(total)
+
+
+def row_products(left: Tensor, right: Tensor) -> Tensor:
+    """See :func:`slideformer.kernels.routed.row_products`."""
+    return (left.float() * right.float()).sum(-1)

@@ -1,8 +1,8 @@
 """What a decoder computes, as plain data: families are turned into it, the arithmetic reads it.
 
 All families share one decoder layer: pre-norm attention with rotary positions and grouped-query
-heads, then a gated MLP, each with a residual connection. RMSNorm normalises in FP32, rounds to the
-compute dtype and then multiplies by its weight, unless its weights are ``centred``.
+heads, then a gated MLP or experts, each with a residual connection. RMSNorm normalises in FP32,
+rounds to the compute dtype and then multiplies by its weight, unless its weights are ``centred``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,24 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from slideformer.kernels.swiglu import Activation
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """The experts of a layer: ``count`` gated MLPs of ``width``, of which a token takes ``chosen``.
+
+    A router gives each token a probability for every expert; the most probable are chosen, and
+    their outputs weighted by their probabilities, with ``normalise`` scaled to add up to one. In a
+    checkpoint they are ``module.experts.N.name`` for the ``names`` of gate, up and down, and the
+    router is ``module.gate``.
+    """
+
+    count: int
+    chosen: int
+    width: int
+    normalise: bool
+    module: str
+    names: tuple[str, str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +49,9 @@ class DecoderConfig:
     the embedding looks up is multiplied by ``embed_scale``. ``rope_kinds`` names the rotary
     embeddings that the model has (the ``layer_types`` they belong to; None where there is but one),
     and layer ``i`` uses ``rope_kinds[rope_of[i]]``.
+
+    ``intermediate`` is the width of the MLP that a token passes; with ``experts`` that of the
+    chosen ones together.
     """
 
     family: str
@@ -57,3 +78,4 @@ class DecoderConfig:
     embed_scale: float | None
     rope_kinds: tuple[str | None, ...]
     rope_of: tuple[int, ...]
+    experts: Experts | None

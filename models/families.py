@@ -17,7 +17,16 @@ from transformers import AutoConfig, PretrainedConfig
 
 from slideformer.graph.errors import CheckpointError, UnsupportedModelError
 from slideformer.kernels.swiglu import ACTIVATIONS, Activation
-from slideformer.models.decoder import DecoderConfig
+from slideformer.models.decoder import DecoderConfig, Experts
+from slideformer.models.settings import (
+    mixtral_experts,
+    no_windows,
+    padding_idx,
+    qwen_experts,
+    same_window,
+    unsupported,
+    window_by_layer_type,
+)
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Kinds of rotary position embedding that are supported."""
@@ -35,7 +44,7 @@ class Family:
     and values as one matrix, and gate and up as another. ``dropouts`` are its dropout settings,
     ``activation`` is the name of that setting. ``gemma``: the norms, caps and embedding of Gemma.
     ``softcapped``: whether it caps scores of attention. ``rope_by_type``: whether it has a rotary
-    embedding for each kind of ``layer_types``.
+    embedding for each kind of ``layer_types``. ``experts`` describes the experts of its layers.
     """
 
     rotary: str
@@ -50,43 +59,8 @@ class Family:
     activation: str = "hidden_act"
     gemma: bool = False
     softcapped: bool = False
+    experts: Callable[[PretrainedConfig], Experts] | None = None
     rope_by_type: bool = False
-
-
-def _no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """Plain causal attention in every layer."""
-    return tuple([None] * config.num_hidden_layers)
-
-
-def _same_window(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """``sliding_window`` in every layer (these do not look at ``layer_types``)."""
-    return tuple([config.sliding_window] * config.num_hidden_layers)
-
-
-def _window_by_layer_type(config: PretrainedConfig) -> tuple[int | None, ...]:
-    """``sliding_window`` in the layers that ``layer_types`` names ``sliding_attention`` (Qwen).
-
-    The config class itself derives ``layer_types`` from ``use_sliding_window`` and
-    ``max_window_layers`` where they are not given, and clears ``sliding_window`` where unused.
-    """
-    if len(config.layer_types) != config.num_hidden_layers:
-        raise UnsupportedModelError(
-            f"layer_types has {len(config.layer_types)} entries, num_hidden_layers is"
-            f" {config.num_hidden_layers}: give one entry for each layer"
-        )
-    windows: list[int | None] = []
-    for layer, kind in enumerate(config.layer_types):
-        if kind not in ("full_attention", "sliding_attention"):
-            raise _unsupported(
-                config, f"layer_types[{layer}]", kind, "full_attention and sliding_attention"
-            )
-        if kind == "sliding_attention" and config.sliding_window is None:
-            raise UnsupportedModelError(
-                f"layer_types[{layer}] is sliding_attention but no window is set: set"
-                " use_sliding_window to true and sliding_window to a number of tokens"
-            )
-        windows.append(config.sliding_window if kind == "sliding_attention" else None)
-    return tuple(windows)
 
 
 def _attention_bias(config: PretrainedConfig) -> bool:
@@ -96,15 +70,15 @@ def _attention_bias(config: PretrainedConfig) -> bool:
 FAMILIES: Mapping[str, Family] = {
     "llama": Family(
         rotary="LlamaRotaryEmbedding",
-        windows=_no_windows,
+        windows=no_windows,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
         mlp_bias=lambda config: bool(config.mlp_bias),
     ),
-    "mistral": Family(rotary="MistralRotaryEmbedding", windows=_same_window),
+    "mistral": Family(rotary="MistralRotaryEmbedding", windows=same_window),
     "gemma2": Family(
         rotary="Gemma2RotaryEmbedding",
-        windows=_window_by_layer_type,
+        windows=window_by_layer_type,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
         activation="hidden_activation",
@@ -113,7 +87,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "gemma3_text": Family(
         rotary="Gemma3RotaryEmbedding",
-        windows=_window_by_layer_type,
+        windows=window_by_layer_type,
         qk_norm=True,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -121,21 +95,35 @@ FAMILIES: Mapping[str, Family] = {
         gemma=True,
         rope_by_type=True,
     ),
+    "mixtral": Family(
+        rotary="MixtralRotaryEmbedding",
+        windows=same_window,
+        dropouts=("attention_dropout", "router_jitter_noise"),
+        experts=mixtral_experts,
+    ),
+    "qwen3_moe": Family(
+        rotary="Qwen3MoeRotaryEmbedding",
+        windows=same_window,
+        qk_norm=True,
+        qkv_bias=_attention_bias,
+        o_bias=_attention_bias,
+        experts=qwen_experts,
+    ),
     "phi3": Family(  # Phi-3, Phi-3.5 and Phi-4, the dense language models
         rotary="Phi3RotaryEmbedding",
-        windows=_same_window,
+        windows=same_window,
         partial_rotary=True,
         fused=True,
         dropouts=("attention_dropout", "resid_pdrop", "embd_pdrop"),
     ),
     "qwen2": Family(
         rotary="Qwen2RotaryEmbedding",
-        windows=_window_by_layer_type,
+        windows=window_by_layer_type,
         qkv_bias=lambda _: True,
     ),
     "qwen3": Family(
         rotary="Qwen3RotaryEmbedding",
-        windows=_window_by_layer_type,
+        windows=window_by_layer_type,
         qk_norm=True,
         qkv_bias=_attention_bias,
         o_bias=_attention_bias,
@@ -204,17 +192,18 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
     # Attention of transformers reads head_dim only where it is set, in every family.
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if heads % kv_heads:
-        raise _unsupported(
+        raise unsupported(
             config, "num_key_value_heads", kv_heads, f"divisors of num_attention_heads ({heads})"
         )
     windows = family.windows(config)
     if any(window is not None and window < 1 for window in windows):
-        raise _unsupported(config, "sliding_window", config.sliding_window, "1 and more, or null")
+        raise unsupported(config, "sliding_window", config.sliding_window, "1 and more, or null")
     kinds, rope_of = _ropes(config, family)
+    experts = family.experts(config) if family.experts else None
     return DecoderConfig(
         family=config.model_type,
         hidden=config.hidden_size,
-        intermediate=config.intermediate_size,
+        intermediate=experts.chosen * experts.width if experts else config.intermediate_size,
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
@@ -227,7 +216,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         activation=_ACTIVATIONS[getattr(config, family.activation)],
         windows=windows,
         scale=(config.query_pre_attn_scalar if family.gemma else head_dim) ** -0.5,
-        padding_idx=_padding_idx(config),
+        padding_idx=padding_idx(config),
         fused=family.fused,
         centred=family.gemma,
         output_norms=family.gemma,
@@ -236,6 +225,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
         embed_scale=config.hidden_size**0.5 if family.gemma else None,
         rope_kinds=kinds,
         rope_of=rope_of,
+        experts=experts,
     )
 
 
@@ -258,58 +248,39 @@ def _rotary_dim(config: PretrainedConfig, family: Family, head_dim: int) -> int:
     rotated = int(head_dim * factor)
     if not family.partial_rotary or rotated % 2 or not 0 < rotated < head_dim:
         supported = "shares of a head with an even number" if family.partial_rotary else "1.0"
-        raise _unsupported(config, "partial_rotary_factor", factor, supported)
+        raise unsupported(config, "partial_rotary_factor", factor, supported)
     return rotated
-
-
-def _padding_idx(config: PretrainedConfig) -> int | None:
-    """``pad_token_id`` as ``torch.nn.Embedding`` reads it: negative counts from the end."""
-    index: int | None = config.pad_token_id
-    if index is None:
-        return None
-    if not -config.vocab_size <= index < config.vocab_size:
-        raise _unsupported(config, "pad_token_id", index, f"below vocab_size ({config.vocab_size})")
-    return index + config.vocab_size if index < 0 else index
 
 
 def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
     """Raise for settings that change the arithmetic in ways that are not implemented."""
     activation = getattr(config, family.activation)
     if activation not in _ACTIVATIONS:
-        raise _unsupported(config, family.activation, activation, ", ".join(_ACTIVATIONS))
+        raise unsupported(config, family.activation, activation, ", ".join(_ACTIVATIONS))
     for dropout in family.dropouts:
         if getattr(config, dropout):
-            raise _unsupported(config, dropout, getattr(config, dropout), "0")
+            raise unsupported(config, dropout, getattr(config, dropout), "0")
     if getattr(config, "quantization_config", None):
-        raise _unsupported(
+        raise unsupported(
             config, "quantization_config", "set", "float32, bfloat16 and float16 weights"
         )
     if (getattr(config, "pretraining_tp", None) or 1) != 1:
-        raise _unsupported(config, "pretraining_tp", config.pretraining_tp, "1")
+        raise unsupported(config, "pretraining_tp", config.pretraining_tp, "1")
     if not getattr(config, "is_causal", True):
-        raise _unsupported(config, "is_causal", False, "true")
+        raise unsupported(config, "is_causal", False, "true")
     if getattr(config, "is_heterogeneous", False):
-        raise _unsupported(config, "per_layer_config", "set", "layers of one shape")
+        raise unsupported(config, "per_layer_config", "set", "layers of one shape")
     if getattr(config, "use_bidirectional_attention", False):
-        raise _unsupported(config, "use_bidirectional_attention", True, "false")
+        raise unsupported(config, "use_bidirectional_attention", True, "false")
     for rope in _rope_parameters(config, family):
         if rope.get("rope_type") not in ROPE_TYPES:
-            raise _unsupported(config, "rope_type", rope.get("rope_type"), ", ".join(ROPE_TYPES))
+            raise unsupported(config, "rope_type", rope.get("rope_type"), ", ".join(ROPE_TYPES))
 
 
 def _rope_parameters(config: PretrainedConfig, family: Family) -> list[dict[str, Any]]:
     """The settings of each of its rotary embeddings."""
     kinds, _ = _ropes(config, family)
     return [config.rope_parameters if k is None else config.rope_parameters[k] for k in kinds]
-
-
-def _unsupported(
-    config: PretrainedConfig, setting: str, found: object, supported: str
-) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{config.model_type} model with {setting} {found!r} is not supported: supported is"
-        f" {supported}; change it in config.json only if the model was trained that way"
-    )
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,7 +4,8 @@
     y = middle + Down · swiglu(GateUp · rms_norm(middle))
 
 This is the pre-norm layer of Llama, Qwen2, Qwen3, Mistral and Phi-3; biases and the head norms of
-queries and keys are optional, and so are norms of what O and Down give, as in Gemma. Weights come
+queries and keys are optional, and so are norms of what O and Down give, as in Gemma; experts may
+take the MLP's place (``mlp.py``, ``experts.py``), as in Mixtral and Qwen3-MoE. Weights come
 as a mapping from operand name to a view of a slot, and gradients go to views of another. Backward
 needs nothing but the layer's input: it computes the rest again, unless forward kept it, and frees
 each temporary as soon as its last reader is done. There is no module and, outside attention, no
@@ -20,6 +21,7 @@ from torch import Tensor
 from slideformer.kernels.rope import rope_
 from slideformer.models.attention import Mask, RecordedAttention, attention
 from slideformer.models.decoder import DecoderConfig
+from slideformer.models.experts import experts_backward_, experts_forward
 from slideformer.models.layer_memory import Kept
 from slideformer.models.mlp import mlp_backward_, mlp_forward
 from slideformer.models.projections import (
@@ -55,8 +57,9 @@ def forward(
     ``k_norm.weight`` [D], ``o_norm.weight`` and ``down_norm.weight`` [h], and the biases
     ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``. ``mask`` is that of
     :func:`slideformer.models.attention.attention`. ``out``, contiguous and distinct from ``x``,
-    receives the result. ``kept`` receives what :func:`backward` can use instead of computing it
-    again. The MLP takes ``tile`` tokens at a time, or all at once.
+    receives the result. A layer with experts has the operands of ``experts.py`` in place of
+    ``gate_up`` and ``down``. ``kept`` receives what :func:`backward` can use instead of computing
+    it again. The MLP takes ``tile`` tokens at a time, or all at once.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -72,9 +75,10 @@ def forward(
     middle = stream if kept is None else kept.middle
     residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", cfg, out=middle)
     del attended
+    feed_forward = mlp_forward if cfg.experts is None else experts_forward
     for part in _tiles(len(tokens), tile):
         gate_up = kept.gate_up[part] if kept is not None else None
-        mlp_forward(middle[part], w, cfg, gate_up, out=stream[part])
+        feed_forward(middle[part], w, cfg, gate_up, out=stream[part])
     return out
 
 
@@ -121,10 +125,11 @@ def backward(
     else:
         middle = kept.middle
 
+    feed_backward_ = mlp_backward_ if cfg.experts is None else experts_backward_
     for part in _tiles(len(tokens), tile):
         partial = Gradients(grads, accumulate or part.start > 0)
         gate_up = kept.gate_up[part] if kept is not None else None
-        mlp_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
+        feed_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
     del middle, gate_up
 
     d_out = d_stream

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.fused_attention import Saved
+from slideformer.models.grouped import grouped_piece_bytes
 from slideformer.models.softcapped import softcapped_workspace
 
 
@@ -77,9 +78,8 @@ def workspace_bytes(
     h, i = cfg.hidden, cfg.intermediate
     q, kv = cfg.heads * cfg.head_dim, cfg.kv_heads * cfg.head_dim
     capped = cfg.softcap is not None
-    varlen = (
-        packed and dtype_bytes < 4 and not capped
-    )  # as in attention(): takes windows and shared heads
+    # As in attention(): takes windows and shared heads.
+    varlen = packed and dtype_bytes < 4 and not capped
     windowed = not varlen and any(w is not None and w < seq_len for w in cfg.windows)
     shared = not windowed and dtype_bytes < 4
     copies = 2 * q if cfg.heads > cfg.kv_heads and not shared else 0
@@ -102,6 +102,19 @@ def workspace_bytes(
     mlp_peak = tokens * (held + h) + tile * (h + 2 * i + i)
     if cfg.output_norms:
         mlp_peak += tile * 2 * h  # the down projection before and after its norm
+    pieces = 0
+    if cfg.experts is not None:
+        k, e, width = cfg.experts.chosen, cfg.experts.count, cfg.experts.width
+        # Copied rows and what the experts make of them, or the activation before.
+        forward_peak = max(forward_peak, tile * max(k * h + 2 * i, 2 * 2 * i, i + k * h))
+        # Middle; of a tile the normed middle, rows, gate and up, gradients of outputs, activation
+        # and its gradient.
+        mlp_peak = tokens * (held + h) + tile * (h + k * h + 2 * i + k * h + 2 * i)
+        routed = 5 * 8 * k + 4 * 4 * k + 4 * 4 * e  # places and weights; probabilities
+        pieces = tile * routed + max(
+            grouped_piece_bytes(e, 2 * width, h, dtype_bytes),
+            grouped_piece_bytes(e, h, width, dtype_bytes),
+        )
     attention_peak = tokens * (
         held
         + q  # gradient of attended
@@ -118,4 +131,5 @@ def workspace_bytes(
     scores = softcapped_workspace(cfg.heads, seq_len) if capped else 0
     rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    return elements * dtype_bytes + tokens * (4 * rows + rope) + mask + scores + 12 * 2**20
+    fixed = mask + scores + pieces + 12 * 2**20
+    return elements * dtype_bytes + tokens * (4 * rows + rope) + fixed

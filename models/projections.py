@@ -15,6 +15,7 @@ from torch import Tensor
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.gradients import product_, store_
+from slideformer.models.grouped import grouped_gradient_
 
 Operands = Mapping[str, Tensor]
 """Operand name → tensor, a view of a slot."""
@@ -35,6 +36,12 @@ class Gradients(NamedTuple):
             product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
         if f"{name}.bias" in self.slots:
             self.vector(f"{name}.bias", d_out.sum(0, dtype=torch.float32))
+
+    def grouped(self, name: str, d_out: Tensor, inputs: Tensor, ends: Tensor) -> None:
+        """Gradients of a matrix per group of rows; see ``grouped.py``."""
+        stacked = self.slots[f"{name}.weight"]
+        out = stacked.view(len(ends), -1, stacked.shape[1])
+        grouped_gradient_(out, d_out, inputs, ends, accumulate=self.accumulate)
 
     def vector(self, name: str, value: Tensor) -> None:
         """A gradient already reduced over tokens, FP32."""

@@ -110,6 +110,31 @@ _SHAPES: dict[str, dict[str, Any]] = {
     "phi4-14b": _shape(
         5120, 17920, 40, 40, 10, **{**_PHI3, "max_position_embeddings": 16384}, vocab_size=100352
     ),
+    "mixtral-8x7b": _shape(
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        model_type="mixtral",
+        vocab_size=32000,
+        max_position_embeddings=32768,
+        rms_norm_eps=1e-5,
+        sliding_window=None,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    ),
+    "qwen3-30b-a3b": _shape(
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        **{**_QWEN3, "model_type": "qwen3_moe"},
+        moe_intermediate_size=768,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+    ),
     "gemma2-2b": _shape(2304, 9216, 26, 8, 4, model_type="gemma2", head_dim=256, vocab_size=256000),
     "gemma2-9b": _shape(
         3584, 14336, 42, 16, 8, model_type="gemma2", head_dim=256, vocab_size=256000

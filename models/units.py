@@ -7,12 +7,14 @@ checkpoint. Sizes come from a Hugging Face config, so a spec needs no weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
 
 from torch import Tensor
 from transformers import PretrainedConfig
 
 from slideformer.graph.model import ModelSpec, ParamGroup, UnitKind, UnitSpec, layout_unit
-from slideformer.models.decoder import DecoderConfig
+from slideformer.models.decoder import DecoderConfig, Experts
 from slideformer.models.families import decoder_config
 
 MasterWeights = Mapping[str, tuple[Tensor, Tensor]]
@@ -85,12 +87,15 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
     if decoder.fused:
         qkv, gate_up = (("qkv_proj", q_rows + 2 * kv_rows),), (("gate_up_proj", 2 * inner),)
     # (operand, module, its projections and their rows, columns, has a bias)
-    projections = (
+    projections = [
         ("qkv", "self_attn", qkv, hidden, decoder.qkv_bias),
         ("o", "self_attn", (("o_proj", hidden),), q_rows, decoder.o_bias),
-        ("gate_up", "mlp", gate_up, hidden, decoder.mlp_bias),
-        ("down", "mlp", (("down_proj", hidden),), inner, decoder.mlp_bias),
-    )
+    ]
+    if decoder.experts is None:
+        projections += [
+            ("gate_up", "mlp", gate_up, hidden, decoder.mlp_bias),
+            ("down", "mlp", (("down_proj", hidden),), inner, decoder.mlp_bias),
+        ]
     groups = [
         ParamGroup(
             f"{operand}.weight",
@@ -99,6 +104,8 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
         )
         for operand, module, parts, columns, _ in projections
     ]
+    if decoder.experts is not None:
+        groups += _expert_groups(decoder.experts, hidden, prefix)
     groups += [
         ParamGroup(
             f"{operand}.bias",
@@ -127,3 +134,24 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
         for operand, module, size in norms
     ]
     return groups
+
+
+def _expert_groups(experts: Experts, hidden: int, prefix: str) -> list[ParamGroup]:
+    """The router, and the matrices of all experts one after another."""
+    module = f"{prefix}{experts.module}"
+    gate, up, down = experts.names
+    share = Fraction(experts.chosen, experts.count)
+
+    def stacked(names: tuple[str, ...], shape: tuple[int, int]) -> tuple[tuple[str, Any], ...]:
+        return tuple(
+            (f"{module}.experts.{i}.{name}.weight", shape)
+            for i in range(experts.count)
+            for name in names
+        )
+
+    router = ((f"{module}.gate.weight", (experts.count, hidden)),)
+    return [
+        ParamGroup("router.weight", router, decay=True),
+        ParamGroup("gate_up.weight", stacked((gate, up), (experts.width, hidden)), True, share),
+        ParamGroup("down.weight", stacked((down,), (hidden, experts.width)), True, share),
+    ]

@@ -17,13 +17,16 @@ from slideformer.kernels import (
     cross_entropy_triton,
     rms_norm_triton,
     rope_triton,
+    routed_triton,
     swiglu_triton,
 )
 
 TYPES = {
-    "*bf16": "x residual weight total y dy residual_grad dx dact gate_up act logits",
-    "*fp32": "rstd dweight_shares cos sin running_max running_sum target_logit lse",
-    "*i64": "targets",
+    "*bf16": "x residual weight total y dy residual_grad dx dact gate_up act logits"
+    " values out left right",
+    "*fp32": "rstd dweight_shares cos sin running_max running_sum target_logit lse"
+    " weights products",
+    "*i64": "targets places",
     "fp32": "eps scale softcap",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
@@ -55,6 +58,8 @@ CASES = {
     "lse": (cross_entropy_triton._lse_kernel, 8, {"softcap": None, "LANES": 1024, "VECTOR": 8}),
     "lse softcap": (cross_entropy_triton._lse_kernel, 8, {"LANES": 1024, "VECTOR": 8}),
     "softmax_grad": (cross_entropy_triton._gradient_kernel, 4, {"softcap": None, "BLOCK": 2048}),
+    "gather_sum": (routed_triton._gather_sum_kernel, 4, {"EACH": 8, "BLOCK": 1024}),
+    "row_products": (routed_triton._row_products_kernel, 4, {"BLOCK": 1024}),
     "softmax_grad softcap": (cross_entropy_triton._gradient_kernel, 4, {"BLOCK": 2048}),
 }
 for activation in ("silu", "gelu", "gelu_pytorch_tanh"):

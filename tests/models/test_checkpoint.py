@@ -32,6 +32,7 @@ from slideformer.models.units import EMBED_KEY, HEAD_KEY, model_spec
 from tests.models.tiny import (
     VARIANTS,
     Masters,
+    by_stored_name,
     empty_masters,
     joined,
     padding,
@@ -131,9 +132,10 @@ def test_round_trip_is_exact(
 
     masters, stored = load(source)
     assert stored is DTYPES[dtype]
-    assert dict(original.named_parameters()).keys() == {key for key, _ in joined(spec, masters)}
+    named = by_stored_name(original.config, dict(original.named_parameters()))
+    assert named.keys() == {key for key, _ in joined(spec, masters)}
     for key, values in joined(spec, masters):
-        assert torch.equal(values, original.get_parameter(key).float()), key
+        assert torch.equal(values, named[key].float()), key
     assert not padding(spec, masters).any()
 
     write(source, tmp_path / "out", masters, stored)

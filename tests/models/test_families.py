@@ -22,7 +22,7 @@ from slideformer.models.families import (
 from slideformer.models.rotary import rope_tables
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 from slideformer.models.units import model_spec
-from tests.models.tiny import VARIANTS, tiny_config, tiny_model
+from tests.models.tiny import VARIANTS, by_stored_name, tiny_config, tiny_model
 
 
 def test_every_family_has_a_variant() -> None:
@@ -37,7 +37,8 @@ def test_parameters_are_those_of_transformers(variant: str, tied: bool) -> None:
         model = AutoModelForCausalLM.from_config(config)
     spec = model_spec(config)
     ours = {param.key: param.shape for unit in spec.units for param in unit.params}
-    assert ours == {name: tuple(p.shape) for name, p in model.named_parameters()}
+    stored = by_stored_name(config, dict(model.named_parameters()))
+    assert ours == {name: tuple(p.shape) for name, p in stored.items()}
     assert spec.param_count == model.num_parameters()
     assert spec.tied is tied
 
@@ -144,7 +145,12 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
     assert decoder.head_dim == attention.head_dim
     assert decoder.qkv_bias is (getattr(attention, keys).bias is not None)
     assert decoder.o_bias is (attention.o_proj.bias is not None)
-    assert decoder.mlp_bias is (getattr(mlp, up).bias is not None)
+    if decoder.experts is None:
+        assert decoder.mlp_bias is (getattr(mlp, up).bias is not None)
+    else:
+        experts = decoder.experts
+        assert (experts.count, experts.chosen) == (mlp.experts.num_experts, mlp.gate.top_k)
+        assert experts.width == mlp.experts.intermediate_dim
     assert decoder.qk_norm is hasattr(attention, "q_norm")
     assert decoder.norm_eps == getattr(model.norm, "variance_epsilon", None) or model.norm.eps
     assert decoder.centred is bool((tiny_model(config).model.norm.weight < 0.5).any())
@@ -169,6 +175,10 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
         ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
+        ("mixtral", {"num_experts_per_tok": 6}, "num_experts_per_tok 6"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise 0.1"),
+        ("qwen3_moe", {"mlp_only_layers": [1]}, r"mlp_only_layers \[1\]"),
+        ("qwen3_moe", {"decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ("phi3", {"partial_rotary_factor": 0.6}, "partial_rotary_factor 0.6"),
         ("phi3", {"resid_pdrop": 0.1}, "resid_pdrop 0.1"),
         ("mistral", {"sliding_window": 0}, "sliding_window 0"),
@@ -323,6 +333,8 @@ PUBLISHED = {
     "phi3-mini": 3_821_079_552,
     "phi4-mini": 3_836_021_760,
     "phi4-14b": 14_659_507_200,
+    "mixtral-8x7b": 46_702_792_704,
+    "qwen3-30b-a3b": 30_532_122_624,
     "gemma2-2b": 2_614_341_888,
     "gemma2-9b": 9_241_705_984,
     "gemma3-1b": 999_885_952,
@@ -333,6 +345,16 @@ def test_named_shapes_have_their_published_sizes() -> None:
     sizes = {name: model_spec(shape_config(name)).param_count for name in SHAPE_NAMES}
     assert sizes.pop("tiny") < 1_000_000
     assert sizes == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("shape", "active"), [("mixtral-8x7b", 12.9e9), ("qwen3-30b-a3b", 3.3e9), ("qwen3-8b", 8.2e9)]
+)
+def test_a_token_uses_the_published_number_of_parameters(shape: str, active: float) -> None:
+    spec = model_spec(shape_config(shape))
+    matrices = 2 * spec.vocab * spec.hidden
+    used = matrices + sum(unit.matrix_numel for unit in spec.layers)
+    assert used == pytest.approx(active, rel=0.02)
 
 
 def test_named_shapes_do_not_share_state() -> None:

@@ -26,6 +26,7 @@ from slideformer.models.gradients import product_
 from slideformer.models.layer_memory import Kept, kept_views, workspace_bytes
 from slideformer.models.rotary import rope_tables
 from slideformer.models.units import model_spec
+from tests.models.tiny import by_stored_name
 
 SMALL: dict[str, Any] = {
     "hidden_size": 48,
@@ -48,6 +49,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "mistral-window": {"sliding_window": 7},
     "phi3": {},
+    "mixtral": {"num_local_experts": 5},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 24},
+    "qwen3_moe-normalised": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        "attention_bias": True,
+    },
     "gemma2": {"attn_logit_softcapping": 3.0, "layer_types": ["full_attention"]},
     "gemma2-window": {"sliding_window": 5, "attention_bias": True},
     "gemma3_text": {"layer_types": ["full_attention"]},
@@ -77,18 +87,19 @@ class Case:
     def make(cls, config: PretrainedConfig, dtype: torch.dtype, seed: int = 0) -> Case:
         torch.manual_seed(seed)
         config._attn_implementation = "eager"
+        config._experts_implementation = "eager"  # takes matrices of any size
         model = AutoModel.from_config(config).train()
         model.norm = torch.nn.Identity()
         unit, cfg = model_spec(config).layers[0], decoder_config(config)
-        named = dict(model.named_parameters())
+        named = by_stored_name(config, {f"model.{n}": p.data for n, p in model.named_parameters()})
         flat = torch.zeros(unit.numel, dtype=dtype)
         for param in unit.params:
-            target = named[param.key.removeprefix("model.")]
+            target = named[param.key]
             assert target.shape == param.shape
             around = 1.0 if "norm" in param.key and not cfg.centred else 0.0
             spread = 0.3 if target.ndim == 1 else target.shape[1] ** -0.5
             value = (around + spread * torch.randn(param.shape)).to(dtype)
-            target.data.copy_(value)
+            target.copy_(value)
             flat[param.offset : param.offset + param.numel] = value.flatten()
         return cls(config, cfg, unit, model, flat)
 
@@ -111,10 +122,12 @@ class Case:
             y.backward(upstream)
             outputs.append(y.detach())
         assert x.grad is not None
-        named = dict(self.model.named_parameters())
-        grads = {p.key: named[p.key.removeprefix("model.")].grad for p in self.unit.params}
-        assert all(g is not None for g in grads.values())
-        return torch.stack(outputs), x.grad, grads  # type: ignore[return-value]
+        named = {
+            f"model.{n}": p.grad for n, p in self.model.named_parameters() if p.grad is not None
+        }
+        stored = by_stored_name(self.config, named)
+        grads = {p.key: stored[p.key] for p in self.unit.params}
+        return torch.stack(outputs), x.grad, grads
 
     def ours(
         self, x: Tensor, dy: Tensor, slot_dtype: torch.dtype, device: str = "cpu"
@@ -327,10 +340,13 @@ def run_layer(case: Case, keep: bool, batch: int, seq: int, device: str) -> dict
                 kept=kept,
             )
     products = (2 if keep else 3) * case.unit.matrix_numel
+    used = {o.name: int(o.share * o.numel) for o in case.unit.operands}
     if case.cfg.output_norms:  # whose inputs are needed
-        products += w["o.weight"].numel() + w["down.weight"].numel()
+        products += used["o.weight"] + used["down.weight"]
     if not keep:
-        products -= w["down.weight"].numel()
+        products -= used["down.weight"]
+    elif case.cfg.experts is not None:  # what the router decides is not kept
+        products += used["router.weight"]
     assert flops.total == 2 * batch * seq * products
     return {"y": y, "dx": dx, "gradients": grads}
 
@@ -480,7 +496,7 @@ def test_gpu_products_of_bf16_are_summed_in_fp32(accumulate: bool) -> None:
     torch.testing.assert_close(out.double(), exact, rtol=1e-4, atol=1e-3)
 
 
-LARGE: dict[str, dict[str, Any]] = {  # the decoder layers of 3 B and 8 B models
+LARGE: dict[str, dict[str, Any]] = {  # the decoder layers of well-known models
     "llama-plain": {
         "hidden_size": 3072,
         "intermediate_size": 8192,
@@ -494,6 +510,22 @@ LARGE: dict[str, dict[str, Any]] = {  # the decoder layers of 3 B and 8 B models
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
         "head_dim": 128,
+    },
+    "qwen3_moe": {
+        "hidden_size": 2048,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+    },
+    "gemma2": {
+        "hidden_size": 2304,
+        "intermediate_size": 9216,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
     },
 }
 
@@ -521,7 +553,13 @@ def large_layer(request: pytest.FixtureRequest) -> Iterator[tuple[Any, ...]]:
         yield x, out, dy, w, grads, cfg, rope
 
 
-SIZES = [("llama-plain", 16, 1024), ("llama-plain", 1, 8192), ("qwen3", 8, 1024)]
+SIZES = [
+    ("llama-plain", 16, 1024),
+    ("llama-plain", 1, 8192),
+    ("qwen3", 8, 1024),
+    ("qwen3_moe", 8, 1024),
+    ("gemma2", 8, 1024),
+]
 
 
 @pytest.mark.gpu
@@ -546,7 +584,7 @@ def test_gpu_peak_is_within_the_formula(large_layer: tuple[Any, ...]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
-@pytest.mark.parametrize("large_layer", SIZES[:1], indirect=True)
+@pytest.mark.parametrize("large_layer", [SIZES[0], *SIZES[3:]], indirect=True)
 def test_gpu_host_never_waits(large_layer: tuple[Any, ...]) -> None:
     x, out, dy, w, grads, cfg, rope = large_layer
     torch.cuda.set_sync_debug_mode("error")

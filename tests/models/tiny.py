@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 
 from slideformer.graph.model import ModelSpec
 from slideformer.kernels.split import join_master
+from slideformer.models.families import decoder_config
 
 Masters = dict[str, tuple[Tensor, Tensor]]
 
@@ -23,6 +24,22 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "qwen3": {"model_type": "qwen3", "head_dim": 24},
     "qwen3-biases": {"model_type": "qwen3", "head_dim": 24, "attention_bias": True},
     "phi3": {"model_type": "phi3", "pad_token_id": None},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 5, "sliding_window": 6},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "num_experts": 6,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 40,
+    },
+    "qwen3_moe-normalised": {
+        "model_type": "qwen3_moe",
+        "head_dim": 24,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "norm_topk_prob": True,
+    },
     "gemma2": {
         "model_type": "gemma2",
         "head_dim": 24,
@@ -97,6 +114,29 @@ def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
                     parameter.add_(torch.randn_like(parameter) * 0.1)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def by_stored_name(config: PretrainedConfig, named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A model's tensors by their names in a checkpoint, which keeps experts apart: views."""
+    experts = decoder_config(config).experts
+    if experts is None:
+        return dict(named)
+    gate, up, down = experts.names
+    found: dict[str, Tensor] = {}
+    for name, tensor in named.items():
+        prefix, is_mlp, rest = name.partition(".mlp.")
+        if not is_mlp:
+            found[name] = tensor
+        elif rest == "gate.weight":
+            found[f"{prefix}.{experts.module}.gate.weight"] = tensor
+        for i in range(experts.count):
+            expert = f"{prefix}.{experts.module}.experts.{i}"
+            if rest == "experts.gate_up_proj":
+                parts = tensor[i].chunk(2)
+                found |= {f"{expert}.{gate}.weight": parts[0], f"{expert}.{up}.weight": parts[1]}
+            elif rest == "experts.down_proj":
+                found[f"{expert}.{down}.weight"] = tensor[i]
+    return found
 
 
 def save(

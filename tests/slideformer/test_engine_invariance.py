@@ -39,7 +39,7 @@ PACKED = [
     packed_batch(1, [[9, 7], [5, 2, 1, 8], [3], [16]]),
     packed_batch(2, [[], [16], [1, 1, 14], [4, 4, 4]]),
 ]
-OTHERS = ["gemma2", "gemma3_text"]
+OTHERS = ["gemma2", "gemma3_text", "qwen3_moe-normalised"]
 """Families whose layers or embeddings do what the others' do not."""
 NUMERICS: dict[str, dict[str, Any]] = {
     "two micro-batches": {},

@@ -35,6 +35,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2, some layers windowed": ("qwen2", SLIDING),
     "qwen3": ("qwen3-biases", {}),
     "mistral, windowed": ("mistral", {}),
+    "mixtral, windowed": ("mixtral", {}),
     "gemma2, capped, some layers windowed": ("gemma2", {}),
     "gemma3, two rotary embeddings": ("gemma3_text", {"tied": True}),
 }

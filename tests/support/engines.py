@@ -28,7 +28,7 @@ from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import Rows
 from slideformer.runtime.policies import Policy
 from slideformer.schedule import Schedule
-from tests.models.tiny import joined, save, tiny_config, tiny_model
+from tests.models.tiny import by_stored_name, joined, save, tiny_config, tiny_model
 
 ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
 
@@ -155,7 +155,7 @@ def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
 def stored_weights(folder: Path) -> Weights:
     """The parameters of a checkpoint as plain transformers reads them, in FP32."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+    return _weights(model)
 
 
 @dataclass
@@ -208,14 +208,21 @@ def train_reference(
         starts = range(0, len(batch.input_ids), MICRO_ROWS)
         result.losses.append(sum(_backward(model, batch, start) for start in starts))
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        gradients = by_stored_name(model.config, gradients)
         result.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
         result.with_gradient |= {name for name, grad in gradients.items() if grad.any()}
         if max_norm is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
         if step not in skipped:
             optimizer.step()
-    result.weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    result.weights = _weights(model)
     return result
+
+
+def _weights(model: Any) -> Weights:
+    """A copy of its parameters by their names in a checkpoint."""
+    named = by_stored_name(model.config, {n: p.detach() for n, p in model.named_parameters()})
+    return {name: value.clone() for name, value in named.items()}
 
 
 def reference_loss(folder: Path, batch: Batch) -> float:
