@@ -157,6 +157,10 @@ class PendingCheckpoint:
         self._writer.close()
         self._folder.abort()
 
+    def abandon(self) -> None:
+        """Remove what has been written without waiting for those who still write."""
+        self._folder.abort()
+
     def _wait(self) -> None:
         assert self._done is not None
         try:

@@ -30,6 +30,7 @@ from slideformer.config_problems import describe, flag_name
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.sources import Source, parse_sources
 from slideformer.sections import ParameterGroup, read_groups
+from slideformer.yaml_text import parse_yaml
 
 _UNITS = {
     "": 1,
@@ -239,6 +240,10 @@ class Config(EngineConfig):
     """How often ``cosine-restarts`` goes down."""
     decay_steps: Count | None = None
     """Steps in which ``wsd`` goes down at the end."""
+    checkpoint_every: Count | None = None
+    """Steps between two checkpoints to resume from, beside the one that Ctrl-C leaves."""
+    keep_checkpoints: Count = 2
+    """How many of the last checkpoints are kept."""
     log_every: Count = 1
     """Steps between two lines of progress."""
     trace: Location | None = None
@@ -278,6 +283,15 @@ class Config(EngineConfig):
         return self
 
 
+CHANGEABLE = (
+    *("model", "data", "validation", "output"),
+    *("gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit", "nvme_checksums"),
+    *("device", "policy", "window", "threads"),
+    *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
+)
+"""Settings that a resumed run may have otherwise: where things lie, and what it shows."""
+
+
 def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Config:
     """The config of a YAML file (if any) with flags put over it.
 
@@ -285,8 +299,21 @@ def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Con
     not given. A flag for ``steps`` replaces the file's ``epochs`` and the other way round. Raises
     ``ConfigError``.
     """
-    settings = {} if path is None else _read_yaml(Path(path))
-    sources = dict.fromkeys(settings, str(path))
+    if path is None:
+        return parse_config("", "", overrides)
+    try:
+        content = Path(path).read_bytes()
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; check the path given as --config"
+        ) from None
+    return parse_config(content, str(path), overrides)
+
+
+def parse_config(text: str | bytes, source: str, overrides: Mapping[str, object]) -> Config:
+    """`load_config` of the text of a file that errors call ``source``."""
+    settings = parse_yaml(text, source)
+    sources = dict.fromkeys(settings, source)
     given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given:
@@ -295,42 +322,20 @@ def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Con
     return Config.model_validate({**settings, **given}, context=sources)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(path.read_bytes())
-    except OSError as error:
-        raise ConfigError(
-            f"{path}: cannot be read: {error.strerror}; check the path given as --config"
-        ) from None
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        line = mark.line + 1 if mark else 1
-        problem = error.problem or error.context
-        raise ConfigError(
-            f"{path}, line {line}: not valid YAML: {problem}; write one 'name: value' per line"
-        ) from None
-    except yaml.YAMLError:
-        raise ConfigError(f"{path}: not a text file in UTF-8; give a YAML file") from None
-    except ValueError as error:  # PyYAML's own dates, such as 2026-13-01
-        raise ConfigError(f"{path}: not valid YAML: {error}; put the value in quotes") from None
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise ConfigError(
-            f"{path}: holds a {type(content).__name__}; write one 'name: value' per line"
-        )
-    return {str(name): value for name, value in content.items()}
-
-
 def save_config(config: Config, path: Path | str) -> None:
     """Write every setting as YAML that ``load_config`` reads back equal; replaces the file at once.
 
     Raises ``OSError`` if the file cannot be written.
     """
     path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(config_text(config), encoding="utf-8")
+    aside.replace(path)
+
+
+def config_text(config: Config) -> str:
+    """Every setting as YAML that ``parse_config`` reads back equal."""
     settings = config.model_dump(mode="json")
     settings = {"version": settings.pop("version"), **settings}
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    text: str = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    return text

@@ -265,6 +265,11 @@ class Engine:
         return self._graphs[0]
 
     @property
+    def steps(self) -> int:
+        """How many steps were submitted, those before the checkpoint it began from included."""
+        return self._steps
+
+    @property
     def numerics(self) -> dict[str, str | int]:
         """What decides the rounding: to compare if two runs of one config differ in bits."""
         return numerics_of(self.plan, self._device)

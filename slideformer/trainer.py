@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import json
 import logging
-import math
-import os
 import time
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, cast
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Self, cast
 
 from transformers import AutoTokenizer
 
-from slideformer.config import Config, save_config
+from slideformer.checkpointing import Checkpoint, digest
+from slideformer.config import Config, config_text
 from slideformer.engine import Engine
-from slideformer.graph.errors import CheckpointError
+from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
@@ -37,6 +36,24 @@ from slideformer.models.data.corpus import check_source
 from slideformer.models.data.dataset import load_datasets
 from slideformer.models.families import read_model_config
 from slideformer.planning import spec_for
+from slideformer.resuming import (
+    absolute_paths,
+    check_resumed_output,
+    resumed_config,
+    warn_of_numerics,
+)
+from slideformer.run_checkpoints import RunCheckpoints, find_checkpoint
+from slideformer.run_reports import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    NUMERICS_FILE,
+    Progress,
+    RunStart,
+    StepMetrics,
+    TrainingResult,
+    metrics_lines,
+    read_metrics,
+)
 from slideformer.schedule import Schedule, learning_rates
 from slideformer.traces import make_folder, write_trace
 
@@ -45,92 +62,55 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-CONFIG_FILE = "slideformer.yaml"
-"""The merged config, within the output folder."""
-
-METRICS_FILE = "metrics.jsonl"
-"""One `StepMetrics` a line, within the output folder."""
-
-NUMERICS_FILE = "numerics.json"
-"""`Engine.numerics`, within the output folder."""
-
 _MUCH_PADDING = 0.1
 """Share of padding from which on packing is worth a word."""
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
-@dataclass(frozen=True, slots=True)
-class RunStart:
-    """What is known before memory is allocated; ``steps`` is how many are to come."""
-
-    config: Config
-    spec: ModelSpec
-    plan: MemoryPlan
-    steps: int
-
-
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """One finished step.
-
-    ``step`` counts from 1, ``loss`` is the mean per target token in nats, ``tokens`` are real ones
-    (no padding), ``seconds`` is the time since the step before was done. ``skipped``: the gradient
-    was not finite, so the step changed nothing.
-    """
-
-    step: int
-    loss: float
-    gradient_norm: float
-    lr: float
-    tokens: int
-    seconds: float
-    skipped: bool
-
-
-@dataclass(frozen=True, slots=True)
-class TrainingResult:
-    """What a run did.
-
-    ``loss`` is that of the last step; ``tokens_per_second`` counts real tokens and leaves the first
-    step out if there are others. ``interrupted``: Ctrl-C ended the run early.
-    """
-
-    steps: int
-    loss: float
-    tokens_per_second: float
-    output: Path
-    interrupted: bool
-
-
-class Progress(Protocol):
-    """What a trainer reports to; called in the thread of `Trainer.train`, so it should be quick."""
-
-    def start(self, run: RunStart) -> None:
-        """The run is planned, and nothing large is allocated yet."""
-
-    def step(self, metrics: StepMetrics) -> None:
-        """A step is done."""
-
-    def finish(self) -> None:
-        """The last step is done, or the run has failed."""
-
-
 class Trainer:
     """Fine-tunes the model of ``config`` on its data and saves it to its output folder.
 
     ``schedule`` gives each step its learning rate, instead of the schedule that ``config`` names.
+    With ``checkpoint``, of a run of such a config, it goes on from there; see `resume`.
     """
 
-    def __init__(self, config: Config, *, schedule: Schedule | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        *,
+        schedule: Schedule | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> None:
         self.config = config
         self._schedule = schedule
+        self._checkpoint = checkpoint
+
+    @classmethod
+    def resume(
+        cls,
+        run: Path | str,
+        overrides: Mapping[str, object] = MappingProxyType({}),
+        *,
+        schedule: Schedule | None = None,
+    ) -> Self:
+        """A trainer that goes on with a run: a checkpoint, or the last one of the output ``run``.
+
+        ``overrides`` are settings by name, of those that may change (`CHANGEABLE`); a run with a
+        ``schedule`` of its own has to be given it again. The result is that of a run that was never
+        interrupted, bit for bit, as long as `Engine.numerics` are the same (a warning says if not;
+        on a GPU it also takes ``deterministic``). Raises `CheckpointError` or `ConfigError`.
+        """
+        checkpoint = find_checkpoint(Path(run))
+        config = resumed_config(checkpoint, overrides)
+        return cls(config, schedule=schedule, checkpoint=checkpoint)
 
     def train(self, progress: Progress | None = None) -> TrainingResult:
         """Run all steps and save.
 
-        In the main thread, Ctrl-C finishes the steps in flight, saves, and returns a result that
-        says so; a second one raises `KeyboardInterrupt` at once and saves nothing.
+        In the main thread, Ctrl-C finishes the steps in flight, writes a checkpoint, saves, and
+        returns a result that says so; a second one raises `KeyboardInterrupt` at once and saves
+        nothing.
 
         Raises:
             SlideFormerError: any of the tree but `GraphError`; nothing is saved then. Before memory
@@ -138,28 +118,41 @@ class Trainer:
                 `TaskError` or `NonFiniteError` from a step, `CheckpointError` from saving.
             KeyboardInterrupt: see above, or Ctrl-C before the first step.
         """
-        config = self.config
-        check_output(config.output)
+        config, checkpoint = self.config, self._checkpoint
+        checkpoints = RunCheckpoints(config.output, config.keep_checkpoints)
+        if checkpoint is None:
+            check_output(config.output)
+            checkpoints.check_new()
+        else:
+            check_resumed_output(config, checkpoint)
         spec = spec_for(read_model_config(config.model), config)
+        if config.checkpoint_every is not None:
+            checkpoints.check_room(spec, Compute(config.compute))
+        checkpoints.clean()
         for source in (*config.data, *config.validation):
             check_source(source)  # finds a missing file before the model is planned
-        run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule)
+        run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule, checkpoint)
         try:
-            engine = Engine(config, on_plan=run.prepare)
-            with Interrupt(f"to {config.output}") as interrupt:
+            engine = Engine(config, checkpoint=checkpoint, on_plan=run.prepare)
+            with Interrupt(f"a checkpoint, and the model to {config.output}") as interrupt:
                 try:
-                    run.train(engine, interrupt)
-                    engine.save(config.output)
+                    run.train(engine, interrupt, checkpoints)
+                    engine.save(config.output, run.records(engine), replace=checkpoint is not None)
+                except SlideFormerError:
+                    checkpoints.name_last()
+                    raise
                 finally:
-                    if not interrupt.forced:  # to close is to wait for what is in flight
+                    if interrupt.forced:
+                        checkpoints.abandon()
+                    else:  # to close is to wait for what is in flight
+                        checkpoints.close()
                         engine.close()
         finally:
             if progress is not None:
                 progress.finish()
-        _save_records(config, run.metrics, engine.numerics)
         if config.trace is not None:
             write_trace(config.trace, engine.graph, engine.timeline())
-        return run.result()
+        return run.result(checkpoints.last)
 
 
 class _Run:
@@ -172,13 +165,17 @@ class _Run:
         tokenizer: PreTrainedTokenizerFast,
         progress: Progress | None,
         schedule: Schedule | None,
+        start: Checkpoint | None,
     ) -> None:
-        self.metrics: list[StepMetrics] = []
+        self.metrics = [] if start is None else read_metrics(start.text(METRICS_FILE))
         self._config = config
         self._spec = spec
         self._tokenizer = tokenizer
         self._progress = progress
         self._schedule = schedule
+        self._start = start
+        self._done = len(self.metrics)
+        self._drawn = 0
         self._interrupted = False
         self._done_at = 0.0
 
@@ -204,37 +201,59 @@ class _Run:
         )  # fmt: skip
         steps = config.steps or self._stream.steps or 0
         self._rates = learning_rates(config, steps, self._schedule)
+        if self._start is not None:
+            self._go_on(self._start)
         if config.trace is not None:
             make_folder(config.trace)
         if self._progress is not None:
-            self._progress.start(RunStart(config, self._spec, plan, steps))
+            self._progress.start(RunStart(config, self._spec, plan, steps, self._done))
 
-    def train(self, engine: Engine, interrupt: Interrupt) -> None:
+    def _go_on(self, start: Checkpoint) -> None:
+        """Continue the data where the checkpoint's run was; refuse what is not that run's."""
+        training = start.info.training
+        if training["rates"] != digest(self._rates):
+            raise ConfigError(
+                f"the learning rates are not those of the run that wrote {start.folder}: resume it "
+                "with the same schedule, Trainer.resume(…, schedule=…)"
+            )
+        self._stream.load_state_dict(training["data"])
+        self._drawn = training["batches"]
+
+    def train(self, engine: Engine, interrupt: Interrupt, checkpoints: RunCheckpoints) -> None:
         """Run steps until there are enough, the data ends, or the user asks to stop."""
+        if self._start is not None:
+            warn_of_numerics(self._start, engine.numerics)
+        every = self._config.checkpoint_every
         self._done_at = time.perf_counter()
         unread: StepHandle | None = None
-        steps = 0
         # Closed here and not by its destructor, which would swallow a second Ctrl-C.
         with closing(_drawn_ahead(self._stream)) as batches:
             for batch in batches:
-                if steps == self._config.steps:
+                if engine.steps == self._config.steps:
                     break
                 if interrupt.asked:
                     self._interrupted = True
                     break
+                self._drawn += 1
                 if batch.target_tokens == 0:
                     logger.warning("skipped a batch of %d rows without a target token", batch.rows)
                     continue
-                handle = engine.step(batch, lr=self._rates[steps])
-                steps += 1
+                handle = engine.step(batch, lr=self._rates[engine.steps])
                 if unread is not None:
-                    self._read(unread)
+                    self._read(unread, checkpoints)
                 unread = handle
-        if unread is None:  # there is a target in the data, so only Ctrl-C can be the reason
+                if every and handle.number % every == 0:
+                    checkpoints.begin(engine, self._position())
+        if unread is not None:
+            self._read(unread, checkpoints)
+        elif not self.metrics:  # there is a target in the data, so only Ctrl-C can be the reason
             raise KeyboardInterrupt
-        self._read(unread)
+        if self._interrupted:
+            checkpoints.begin(engine, self._position())
+            checkpoints.read(engine.steps, self._files())
+        checkpoints.wait()
 
-    def _read(self, handle: StepHandle) -> None:
+    def _read(self, handle: StepHandle, checkpoints: RunCheckpoints) -> None:
         loss, norm = handle.loss(), handle.gradient_norm()
         now = time.perf_counter()
         metrics = StepMetrics(
@@ -248,18 +267,44 @@ class _Run:
         )
         self._done_at = now
         self.metrics.append(metrics)
+        if checkpoints.begun == handle.number:
+            checkpoints.read(handle.number, self._files())
         if self._progress is not None:
             self._progress.step(metrics)
 
-    def result(self) -> TrainingResult:
+    def _position(self) -> dict[str, object]:
+        """Where the run is in its data and its schedule, for a checkpoint."""
+        data = self._stream.state_dict(self._drawn)
+        return {"batches": self._drawn, "data": data, "rates": digest(self._rates)}
+
+    def _files(self) -> dict[str, str]:
+        """Settings and metrics so far, for a checkpoint."""
+        settings = {name: absolute_paths(value) for name, value in self._config}
+        return {
+            CONFIG_FILE: config_text(self._config.model_copy(update=settings)),
+            METRICS_FILE: metrics_lines(self.metrics),
+        }
+
+    def records(self, engine: Engine) -> dict[str, str]:
+        """The files that lie beside the weights in the end."""
+        return {
+            CONFIG_FILE: config_text(self._config),
+            METRICS_FILE: metrics_lines(self.metrics),
+            NUMERICS_FILE: json.dumps(engine.numerics, indent=2) + "\n",
+        }
+
+    def result(self, checkpoint: Path | None) -> TrainingResult:
         """The summary of a run of at least one step."""
-        timed = self.metrics[1:] or self.metrics
+        new = self.metrics[self._done :]
+        timed = new[1:] or new
+        seconds = sum(m.seconds for m in timed)
         return TrainingResult(
             steps=len(self.metrics),
             loss=self.metrics[-1].loss,
-            tokens_per_second=sum(m.tokens for m in timed) / sum(m.seconds for m in timed),
+            tokens_per_second=sum(m.tokens for m in timed) / seconds if timed else 0.0,
             output=self._config.output,
             interrupted=self._interrupted,
+            checkpoint=checkpoint,
         )
 
 
@@ -296,34 +341,3 @@ def _drawn_ahead(stream: BatchStream) -> Generator[Batch]:
         while (batch := following.result()) is not None:
             following = pool.submit(next, stream, None)
             yield batch
-
-
-def _save_records(
-    config: Config, metrics: list[StepMetrics], numerics: Mapping[str, str | int]
-) -> None:
-    """Write config, metrics and numerics into the output folder."""
-    lines = "".join(json.dumps(_plain(m)) + "\n" for m in metrics)
-    try:
-        save_config(config, config.output / CONFIG_FILE)
-        _write_text(config.output / METRICS_FILE, lines)
-        _write_text(config.output / NUMERICS_FILE, json.dumps(numerics, indent=2) + "\n")
-    except OSError as error:
-        raise CheckpointError(
-            f"the checkpoint in {config.output} is complete, but not all of {CONFIG_FILE}, "
-            f"{METRICS_FILE} and {NUMERICS_FILE} could be written beside it: "
-            f"{error.strerror or error}"
-        ) from error
-
-
-def _plain(metrics: StepMetrics) -> dict[str, float | int | bool | None]:
-    """As values of JSON, which has no numbers that are not finite."""
-    return {
-        name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()
-    }
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file aside and then in its place."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)

@@ -8,13 +8,13 @@ and complaints about flags come at once.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from slideformer.config import EngineConfig, load_config
+from slideformer.config import CHANGEABLE, EngineConfig, load_config
 from slideformer.config_problems import flag_name
 from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
@@ -29,6 +29,9 @@ from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.profile_cli import profile
 from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
+
+if TYPE_CHECKING:
+    from slideformer.trainer import Trainer
 
 
 class _Group(TyperGroup):
@@ -67,19 +70,61 @@ def train(
 ) -> None:
     """Fine-tune a model on a file and save it as a Hugging Face checkpoint."""
     merged = load_config(config, settings)
-    from slideformer.tools.progress import ConsoleProgress
     from slideformer.trainer import Trainer
+
+    _run(Trainer(merged))
+
+
+@app.command()
+@settings_as_flags(CHANGEABLE)
+def resume(
+    run: Path = typer.Argument(
+        metavar="RUN", help="Output folder of the run, or one of its checkpoints."
+    ),
+    **settings: Any,
+) -> None:
+    """Go on with a run that was interrupted or killed, as if it never had been.
+
+    Settings are those of the run; the flags change where things lie, and what is shown.
+    """
+    from slideformer.trainer import Trainer
+
+    _run(Trainer.resume(run, settings))
+
+
+def _run(trainer: Trainer) -> None:
+    """Train with progress on stderr, and say what came out."""
+    from slideformer.tools.progress import ConsoleProgress
 
     console = stderr_console()
     set_up_logging(console)
-    result = Trainer(merged).train(ConsoleProgress(console))
+    result = trainer.train(ConsoleProgress(console))
     print(
         f"saved {result.output}: {result.steps} steps, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:,.0f} tokens/s"
     )
     if result.interrupted:
-        typer.echo(f"interrupted after step {result.steps}; the model is saved", err=True)
+        going_on = (
+            f"; `slideformer resume {result.output}` goes on from here" if result.checkpoint else ""
+        )
+        typer.echo(f"interrupted after step {result.steps}; the model is saved{going_on}", err=True)
         raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def export(
+    checkpoint: Path = typer.Argument(
+        metavar="CHECKPOINT", help="A checkpoint, or the output folder of a run for its last one."
+    ),
+    output: Path = typer.Option(
+        ..., "--output", "-o", metavar="PATH", help="Hugging Face folder to write."
+    ),
+) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder; needs no GPU."""
+    from slideformer.run_checkpoints import find_checkpoint
+
+    found = find_checkpoint(checkpoint)
+    print(f"saved {found.export(output)}: the weights of step {found.info.step}")
 
 
 @app.command()

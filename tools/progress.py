@@ -26,9 +26,9 @@ from rich.progress import (
 from rich.table import Column
 
 from slideformer.config import format_size
+from slideformer.run_reports import RunStart, StepMetrics
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
-from slideformer.trainer import RunStart, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _HOST_SHARE = 0.01
 
 
 class ConsoleProgress:
-    """Prints progress to a console; a `slideformer.trainer.Progress`."""
+    """Prints progress to a console; a `slideformer.run_reports.Progress`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -72,7 +72,9 @@ class ConsoleProgress:
                 TimeRemainingColumn(),
                 console=self._console,
             )
-            self._task = self._bar.add_task("step", total=run.steps, values="loading the weights")
+            self._task = self._bar.add_task(
+                "step", total=run.steps, completed=run.done, values="loading the weights"
+            )
             self._bar.start()
 
     def step(self, metrics: StepMetrics) -> None:

@@ -115,6 +115,8 @@ def test_defaults() -> None:
         "window": None,
         "threads": None,
         "deterministic": False,
+        "checkpoint_every": None,
+        "keep_checkpoints": 2,
         "log_every": 1,
         "trace": None,
         "schedule": "constant",

@@ -29,15 +29,14 @@ from slideformer.graph.errors import (
 from slideformer.kernels.adamw import kernel_build
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
-from slideformer.trainer import (
+from slideformer.run_reports import (
     CONFIG_FILE,
     METRICS_FILE,
     NUMERICS_FILE,
     RunStart,
     StepMetrics,
-    Trainer,
-    load_tokenizer,
 )
+from slideformer.trainer import Trainer, load_tokenizer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 
 
@@ -146,6 +145,7 @@ def test_what_decides_the_rounding_is_saved(config: Config) -> None:
         "micro_rows": 1,
         "vocab_chunks": plan.vocab_chunks,
         "head_tile": plan.head_tile,
+        "mlp_tile": plan.mlp_tile,
         "kept": plan.kept,
         "spilled": plan.spilled,
         "attention": "sdpa",
@@ -401,15 +401,15 @@ def test_ctrl_c_before_the_first_step_saves_nothing(
     assert leftovers(config) == []
 
 
-def test_a_disk_that_fills_after_the_weights_is_reported(
+def test_a_disk_that_fills_behind_the_weights_leaves_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: Any) -> None:
+    def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(trainer_module, "save_config", full)
-    refuse(config, CheckpointError, "out is complete, but .* could be written .*: No space")
-    AutoModelForCausalLM.from_pretrained(config.output)
+    monkeypatch.setattr(Path, "write_text", full)
+    refuse(config, CheckpointError, "no room for checkpoint")
+    assert leftovers(config) == []
 
 
 # -- the learning rate ---------------------------------------------------------------------------

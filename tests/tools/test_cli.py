@@ -20,10 +20,11 @@ from typer.testing import CliRunner
 
 from slideformer.config import Config, load_config
 from slideformer.config_problems import flag_name
+from slideformer.run_reports import CONFIG_FILE
 from slideformer.tools.cli import app
 from slideformer.tools.progress import ConsoleProgress
 from slideformer.tools.setting_flags import FLAGS
-from slideformer.trainer import CONFIG_FILE, Trainer
+from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 
 
@@ -146,6 +147,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "deterministic": True,
         "steps": 7,
         "seed": 8,
+        "checkpoint_every": 5,
+        "keep_checkpoints": 6,
         "log_every": 4,
         "trace": "t",
         "schedule": "wsd",
@@ -375,15 +378,46 @@ def interrupted(run: Run, times: int) -> tuple[int, str]:
         return process.wait(timeout=60), "".join(seen)
 
 
-def test_ctrl_c_saves_and_leaves_with_130(run: Run) -> None:
+def test_ctrl_c_saves_and_leaves_with_130_and_resume_goes_on(run: Run) -> None:
     code, err = interrupted(run, times=1)
     assert code == 130, err
     assert "Traceback" not in err
-    done = re.fullmatch(r"interrupted after step (\d+); the model is saved", err.splitlines()[-1])
+    output = run.folder / "out"
+    done = re.fullmatch(
+        r"interrupted after step (\d+); the model is saved; "
+        rf"`slideformer resume {re.escape(str(output))}` goes on from here",
+        err.splitlines()[-1],
+    )
     assert done
-    lines = (run.folder / "out" / "metrics.jsonl").read_text().splitlines()
+    lines = (output / "metrics.jsonl").read_text().splitlines()
     assert len(lines) == int(done[1])
-    assert (run.folder / "out" / "model.safetensors.index.json").is_file()
+    assert (output / "model.safetensors.index.json").is_file()
+
+    exported = run.folder / "exported"
+    code, out, err = call("export", str(output), "-o", str(exported))
+    assert (code, out) == (0, f"saved {exported}: the weights of step {done[1]}\n"), err
+    weights = sorted(path.name for path in exported.glob("*.safetensors"))
+    assert weights
+    for name in weights:
+        assert (exported / name).read_bytes() == (output / name).read_bytes()
+
+
+def test_resume_takes_a_run_and_the_settings_that_may_change(run: Run) -> None:
+    code, _, err = call(*run.arguments(checkpoint_every="2"))
+    assert code == 0, err
+    checkpoint = run.folder / "out-checkpoints" / "step-2"
+    output = run.folder / "again"
+    code, out, err = call("resume", str(checkpoint), "--output", str(output), "--window", "3")
+    assert code == 0, err
+    assert out.startswith(f"saved {output}: 3 steps")
+    assert "step 3/3" in err
+    assert "step 2/3" not in err
+    assert load_config(output / CONFIG_FILE, {}).window == 3
+    code, _, err = call("resume", str(run.folder / "nowhere"))
+    assert code == 1
+    assert "nowhere has no checkpoint to resume from: give the output folder" in err
+    code, _, err = call("resume", str(checkpoint), "--lr", "1e-3")
+    assert code == 2
 
 
 def test_a_second_ctrl_c_leaves_with_130_and_no_checkpoint(run: Run) -> None:

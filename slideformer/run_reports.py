@@ -1,0 +1,102 @@
+"""What a training run tells: before it begins, of each step, and in the end."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from slideformer.config import Config
+from slideformer.graph.model import ModelSpec
+from slideformer.graph.plan import MemoryPlan
+
+CONFIG_FILE = "slideformer.yaml"
+"""The merged config, within the output folder and in checkpoints."""
+
+METRICS_FILE = "metrics.jsonl"
+"""One `StepMetrics` a line, within the output folder and in checkpoints."""
+
+NUMERICS_FILE = "numerics.json"
+"""`Engine.numerics`, within the output folder."""
+
+
+@dataclass(frozen=True, slots=True)
+class RunStart:
+    """What is known before memory is allocated: ``done`` of ``steps`` steps were done before."""
+
+    config: Config
+    spec: ModelSpec
+    plan: MemoryPlan
+    steps: int
+    done: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StepMetrics:
+    """One finished step.
+
+    ``step`` counts from 1, ``loss`` is the mean per target token in nats, ``tokens`` are real ones
+    (no padding), ``seconds`` is the time since the step before was done. ``skipped``: the gradient
+    was not finite, so the step changed nothing.
+    """
+
+    step: int
+    loss: float
+    gradient_norm: float
+    lr: float
+    tokens: int
+    seconds: float
+    skipped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingResult:
+    """What a run did.
+
+    ``loss`` is that of the last step; ``tokens_per_second`` counts the real tokens of the steps
+    since the run was begun or resumed, and leaves the first out if there are others.
+    ``interrupted``: Ctrl-C ended the run early; ``checkpoint`` is the last one written, if any.
+    """
+
+    steps: int
+    loss: float
+    tokens_per_second: float
+    output: Path
+    interrupted: bool
+    checkpoint: Path | None = None
+
+
+class Progress(Protocol):
+    """What a trainer reports to; called in the thread of `Trainer.train`, so it should be quick."""
+
+    def start(self, run: RunStart) -> None:
+        """The run is planned, and nothing large is allocated yet."""
+
+    def step(self, metrics: StepMetrics) -> None:
+        """A step is done."""
+
+    def finish(self) -> None:
+        """The last step is done, or the run has failed."""
+
+
+def metrics_lines(metrics: Iterable[StepMetrics]) -> str:
+    """The text of a metrics file; JSON has null for numbers that are not finite."""
+    return "".join(json.dumps(_plain(each)) + "\n" for each in metrics)
+
+
+def read_metrics(text: str) -> list[StepMetrics]:
+    """The metrics in such a text, with NaN for numbers that were not finite."""
+    return [StepMetrics(**_with_nan(json.loads(line))) for line in text.splitlines()]
+
+
+def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: math.nan if value is None else value for name, value in values.items()}
+
+
+def _plain(metrics: StepMetrics) -> dict[str, float | int | bool | None]:
+    return {
+        name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()
+    }
