@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from slideformer.config import Config as Config
     from slideformer.config import EngineConfig as EngineConfig
-    from slideformer.config import format_size as format_size
     from slideformer.config import load_config as load_config
-    from slideformer.config import parse_size as parse_size
     from slideformer.config import save_config as save_config
+    from slideformer.config_values import format_size as format_size
+    from slideformer.config_values import parse_size as parse_size
     from slideformer.engine import Engine as Engine
     from slideformer.graph.buffers import Role as Role
     from slideformer.graph.buffers import Tier as Tier
@@ -61,11 +61,11 @@ _EXPORTS = {
     "TaskKind": "slideformer.graph.tasks",
     "Tier": "slideformer.graph.buffers",
     "Trainer": "slideformer.trainer",
-    "format_size": "slideformer.config",
+    "format_size": "slideformer.config_values",
     "from_json": "slideformer.graph.serialise",
     "load_config": "slideformer.config",
     "load_machine": "slideformer.graph.machines",
-    "parse_size": "slideformer.config",
+    "parse_size": "slideformer.config_values",
     "run": "slideformer.running",
     "save_byte_tokenizer": "slideformer.models.data.byte_tokenizer",
     "save_config": "slideformer.config",
