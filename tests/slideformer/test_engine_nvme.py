@@ -56,10 +56,18 @@ def train(
     compute: str = "bf16",
     *,
     policy: str = "fifo",
+    max_grad_norm: float | None = None,
     **plan: Any,
 ) -> dict[str, Tensor]:
     """Three steps, submitted before the first is read, with an evaluation between."""
-    config = config_for(folder, compute=compute, policy=policy, nvme=nvme, weight_decay=0.1)
+    config = config_for(
+        folder,
+        compute=compute,
+        policy=policy,
+        nvme=nvme,
+        weight_decay=0.1,
+        max_grad_norm=max_grad_norm,
+    )
     with engine_with(config, **plan) as engine:
         engine.step(BATCHES[0])
         evaluation = engine.evaluate(BATCHES[1])
@@ -81,7 +89,9 @@ def placements(draw: st.DrawFn) -> dict[str, Any]:
     compute = draw(st.sampled_from(["bf16", "bf16", "fp32"]))
     lo = draw(st.integers(0, moments)) if compute == "bf16" else 0
     offloaded = draw(st.integers(1, LAYERS))
+    deferred = draw(st.booleans())  # with a limit that no norm reaches
     return {
+        "max_grad_norm": 1e9 if deferred else None,
         "compute": compute,
         "nvme_moments": moments,
         "nvme_lo": lo,
@@ -92,7 +102,7 @@ def placements(draw: st.DrawFn) -> dict[str, Any]:
         "nvme_slots": draw(st.integers(1, 4)),
         "chunk_numel": draw(st.sampled_from([500, 3000, 1 << 25])),
         "policy": draw(st.sampled_from(policy_names())),
-        "gradient_slots": draw(st.integers(0, 2)),
+        "gradient_slots": 0 if deferred else draw(st.integers(0, 2)),
         "window": draw(st.integers(2, 3)),
         "resident": draw(st.sampled_from([(), ("embed", "L00")])) if compute == "bf16" else (),
     }
