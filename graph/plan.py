@@ -72,7 +72,8 @@ class MachineProfile:
     tasks of a host lane. ``points`` are measured rates of products, ``contention`` what lanes take
     from each other. ``gpu_overhead`` and ``host_overhead`` are bytes beside everything planned:
     CUDA context (0.8 GiB on an H100), library workspaces and what the allocator holds between
-    temporaries (up to 1 GiB there), and the interpreter with its libraries.
+    temporaries (up to 1 GiB there), and the interpreter with its libraries. ``direct_storage`` says
+    that the GPU and NVMe exchange bytes by themselves (GPUDirect Storage).
     """
 
     name: str = "generic"
@@ -90,6 +91,7 @@ class MachineProfile:
     contention: Contention = Contention()
     gpu_overhead: int = 1900 << 20
     host_overhead: int = 2 << 30
+    direct_storage: bool = False
     widths: Mapping[Lane, int] = field(default_factory=dict)
 
     def seconds(self, task: Task) -> float:
@@ -160,7 +162,8 @@ class MemoryPlan:
     The moments of ``nvme_moments`` streamed layers are on NVMe, of ``nvme_lo`` of those the lower
     halves of their masters too, and of ``nvme_hi`` of those again the upper halves, which are their
     BF16 weights. Of the offloaded boundaries those of ``nvme_boundaries`` layers wait for backward
-    on NVMe. Each kind passes through ``nvme_slots`` slots in host memory, by chunk or micro-batch.
+    on NVMe. Each kind passes through ``nvme_slots`` slots in host memory, by chunk or micro-batch,
+    but for boundaries with ``nvme_direct``, which the GPU exchanges with NVMe itself.
 
     ``deferred`` plans update no unit before all gradients of the step are known, and keep these
     parked until then, each in a place of its own.
@@ -189,6 +192,7 @@ class MemoryPlan:
     nvme_boundaries: int = 0
     nvme_hi: int = 0
     nvme_slots: int = 4
+    nvme_direct: bool = False
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()

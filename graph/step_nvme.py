@@ -8,6 +8,8 @@ since PCIe is many times faster than the disk. Reads run ahead as far as there a
 the next step too, so that reading one chunk, updating the one before and writing the one before
 that overlap. What the GPU exchanges with the disk passes through host memory as well: the slots
 there let the disk run ahead of the GPU and behind it without holding the GPU's own slots meanwhile.
+Boundaries, which are few bytes, go straight where there is GPUDirect Storage; elsewhere that would
+only hide from the graph a copy that host memory sees all the same.
 
     moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: both moments, halves of the master
     away.x.U.m                    nvme   an extent per boundary of a micro-batch
@@ -209,15 +211,27 @@ class StoredState:
 
     def put_away(self, name: str, source: str, nbytes: int) -> None:
         """Bring an activation down and write it to NVMe, where it waits for backward."""
+        if self._direct(nbytes):
+            away = self._away(name, nbytes)
+            self._transfer(f"write.{name}", TaskKind.NVME_WRITE, [source], [away])
+            return
         staged = self._staged_activation(f"down.{name}", nbytes)
         self._memory.copy(f"d2h.{name}", TaskKind.D2H, source, staged)
         self._transfer(f"write.{name}", TaskKind.NVME_WRITE, [staged], [self._away(name, nbytes)])
 
     def bring_back(self, name: str, target: str, nbytes: int) -> None:
         """Read what `put_away` wrote and bring it up again."""
+        if self._direct(nbytes):
+            away = self._away(name, nbytes)
+            self._transfer(f"read.{name}.bwd", TaskKind.NVME_READ, [away], [target])
+            return
         staged = self._staged_activation(f"up.{name}", nbytes)
         self._transfer(f"read.{name}.bwd", TaskKind.NVME_READ, [self._away(name, nbytes)], [staged])
         self._memory.copy(f"h2d.{name}.bwd", TaskKind.H2D, staged, target)
+
+    def _direct(self, nbytes: int) -> bool:
+        """Whether the GPU and NVMe exchange buffers of this size, which must fill their pages."""
+        return self._memory.plan.nvme_direct and whole_pages(nbytes) == nbytes
 
     def _staged_activation(self, name: str, nbytes: int) -> str:
         return self._memory.buffer(

@@ -13,6 +13,15 @@ from typing import Any
 from slideformer.graph.errors import DeviceError
 
 
+def direct_storage() -> bool:
+    """Whether there is GPUDirect Storage here: KvikIO loads and finds the driver for it."""
+    try:
+        import kvikio.cufile_driver
+    except (ImportError, RuntimeError):
+        return False
+    return bool(kvikio.cufile_driver.get("is_gds_available"))
+
+
 class GpuFiles:
     """Open files; buffers are uint8 in GPU memory with ``__cuda_array_interface__``.
 
@@ -22,15 +31,13 @@ class GpuFiles:
     def __init__(self, paths: Sequence[Path]) -> None:
         try:
             import kvikio
-            import kvikio.cufile_driver
         # A library that is missing is a RuntimeError of its own there, not an ImportError.
         except (ImportError, RuntimeError) as error:
             raise DeviceError(
                 f"GPU memory is read from and written to NVMe through KvikIO, which does not load "
                 f"({error}); pip install 'slideformer[nvme]'"
             ) from error
-        direct = bool(kvikio.cufile_driver.get("is_gds_available"))
-        self.mode = "GPUDirect Storage" if direct else "KvikIO's POSIX mode"
+        self.mode = "GPUDirect Storage" if direct_storage() else "KvikIO's POSIX mode"
         self._files = [kvikio.CuFile(path, "r+") for path in paths]
 
     def read(self, file: int, offset: int, into: Any) -> int:

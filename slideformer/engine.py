@@ -97,7 +97,7 @@ class Engine:
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
-        self._profile = profile_for(self._device)
+        self._profile = profile_for(self._device, config.nvme)
         budgets = budgets_for(config, self._device)
         kept = checkpoint.info.numerics if checkpoint else {}
         if phantom:

@@ -6,7 +6,7 @@ plan that an engine there would run by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
@@ -21,8 +21,9 @@ from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
 from slideformer.graph.step import compile_step
+from slideformer.memory.gpu_io import direct_storage
 from slideformer.memory.limits import available_host_memory, free_nvme
-from slideformer.memory.needs import PlanRequest, Prediction
+from slideformer.memory.needs import PlanRequest, Prediction, peaks
 from slideformer.memory.planner import make_plan
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
@@ -43,7 +44,8 @@ def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
     """
     hf_config = read_model_config(config.model)
     device = device_for(config)
-    plan = plan_for(hf_config, config, budgets_for(config, device), profile_for(device))
+    profile = profile_for(device, config.nvme)
+    plan = plan_for(hf_config, config, budgets_for(config, device), profile)
     return spec_for(hf_config, config), plan
 
 
@@ -102,24 +104,27 @@ def plan_for(
         stops = {span.task: span.stopped for span in timeline.instance(1).spans}
         return Prediction(timeline.step_seconds, stops)
 
-    return make_plan(
-        PlanRequest(
-            spec=spec,
-            rows=config.batch_size,
-            seq_len=config.seq_len,
-            compute=compute,
-            budgets=budgets,
-            profile=profile,
-            workspace=workspace,
-            predict=predict,
-            micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
-            vocab_chunks=_chosen(numerics, "vocab_chunks"),
-            head_tile=_chosen(numerics, "head_tile"),
-            window=config.window,
-            packed=config.packing,
-            deferred=config.deferred,
-        )
+    request = PlanRequest(
+        spec=spec,
+        rows=config.batch_size,
+        seq_len=config.seq_len,
+        compute=compute,
+        budgets=budgets,
+        profile=profile,
+        workspace=workspace,
+        predict=predict,
+        micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
+        vocab_chunks=_chosen(numerics, "vocab_chunks"),
+        head_tile=_chosen(numerics, "head_tile"),
+        window=config.window,
+        packed=config.packing,
+        deferred=config.deferred,
     )
+    plan = make_plan(request)
+    if not (profile.direct_storage and plan.nvme_boundaries):
+        return plan
+    plan = replace(plan, nvme_direct=True)
+    return replace(plan, peaks=peaks(request, plan))
 
 
 def _chosen(numerics: Mapping[str, str | int], name: str) -> int | None:
@@ -142,10 +147,11 @@ def device_for(config: EngineConfig) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
 
 
-def profile_for(device: torch.device) -> MachineProfile:
+def profile_for(device: torch.device, nvme: Sequence[Path] = ()) -> MachineProfile:
     """What planning assumes of this machine: what was measured here, else a generic machine.
 
-    Without a GPU there is no context beside the plan.
+    Without a GPU there is no context beside the plan. With one, ``nvme`` being the folders in use,
+    it says whether both exchange bytes by themselves.
     """
     known = cached_machine(device.type)
     if known is None:
@@ -153,7 +159,9 @@ def profile_for(device: torch.device) -> MachineProfile:
     else:
         announce(known)
         profile = known.profile
-    return profile if device.type == "cuda" else replace(profile, gpu_overhead=0)
+    if device.type != "cuda":
+        return replace(profile, gpu_overhead=0)
+    return replace(profile, direct_storage=bool(nvme) and direct_storage())
 
 
 def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:

@@ -131,7 +131,8 @@ def _boundaries(spec: ModelSpec, plan: MemoryPlan) -> str:
         return "all on the GPU"
     nbytes = plan.tokens * spec.hidden * plan.compute.nbytes
     stored = len(boundaries_on_nvme(spec, plan))
-    on_nvme = f", those of {stored} on NVMe" if stored else ""
+    straight = ", straight from the GPU" if plan.nvme_direct else ""
+    on_nvme = f", those of {stored} on NVMe{straight}" if stored else ""
     return (
         f"those of {plan.offloaded - stored} of {layers} layers wait in pinned memory{on_nvme}, "
         f"{format_size(nbytes)} each"

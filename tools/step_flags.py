@@ -86,7 +86,7 @@ def plan_step(
 
     hf_config, wanted, device = model_config(model, shape), config, device_for(config)
     if known is None:
-        profile = profile_for(device)
+        profile = profile_for(device, config.nvme)
     else:
         profile = known.profile
         room = {

@@ -47,6 +47,7 @@ def cases(draw: st.DrawFn) -> Case:
         nvme_hi=draw(layers) if bf16 else 0,
         nvme_boundaries=draw(layers),
         nvme_slots=draw(st.integers(1, 4)),
+        nvme_direct=draw(st.booleans()),
     )
 
 
@@ -72,7 +73,11 @@ def test_graphs_keep_the_rules_and_extents_are_whole_pages(case: Case) -> None:
                 assert not buffer.slot
         for ring in ("staged.", "wh.", "xs."):
             assert sum(name.startswith(ring) for name in graph.slots) <= case[1].nvme_slots
+    spec, plan = case
     assert footprint(*case) == places(graphs)
+    boundary = plan.micro_tokens * spec.hidden * plan.compute.nbytes
+    if plan.nvme_direct and boundary % EXTENT_ALIGNMENT == 0:
+        assert not any(name.startswith("xs.") for name in graphs[0].slots)
 
 
 @some

@@ -14,6 +14,7 @@ import torch
 
 from slideformer.graph.errors import DeviceError, StoreError
 from slideformer.memory.extents import lay_out_extents
+from slideformer.memory.gpu_io import direct_storage
 from slideformer.runtime.nvme import NvmeStore, open_store
 
 SIZE = 12 << 20
@@ -96,6 +97,21 @@ def test_a_short_transfer_of_gpu_memory_names_extent_and_path(
     with pytest.raises(StoreError, match=rf"{path}: cannot write .* extent e .* bytes were moved"):
         transfer.result()
     store.close()
+
+
+@pytest.mark.parametrize("available", [True, False])
+def test_gpudirect_storage_is_what_kvikio_finds(
+    kvikio: type[StandIn], monkeypatch: pytest.MonkeyPatch, available: bool
+) -> None:
+    driver = sys.modules["kvikio.cufile_driver"]
+    monkeypatch.setattr(driver, "get", {"is_gds_available": available}.get)
+    assert direct_storage() == available
+
+
+def test_without_kvikio_there_is_no_gpudirect_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kvikio", None)
+    monkeypatch.setitem(sys.modules, "kvikio.cufile_driver", None)
+    assert not direct_storage()
 
 
 def test_without_kvikio_the_message_says_how_to_get_it(

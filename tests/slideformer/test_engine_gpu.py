@@ -120,6 +120,21 @@ def test_weights_boundaries_and_state_on_nvme_do_not_change_a_bit(
 
 
 @pytest.mark.usefixtures("deterministic")
+def test_boundaries_that_go_through_kvikio_do_not_change_a_bit(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In its POSIX mode too, where a plan would take the way through host memory."""
+    pytest.importorskip("kvikio")
+    placement = {"offloaded": 3, "nvme_boundaries": 2}
+    losses, weights = train(checkpoint, monkeypatch, placement, nvme=(tmp_path,))
+    placement |= {"nvme_direct": True}
+    again, others = train(checkpoint, monkeypatch, placement, nvme=(tmp_path,))
+    assert again == losses
+    for name, value in weights.items():
+        assert torch.equal(others[name], value), name
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_follows_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     losses, _ = train(checkpoint, monkeypatch, {}, compute="fp32")
     model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).cuda()

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from slideformer import planning
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
+from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import CheckpointError, ConfigError, StoreError
+from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.graph.step import footprint
+from slideformer.models.families import read_model_config
 from slideformer.runtime import nvme
 from slideformer.runtime.policies import policy_names
 from tests.support.engines import (
@@ -98,6 +104,7 @@ def placements(draw: st.DrawFn) -> dict[str, Any]:
         "nvme_hi": draw(st.integers(0, lo)),
         "offloaded": offloaded,
         "nvme_boundaries": draw(st.integers(0, offloaded - 1)),
+        "nvme_direct": draw(st.booleans()),
         "boundary_slots": draw(st.sampled_from([None, 9])),
         "nvme_slots": draw(st.integers(1, 4)),
         "chunk_numel": draw(st.sampled_from([500, 3000, 1 << 25])),
@@ -158,6 +165,25 @@ def test_a_model_with_its_state_on_nvme_is_saved_as_any_other(
     for one, other in zip(ours, reference, strict=True):
         assert different(one, other) == []
     assert different(ours[0], ours[1])
+
+
+def test_boundaries_go_straight_where_the_gpu_and_nvme_exchange_bytes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = planning.make_plan
+
+    def planned(request: Any) -> MemoryPlan:
+        return replace(original(request), offloaded=LAYERS, nvme_boundaries=1)
+
+    monkeypatch.setattr(planning, "make_plan", planned)
+    config, budgets = config_for(folder, compute="bf16"), Budgets(1 << 30, 1 << 33, 1 << 30)
+    for direct in (False, True):
+        profile = MachineProfile(gpu_overhead=0, direct_storage=direct)
+        plan = planning.plan_for(read_model_config(folder), config, budgets, profile)
+        assert plan.nvme_direct == direct
+        wanted = footprint(planning.spec_for(read_model_config(folder), config), plan)
+        assert any(name.startswith("xs.") for name in wanted) != direct
+    assert plan.peaks[Tier.NVME] == 2 * 4096, "and peaks are those of the plan"
 
 
 # Faults
