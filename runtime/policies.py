@@ -51,19 +51,35 @@ class Fifo:
         return ready[0]
 
 
+class _Ranks(dict["TaskRun", float]):
+    """Ranks of ready tasks, each computed once: a lane may have hundreds to choose from."""
+
+    def __init__(self) -> None:
+        self._of_graph: dict[int, list[float]] = {}
+        self._graphs: list[TaskGraph] = []  # keeps the ids in `_of_graph` valid
+
+    def add(self, graph: TaskGraph, ranks: list[float]) -> None:
+        """Take the ranks of a graph's tasks."""
+        self._graphs.append(graph)
+        self._of_graph[id(graph)] = ranks
+
+    def __missing__(self, run: TaskRun) -> float:
+        instance = run.instance
+        rank = self[run] = instance.number + self._of_graph[id(instance.graph)][run.position]
+        return rank
+
+
 class _Ranked(ABC):
     """Takes the task of lowest rank; ranks are computed once per graph."""
 
     name = ""
 
     def __init__(self) -> None:
-        self._ranks: dict[int, list[float]] = {}
-        self._graphs: list[TaskGraph] = []  # keeps the ids in `_ranks` valid
+        self._ranks = _Ranks()
 
     def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
         """Rank every task of ``graph``."""
-        self._graphs.append(graph)
-        self._ranks[id(graph)] = self.rank(graph, profile)
+        self._ranks.add(graph, self.rank(graph, profile))
 
     @abstractmethod
     def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
@@ -71,8 +87,9 @@ class _Ranked(ABC):
 
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task of lowest rank; of several, the one ready first."""
-        ranks = self._ranks
-        return min(ready, key=lambda r: r.instance.number + ranks[id(r.instance.graph)][r.position])
+        run = min(ready, key=self._ranks.__getitem__)
+        del self._ranks[run]
+        return run
 
 
 class CriticalPath(_Ranked):

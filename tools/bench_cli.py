@@ -14,6 +14,7 @@ import yaml
 
 from slideformer.graph.errors import ConfigError, SlideFormerError
 from slideformer.tools.bench import measure
+from slideformer.tools.bench_overhead import decision_costs
 from slideformer.tools.bench_report import machine, table
 from slideformer.tools.bench_rows import Turns, make_row, parse_row, read_rows
 from slideformer.tools.loss_check import check_losses
@@ -60,6 +61,10 @@ def bench(
     frozen: Annotated[
         bool, typer.Option("--frozen", help="With --loss-check: train nothing, so that it fails.")
     ] = False,
+    scheduler: Annotated[
+        bool,
+        typer.Option("--scheduler", help="Only measure what deciding costs, on a large graph."),
+    ] = False,
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write all raw figures here.")
     ] = None,
@@ -71,6 +76,10 @@ def bench(
     if loss_check:
         found = check_losses(device, _settings(settings or []), frozen=frozen)
         _finish({**report, "loss_check": found}, json_file, passed=found["passed"])
+        return
+    if scheduler:
+        costs = decision_costs(device)
+        _finish({**report, "scheduler": costs}, json_file, passed=costs["passed"])
         return
     common = {
         "shape": shape,

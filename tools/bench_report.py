@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from slideformer.tools.bench_overhead import overhead_report
 from slideformer.tools.bench_rows import Row
 from slideformer.tools.loss_check import report as loss_report
 
@@ -108,6 +109,9 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
     if "loss_check" in report:
         yield from loss_report(report["loss_check"])
         return
+    if "scheduler" in report:
+        yield from overhead_report(report["scheduler"])
+        return
     yield (
         f"{'':34} {'tokens/s (range)':>22} {'baseline (range)':>25} {'ratio':>6} {'step s':>7} "
         f"{'plan':>6}  GPU GiB: allocated, reserved, plan; context; baseline's; host GiB, plan"
@@ -138,7 +142,7 @@ def table(report: Mapping[str, Any]) -> Iterator[str]:
         if "floors" in each:
             yield from ("  " + line for line in floors_report(each["floors"], s["step_seconds"]))
         # The longest waits only where one row leaves room for them.
-        shown = each.get("trace_report", ())[: None if len(report["rows"]) == 1 else 4]
+        shown = each.get("trace_report", ())[: None if len(report["rows"]) == 1 else 5]
         yield from ("  " + line for line in shown)
         if "error" in each:
             yield f"  failed: {each['error']}"

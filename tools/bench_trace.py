@@ -34,17 +34,26 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """Idle time of a lane: the task that ended it, and the tasks that it waited for, last first."""
+    """Idle time of a lane: the task that ended it, and the tasks that it waited for, last first.
+
+    All that the task itself waited for was done at ``ready``.
+    """
 
     start: float
     stop: float
     task: str
     behind: tuple[str, ...]
+    ready: float
 
     @property
     def seconds(self) -> float:
         """How long it was."""
         return self.stop - self.start
+
+    @property
+    def overhead(self) -> float:
+        """Seconds of it in which the task could have run: deciding and launching take time."""
+        return self.stop - max(self.start, self.ready)
 
 
 def spans_of(trace: Mapping[str, Any]) -> list[Span]:
@@ -90,7 +99,8 @@ def gaps(trace: Mapping[str, Any], lane: str, start: float, stop: float) -> list
             continue
         if span.start > reached:
             behind = tuple(_chain(span, at, trace["tasks"]))
-            found.append(Gap(reached, span.start, span.task, behind))
+            ready = max((s.stop for s in _waited_for(span, at, trace["tasks"])), default=start)
+            found.append(Gap(reached, span.start, span.task, behind, min(ready, span.start)))
         reached = max(reached, span.stop)
     return sorted(found, key=lambda gap: -gap.seconds)
 
@@ -104,14 +114,21 @@ def _chain(
     """
     instance = span.instance
     for _ in range(length):
-        task = tasks.get(span.task, {})
-        wanted = [(name, span.instance) for name in task.get("after", ())]
-        wanted += [(name, span.instance - 1) for name in task.get("after_previous", ())]
-        known = [at[key] for key in wanted if key in at]
+        known = _waited_for(span, at, tasks)
         if not known:
             return
         span = max(known, key=lambda each: each.stop)
         yield span.task + "'" * (instance - span.instance)
+
+
+def _waited_for(
+    span: Span, at: Mapping[tuple[str, int], Span], tasks: Mapping[str, Any]
+) -> list[Span]:
+    """The tasks that a task waits for, in its own step and the one before."""
+    task = tasks.get(span.task, {})
+    wanted = [(name, span.instance) for name in task.get("after", ())]
+    wanted += [(name, span.instance - 1) for name in task.get("after_previous", ())]
+    return [at[key] for key in wanted if key in at]
 
 
 def copy_speeds(trace: Mapping[str, Any], start: float, stop: float) -> dict[str, float]:
@@ -208,6 +225,11 @@ def report(trace: Mapping[str, Any], steps: int, top: int = 10) -> list[str]:
         for (task, behind), seconds in sorted(idle.items(), key=lambda item: -item[1])[:5]
     )
     lines.append(f"  compute idle per step, ms: {text}")
+    overhead = sum(gap.overhead for gap in waits)
+    lines.append(
+        f"  compute idle though a task could have run: {overhead / steps * 1e3:.1f} ms a step, "
+        f"{overhead / length:.2%}"
+    )
     lines += [
         f"  idle {gap.seconds * 1e3:6.2f} ms at {(gap.start - start) * 1e3:7.1f} ms: "
         + " <- ".join((gap.task, *gap.behind))

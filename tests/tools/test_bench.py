@@ -17,13 +17,16 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
+from slideformer import overhead
 from slideformer.floors import compute_seconds, floors_of_step
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.serialise import from_json
+from slideformer.graph.step import compile_step
 from slideformer.models import layer
+from slideformer.runtime.policies import policy_names
 from slideformer.stand_in import Arithmetic
 from slideformer.tools import bench as bench_module
-from slideformer.tools import bench_trace, loss_check
+from slideformer.tools import bench_overhead, bench_trace, loss_check
 from slideformer.tools.baseline import RECIPES, Baseline
 from slideformer.tools.bench import Comparison, measure
 from slideformer.tools.bench_cli import bench
@@ -34,6 +37,7 @@ from slideformer.tools.bench_rows import Row, Turns, parse_row, read_rows
 from slideformer.tools.bench_worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak, process_bytes, tree_bytes
 from slideformer.tools.view_cli import read_trace
+from tests.support.specs import small_plan, small_spec
 
 BUDGETS = {"gpu_memory": "2GiB", "cpu_memory": "4GiB"}
 TINY = {"shape": "tiny", "batch_size": 2, "seq_len": 16, **BUDGETS}
@@ -363,6 +367,30 @@ def test_judgement(ours: list[float], passed: bool) -> None:
     assert loss_check.judge(ours, theirs)["passed"] is passed
 
 
+# -- the scheduler ---------------------------------------------------------------------------------
+
+
+def test_what_deciding_costs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = compile_step(small_spec(), small_plan())
+    monkeypatch.setattr(overhead, "large_step", lambda: small)
+    found = bench_overhead.decision_costs("cpu")
+    assert found["policies"].keys() == set(policy_names())
+    for each in found["policies"].values():
+        assert each["per_task"] == pytest.approx(each["loop_seconds"] / (3 * len(small.tasks)))
+        each["per_task"] = 2e-5
+    lines = list(table({"machine": machine(), "rows": [], "scheduler": found}))
+    assert f"scheduler on cpu: {len(small.tasks)} tasks" in lines[-len(policy_names()) - 1]
+    assert "fifo                20.0 µs" in "\n".join(lines)
+
+    slow = overhead.Overhead(tasks=10, seconds=1.0, loop_seconds=6e-4)
+    monkeypatch.setattr(overhead, "scheduler_overhead", lambda *_: {"slow": slow})
+    assert not bench_overhead.decision_costs("cpu")["passed"]
+
+
+def test_the_large_step_has_thousands_of_tasks() -> None:
+    assert len(overhead.large_step().tasks) > 5000
+
+
 # -- traces ----------------------------------------------------------------------------------------
 
 MIB = 1 << 20
@@ -393,6 +421,9 @@ def test_gaps_name_what_was_waited_for() -> None:
     assert (first.start, first.stop, first.task) == (1.0, 3.5, "fwd.A")
     assert first.behind == ("h2d.A", "update.A'")
     assert (second.seconds, second.behind[0]) == (0.25, "fwd.A")
+    assert (first.overhead, second.overhead) == (0.0, 0.25)
+    said = "could have run: 125.0 ms a step, 5.00%"
+    assert any(said in line for line in bench_trace.report(TRACE, 2))
 
 
 def test_a_window_is_no_longer_than_the_trace() -> None:
