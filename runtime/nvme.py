@@ -209,7 +209,8 @@ class NvmeStore:
         return StoreError(
             f"{self._files[piece.file].path}: cannot {verb} bytes {piece.start:,}–{piece.stop:,} "
             f"of extent {extent.name} at {piece.offset:,}: {reason}. State on NVMe is lost with "
-            "the run; check the disk, or give another folder as --nvme, and start again"
+            "the run; check the disk, or give another folder as --nvme, and resume from the last "
+            "checkpoint or start again"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -10,20 +11,24 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from slideformer import engine as engine_module
 from slideformer.checkpointing import Checkpoint
 from slideformer.config import Config, load_config
 from slideformer.engine import Engine
-from slideformer.graph.errors import CheckpointError, ConfigError, DataError, TaskError
+from slideformer.graph.errors import CheckpointError, ConfigError, DataError, StoreError, TaskError
+from slideformer.graph.plan import MemoryPlan
 from slideformer.models import aside
 from slideformer.models.data.sources import Source
 from slideformer.run_checkpoints import checkpoints_folder, find_checkpoint
 from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, RunStart, StepMetrics
+from slideformer.runtime import nvme
 from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_text
 
@@ -192,6 +197,42 @@ def test_a_failed_run_names_the_checkpoint_to_go_on_from(
     assert steps_of(config) == ["step-2", "step-4"]
     Trainer.resume(config.output).train()
     same(config.output, plain)
+
+
+def test_an_nvme_disk_that_fails_costs_the_steps_since_the_last_checkpoint(
+    config: Config,
+    plain: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    disks = [tmp_path_factory.mktemp("disk") for _ in range(2)]
+    original, write = engine_module.plan_for, os.pwritev
+    broken = False
+
+    def planned(*args: Any) -> MemoryPlan:
+        plan = original(*args).draft()
+        return replace(plan, nvme_moments=9, nvme_lo=9, nvme_hi=9, offloaded=9, nvme_boundaries=9)
+
+    def fail(*args: Any) -> int:
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return write(*args)
+
+    def break_down() -> None:
+        nonlocal broken
+        broken = True
+
+    monkeypatch.setattr(engine_module, "plan_for", planned)
+    monkeypatch.setattr(nvme.os, "pwritev", fail)
+    with pytest.raises(StoreError, match=rf"{disks[0]}.*extent .*resume from the last checkpoint"):
+        Trainer(config.model_copy(update={"nvme": (disks[0],)})).train(Stopper(5, do=break_down))
+    assert "slideformer resume" in caplog.text
+    assert not config.output.exists()
+    broken = False
+    Trainer.resume(config.output, {"nvme": [disks[1]]}).train()
+    same(config.output, plain)
+    assert [names(disk) for disk in disks] == [[], []]
 
 
 def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
