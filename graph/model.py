@@ -118,6 +118,8 @@ class ModelSpec:
     units: tuple[UnitSpec, ...]
     windows: tuple[int, ...] = ()
     """Distinct sliding-window lengths of its layers."""
+    balanced: int = 0
+    """Experts of a layer where a loss balances their load, else 0."""
     softcapped: bool = False
     """Whether the scores of its attention are capped, which flash attention cannot do."""
     ropes: int = 1

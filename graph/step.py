@@ -86,6 +86,7 @@ class _LayerWriter:
         self._offloaded = self.plan.offloaded if train else 0
         self._micro = range(self.plan.micro_batches)
         self._layout = [*memory.constants, *(["documents"] if self.plan.packed else [])]
+        self._balance = [memory.balance, "targets"] if train and self.spec.balanced else []
         layers = len(self.spec.layers)
         # Positions of the layers that have a backward; those before them keep nothing for it.
         self._backward = range(self.spec.lowest_trained if train else layers, layers)
@@ -112,11 +113,13 @@ class _LayerWriter:
         follower = (*self.spec.layers, self.spec.norm)[position + 1].name
         out = memory.activations.boundary(follower, m)
         kept = [memory.activations.keep(unit.name, m)] if position in self._keeping else []
+        started = position > 0 or m > 0  # the first task of a step begins with zeros
+        counted = self._balance if started else self._balance[1:]
         memory.task(
             f"fwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
-            reads=[*weights, x, *self._layout],
-            writes=[out, *kept],
+            reads=[*weights, x, *self._layout, *counted],
+            writes=[out, *kept, *self._balance[:1]],
             cost=Cost(products=self._products(unit)),
             unit=unit.name,
             micro=m,
@@ -200,7 +203,8 @@ class _LayerWriter:
                 memory.task(
                     f"bwd.{unit.name}.m{m}",
                     TaskKind.COMPUTE,
-                    reads=[*weights, x, dx, *kept, *self._layout] + (accumulators if m else []),
+                    reads=[*weights, x, dx, *kept, *self._layout, *self._balance]
+                    + (accumulators if m else []),
                     writes=[dx, *kept, *accumulators],
                     cost=Cost(
                         products=backward_products(self.spec, unit, self.plan, kept=bool(kept))

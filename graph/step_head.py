@@ -46,6 +46,14 @@ class HeadWriter:
             if self._train:
                 self._second_sweep()
                 self._norm_backward()
+        if self._train and self.spec.balanced:
+            memory.task(
+                "loss.router",
+                TaskKind.COMPUTE,
+                op="balance_loss",
+                reads=[memory.loss, memory.balance, "targets"],
+                writes=[memory.loss],
+            )
         memory.copy("d2h.loss", TaskKind.D2H, memory.loss, memory.host_loss)
         memory.task("report.loss", TaskKind.CPU, reads=[memory.host_loss])
         if self._train:

@@ -262,6 +262,12 @@ class StepMemory:
         """The loss in pinned memory."""
         return self.buffer("loss_host", 4, Tier.PINNED, Role.RESULT)
 
+    @cached_property
+    def balance(self) -> str:
+        """Statistics of the experts' load in all layers and micro-batches, FP32 [2·E + 1]."""
+        nbytes = 4 * (2 * self.spec.balanced + 1)
+        return self.buffer("balance", nbytes, Tier.GPU, Role.ACTIVATION)
+
     def softmax_stats(self, m: int) -> str:
         """Running maximum, sum and target logit of each token, FP32 [3, micro_tokens]."""
         nbytes = 12 * self.plan.micro_tokens

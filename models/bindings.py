@@ -23,6 +23,7 @@ from slideformer.graph.step_gradients import CHECK_NBYTES
 from slideformer.graph.tasks import Task
 from slideformer.kernels.split import join_master
 from slideformer.models import layer
+from slideformer.models.balance import balance_of
 from slideformer.models.context import StepContext
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept, kept_views
@@ -231,10 +232,24 @@ class StreamOps:
         x = self._memory.boundary(views[_only(task.reads, f"x.{unit.name}.")])
         out = self._memory.boundary(views[task.writes[0]])
         kept, tile = self._kept(task, views), self._memory.plan.mlp_tile
+        balance = balance_of(self._memory, views, int(task.args["micro"]))
+        first = "balance" in task.writes and "balance" not in task.reads
 
         def run(context: StepContext) -> None:
             rope, mask = layout(context)
-            layer.forward(x, weights, cfg, rope, mask=mask, out=out, kept=kept, tile=tile)
+            if first:
+                views["balance"].zero_()
+            layer.forward(
+                x,
+                weights,
+                cfg,
+                rope,
+                mask=mask,
+                out=out,
+                kept=kept,
+                tile=tile,
+                balance=balance(),
+            )
 
         return without_grad(run)
 
@@ -257,6 +272,7 @@ class StreamOps:
             # would get into the norm and, by the update, into the padding of the master.
             gaps = [] if accumulate else never_written(flat, unit)
         first = unit is memory.spec.layers[0]
+        balance = balance_of(memory, views, int(task.args["micro"]))
 
         def run(context: StepContext) -> None:
             for gap in gaps:
@@ -273,6 +289,7 @@ class StreamOps:
                 mask=mask,
                 kept=kept,
                 tile=tile,
+                balance=balance(),
             )
             for gradient in unwanted:
                 gradient.zero_()

@@ -19,7 +19,8 @@ class Experts:
     A router gives each token a probability for every expert; the most probable are chosen, and
     their outputs weighted by their probabilities, with ``normalise`` scaled to add up to one. In a
     checkpoint they are ``module.experts.N.name`` for the ``names`` of gate, up and down, and the
-    router is ``module.gate``.
+    router is ``module.gate``. ``balance`` is the weight of the loss that balances their load (see
+    ``balance.py``), None without one.
     """
 
     count: int
@@ -28,6 +29,7 @@ class Experts:
     normalise: bool
     module: str
     names: tuple[str, str, str]
+    balance: float | None
 
 
 @dataclass(frozen=True, slots=True)

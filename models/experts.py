@@ -18,6 +18,7 @@ from torch import Tensor
 
 from slideformer.kernels.routed import gather_sum, row_products
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
+from slideformer.models.balance import Balance
 from slideformer.models.decoder import DecoderConfig, Experts
 from slideformer.models.grouped import grouped_product
 from slideformer.models.projections import Gradients, Operands, linear, norm, norm_backward
@@ -61,16 +62,24 @@ def route(normed: Tensor, w: Operands, experts: Experts) -> Routes:
 
 
 def experts_forward(
-    x: Tensor, w: Operands, cfg: DecoderConfig, gate_up: Tensor | None, *, out: Tensor
+    x: Tensor,
+    w: Operands,
+    cfg: DecoderConfig,
+    gate_up: Tensor | None,
+    balance: Balance | None,
+    *,
+    out: Tensor,
 ) -> None:
     """The output for ``x`` [T, h] in ``out``, which may be ``x``.
 
     ``gate_up`` [T, k·2I] receives the projections, for :func:`experts_backward_` to use instead of
-    computing them again.
+    computing them again. ``balance`` counts what the router does.
     """
     experts = _experts(cfg)
     normed, _ = norm(x, w, "post_norm", cfg)
     routes = route(normed, w, experts)
+    if balance is not None:
+        balance.add(routes.probabilities, routes.tokens, routes.ends)
     rows = normed.index_select(0, routes.tokens)
     del normed
     projected = grouped_product(rows, _matrices(w, "gate_up", experts).mT, routes.ends)
@@ -90,12 +99,14 @@ def experts_backward_(
     w: Operands,
     sink: Gradients,
     cfg: DecoderConfig,
-    gate_up: Tensor | None = None,
+    gate_up: Tensor | None,
+    balance: Balance | None,
 ) -> None:
     """Recompute from the input ``x`` [T, h] and turn ``d_stream`` [T, h] from dy into dx in place.
 
     The down projection is not recomputed: the gradient of an expert's weight, dy · (Down a), is
-    taken as (Downᵀ dy) · a. ``gate_up``, if forward kept it, is overwritten.
+    taken as (Downᵀ dy) · a. ``gate_up``, if forward kept it, is overwritten. ``balance`` has
+    counted all layers.
     """
     experts = _experts(cfg)
     normed, rstd = norm(x, w, "post_norm", cfg)
@@ -121,7 +132,7 @@ def experts_backward_(
     d_rows = grouped_product(gate_up, _matrices(w, "gate_up", experts), ends)
     del gate_up
 
-    d_logits = _router_backward(routes, d_weights[routes.places], experts).to(x.dtype)
+    d_logits = _router_backward(routes, d_weights[routes.places], experts, balance).to(x.dtype)
     sink.linear("router", d_logits, normed)
     d_normed = torch.mm(d_logits, w["router.weight"], out=normed)
     gather_sum(d_rows, routes.places, None, d_normed, d_normed)
@@ -131,13 +142,17 @@ def experts_backward_(
     )
 
 
-def _router_backward(routes: Routes, d_weights: Tensor, experts: Experts) -> Tensor:
+def _router_backward(
+    routes: Routes, d_weights: Tensor, experts: Experts, balance: Balance | None
+) -> Tensor:
     """Gradient of the router's logits, FP32 [T, E], from that of the weights [T, k]."""
     probabilities, chosen, weights = routes.probabilities, routes.chosen, routes.weights
     if experts.normalise:
         total = probabilities.gather(-1, chosen).sum(-1, keepdim=True)
         d_weights = (d_weights - (d_weights * weights).sum(-1, keepdim=True)) / total
     d_probabilities = torch.zeros_like(probabilities).scatter_(-1, chosen, d_weights)
+    if balance is not None:
+        d_probabilities += balance.gradient()
     inner = (d_probabilities * probabilities).sum(-1, keepdim=True)
     return probabilities * (d_probabilities - inner)
 

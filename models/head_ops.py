@@ -10,6 +10,7 @@ from torch import Tensor
 from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.tasks import Task
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
+from slideformer.models.balance import balance_of
 from slideformer.models.bindings import (
     Binding,
     ModelMemory,
@@ -53,6 +54,7 @@ class HeadOps:
             "grad": self.grad,
             "norm_backward": self.norm_backward,
             "report": self.report,
+            "balance_loss": self.balance_loss,
         }
 
     def loss(self, task: Task, views: Views) -> Operation:
@@ -165,6 +167,17 @@ class HeadOps:
             rstd = parts.norm_forward()[1]
             dx.copy_(dxn)
             parts.finish_norm(dx, rstd, dx)
+
+        return without_grad(run)
+
+    def balance_loss(self, _: Task, views: Views) -> Operation:
+        """Add the loss that balances the experts' load."""
+        balance, loss = balance_of(self._memory, views, 0), views["loss"].view(torch.float32)
+
+        def run(_: StepContext) -> None:
+            found = balance()
+            assert found is not None
+            loss.add_(found.loss())
 
         return without_grad(run)
 

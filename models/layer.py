@@ -20,6 +20,7 @@ from torch import Tensor
 
 from slideformer.kernels.rope import rope_
 from slideformer.models.attention import Mask, RecordedAttention, attention
+from slideformer.models.balance import Balance
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.experts import experts_backward_, experts_forward
 from slideformer.models.layer_memory import Kept
@@ -48,6 +49,7 @@ def forward(
     out: Tensor | None = None,
     kept: Kept | None = None,
     tile: int | None = None,
+    balance: Balance | None = None,
 ) -> Tensor:
     """The layer's output [B, S, h] for input ``x`` [B, S, h], BF16 or FP32, contiguous.
 
@@ -59,7 +61,8 @@ def forward(
     :func:`slideformer.models.attention.attention`. ``out``, contiguous and distinct from ``x``,
     receives the result. A layer with experts has the operands of ``experts.py`` in place of
     ``gate_up`` and ``down``. ``kept`` receives what :func:`backward` can use instead of computing
-    it again. The MLP takes ``tile`` tokens at a time, or all at once.
+    it again. The MLP takes ``tile`` tokens at a time, or all at once. ``balance`` counts the load
+    of experts, where a loss balances it.
     """
     if out is None:
         out = torch.empty_like(x)
@@ -75,10 +78,13 @@ def forward(
     middle = stream if kept is None else kept.middle
     residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", cfg, out=middle)
     del attended
-    feed_forward = mlp_forward if cfg.experts is None else experts_forward
     for part in _tiles(len(tokens), tile):
         gate_up = kept.gate_up[part] if kept is not None else None
-        feed_forward(middle[part], w, cfg, gate_up, out=stream[part])
+        if cfg.experts is None:
+            mlp_forward(middle[part], w, cfg, gate_up, out=stream[part])
+        else:
+            load = balance.part(part) if balance is not None else None
+            experts_forward(middle[part], w, cfg, gate_up, load, out=stream[part])
     return out
 
 
@@ -94,6 +100,7 @@ def backward(
     mask: Mask = None,
     kept: Kept | None = None,
     tile: int | None = None,
+    balance: Balance | None = None,
 ) -> None:
     """From the gradient of the output to those of the input and of every operand.
 
@@ -125,11 +132,14 @@ def backward(
     else:
         middle = kept.middle
 
-    feed_backward_ = mlp_backward_ if cfg.experts is None else experts_backward_
     for part in _tiles(len(tokens), tile):
         partial = Gradients(grads, accumulate or part.start > 0)
         gate_up = kept.gate_up[part] if kept is not None else None
-        feed_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
+        if cfg.experts is None:
+            mlp_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
+        else:
+            load = balance.part(part) if balance is not None else None
+            experts_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up, load)
     del middle, gate_up
 
     d_out = d_stream

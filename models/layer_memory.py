@@ -110,7 +110,7 @@ def workspace_bytes(
         # Middle; of a tile the normed middle, rows, gate and up, gradients of outputs, activation
         # and its gradient.
         mlp_peak = tokens * (held + h) + tile * (h + k * h + 2 * i + k * h + 2 * i)
-        routed = 5 * 8 * k + 4 * 4 * k + 4 * 4 * e  # places and weights; probabilities
+        routed = 5 * 8 * k + 4 * 4 * k + 5 * 4 * e  # places and weights; probabilities
         pieces = tile * routed + max(
             grouped_piece_bytes(e, 2 * width, h, dtype_bytes),
             grouped_piece_bytes(e, h, width, dtype_bytes),

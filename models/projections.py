@@ -39,9 +39,10 @@ class Gradients(NamedTuple):
 
     def grouped(self, name: str, d_out: Tensor, inputs: Tensor, ends: Tensor) -> None:
         """Gradients of a matrix per group of rows; see ``grouped.py``."""
-        stacked = self.slots[f"{name}.weight"]
-        out = stacked.view(len(ends), -1, stacked.shape[1])
-        grouped_gradient_(out, d_out, inputs, ends, accumulate=self.accumulate)
+        if f"{name}.weight" in self.slots:
+            stacked = self.slots[f"{name}.weight"]
+            out = stacked.view(len(ends), -1, stacked.shape[1])
+            grouped_gradient_(out, d_out, inputs, ends, accumulate=self.accumulate)
 
     def vector(self, name: str, value: Tensor) -> None:
         """A gradient already reduced over tokens, FP32."""

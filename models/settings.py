@@ -97,4 +97,6 @@ def _experts(
         raise unsupported(
             config, "num_experts_per_tok", chosen, f"1 to the number of experts, {count}"
         )
-    return Experts(count, chosen, width, normalise, *names)
+    # As in transformers, where training has this loss if router logits are put out.
+    balance = config.router_aux_loss_coef if config.output_router_logits else None
+    return Experts(count, chosen, width, normalise, *names, balance)

@@ -62,9 +62,15 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
         tied=bool(config.tie_word_embeddings),
         units=tuple(units),
         windows=tuple(sorted({window for window in decoder.windows if window is not None})),
+        balanced=_balanced(decoder),
         softcapped=decoder.softcap is not None,
         ropes=len(decoder.rope_kinds),
     )
+
+
+def _balanced(decoder: DecoderConfig) -> int:
+    experts = decoder.experts
+    return 0 if experts is None or experts.balance is None else experts.count
 
 
 def _one_operand_unit(name: str, kind: UnitKind, key: str, shape: tuple[int, ...]) -> UnitSpec:

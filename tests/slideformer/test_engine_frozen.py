@@ -99,6 +99,12 @@ def test_with_the_matrices_tied_and_swept_in_chunks(name: str, tmp_path: Path) -
     check(folder, CASES[name], vocab_chunks=3, chunk_numel=3000, offloaded=2)
 
 
+@pytest.mark.parametrize("pattern", ["*.experts.*", "*.w2.weight", "*_moe.gate.weight"])
+def test_experts_and_routers(pattern: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "mixtral")
+    check(folder, [{"pattern": pattern, "frozen": True}])
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_clipping_counts_what_is_trained_alone(tied: bool, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "llama-biases", tied=tied)

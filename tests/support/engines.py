@@ -187,7 +187,8 @@ def train_reference(
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name not in frozen)
+        stored = by_stored_name(model.config, {name: parameter.detach()})
+        parameter.requires_grad_(not stored.keys() <= set(frozen))
     optimizer = torch.optim.AdamW(
         [
             {
