@@ -7,11 +7,16 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from slideformer.config import Config
+from pydantic import TypeAdapter
+
+from slideformer.config import Config, config_text
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+
+if TYPE_CHECKING:
+    from slideformer.engine import Engine
 
 CONFIG_FILE = "slideformer.yaml"
 """The merged config, within the output folder and in checkpoints."""
@@ -21,6 +26,9 @@ METRICS_FILE = "metrics.jsonl"
 
 NUMERICS_FILE = "numerics.json"
 """`Engine.numerics`, within the output folder."""
+
+PLAN_FILE = "plan.json"
+"""The model's size and the fields of its `MemoryPlan`, within the output folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +88,26 @@ class Progress(Protocol):
 
     def finish(self) -> None:
         """The last step is done, or the run has failed."""
+
+
+def output_records(
+    config: Config, metrics: Iterable[StepMetrics], engine: Engine
+) -> dict[str, str]:
+    """The files that lie beside the weights in the end, by name."""
+    return {
+        CONFIG_FILE: config_text(config),
+        METRICS_FILE: metrics_lines(metrics),
+        NUMERICS_FILE: json.dumps(engine.numerics, indent=2) + "\n",
+        PLAN_FILE: plan_text(engine.spec, engine.plan),
+    }
+
+
+def plan_text(spec: ModelSpec, plan: MemoryPlan) -> str:
+    """A plan as JSON for people to read; which gradient waits in which slot is left out."""
+    fields = TypeAdapter(MemoryPlan).dump_python(plan, mode="json", exclude={"gradient_slot"})
+    fields["resident"].sort()
+    size = {"family": spec.family, "parameters": spec.param_count, "layers": len(spec.layers)}
+    return json.dumps({"version": 1, **size, **fields}, indent=2) + "\n"
 
 
 def metrics_lines(metrics: Iterable[StepMetrics]) -> str:

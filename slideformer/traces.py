@@ -22,6 +22,12 @@ from slideformer.graph.serialise import to_json
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.trace import Span, Timeline
 
+GRAPH_FILE = "step.json"
+"""The graph of a step, in a trace folder."""
+
+TRACE_FILE = "trace.json"
+"""When the tasks of the last steps ran, in a trace folder."""
+
 
 class _Event(BaseModel):
     """A complete event; whatever else other programs add to it is not looked at."""
@@ -84,7 +90,7 @@ def write_trace(folder: Path | str, graph: TaskGraph, timeline: Timeline) -> Non
     Both are replaced if they exist. Raises `ConfigError` if they cannot be written.
     """
     folder = make_folder(folder)
-    files = {"step.json": to_json(graph), "trace.json": to_chrome(timeline)}
+    files = {GRAPH_FILE: to_json(graph), TRACE_FILE: to_chrome(timeline)}
     try:
         for name, text in files.items():
             aside = folder / f".{name}.part"

@@ -10,7 +10,6 @@ the caller's matter.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Generator, Mapping
@@ -46,12 +45,12 @@ from slideformer.run_checkpoints import RunCheckpoints, find_checkpoint
 from slideformer.run_reports import (
     CONFIG_FILE,
     METRICS_FILE,
-    NUMERICS_FILE,
     Progress,
     RunStart,
     StepMetrics,
     TrainingResult,
     metrics_lines,
+    output_records,
     read_metrics,
 )
 from slideformer.schedule import Schedule, learning_rates
@@ -137,7 +136,8 @@ class Trainer:
             with Interrupt(f"a checkpoint, and the model to {config.output}") as interrupt:
                 try:
                     run.train(engine, interrupt, checkpoints)
-                    engine.save(config.output, run.records(engine), replace=checkpoint is not None)
+                    records = output_records(config, run.metrics, engine)
+                    saved = engine.save(config.output, records, replace=checkpoint is not None)
                 except SlideFormerError:
                     checkpoints.name_last()
                     raise
@@ -150,8 +150,9 @@ class Trainer:
         finally:
             if progress is not None:
                 progress.finish()
-        if config.trace is not None:
-            write_trace(config.trace, engine.graph, engine.timeline())
+        for folder in (saved, config.trace):
+            if folder is not None:
+                write_trace(folder, engine.graph, engine.timeline())
         return run.result(checkpoints.last)
 
 
@@ -283,14 +284,6 @@ class _Run:
         return {
             CONFIG_FILE: config_text(self._config.model_copy(update=settings)),
             METRICS_FILE: metrics_lines(self.metrics),
-        }
-
-    def records(self, engine: Engine) -> dict[str, str]:
-        """The files that lie beside the weights in the end."""
-        return {
-            CONFIG_FILE: config_text(self._config),
-            METRICS_FILE: metrics_lines(self.metrics),
-            NUMERICS_FILE: json.dumps(engine.numerics, indent=2) + "\n",
         }
 
     def result(self, checkpoint: Path | None) -> TrainingResult:

@@ -27,6 +27,7 @@ from slideformer.tools.console import (
 from slideformer.tools.data_cli import data_app
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.profile_cli import profile
+from slideformer.tools.report_cli import report
 from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
 
@@ -144,6 +145,7 @@ def plan(**settings: Any) -> None:
 
 
 app.command()(profile)
+app.command()(report)
 app.command()(simulate)
 app.command()(bench)
 app.add_typer(data_app, name="data")

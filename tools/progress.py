@@ -7,7 +7,6 @@ the process uses now: on the GPU allocated and reserved, on the host PSS.
 from __future__ import annotations
 
 import logging
-import math
 import os
 import time
 from collections import deque
@@ -29,10 +28,10 @@ from slideformer.config import format_size
 from slideformer.run_reports import RunStart, StepMetrics
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
+from slideformer.tools.smoothing import Smoothed
 
 logger = logging.getLogger(__name__)
 
-_SMOOTHING = 0.95
 _SPEED_STEPS = 20
 """Steps over which the speed shown is averaged."""
 
@@ -51,7 +50,7 @@ class ConsoleProgress:
         self._every = 1
         self._steps = 0
         self._skipped = 0
-        self._loss = _Smoothed()
+        self._loss = Smoothed()
         self._recent: deque[StepMetrics] = deque(maxlen=_SPEED_STEPS)
         self._memory = _Memory()
 
@@ -113,21 +112,6 @@ class ConsoleProgress:
         pace = sum(m.seconds for m in self._recent) / len(self._recent)
         minutes, seconds = divmod(round(pace * (self._steps - step)), 60)
         return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
-
-
-class _Smoothed:
-    """An exponential average that is not drawn towards its start."""
-
-    def __init__(self) -> None:
-        self._sum = 0.0
-        self._weight = 0.0
-
-    def add(self, value: float) -> float:
-        """The average with one more value, left out if it is not finite."""
-        if math.isfinite(value):
-            self._sum = _SMOOTHING * self._sum + (1 - _SMOOTHING) * value
-            self._weight = _SMOOTHING * self._weight + (1 - _SMOOTHING)
-        return self._sum / self._weight if self._weight else value
 
 
 class _Memory:

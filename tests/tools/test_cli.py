@@ -116,6 +116,17 @@ def test_a_run_leaves_a_trace_that_stands_beside_the_prediction(run: Run) -> Non
     assert '"name": "measured"' in page.read_text()
 
 
+def test_a_run_is_reported(run: Run) -> None:
+    code, _, err = call(*run.arguments())
+    assert code == 0, err
+    page = run.folder / "report.html"
+    code, out, err = call("report", str(run.folder / "out"), "-o", str(page))
+    assert (code, out) == (0, f"wrote {page}\n"), err
+    text = page.read_text()
+    assert '"name": "measured"' in text, "a step is shown without having been asked for"
+    assert '["family", "llama"]' in text
+
+
 def test_a_trace_that_cannot_be_written_is_refused_before_training(run: Run) -> None:
     (run.folder / "file").touch()
     message = run.refused(trace=str(run.folder / "file" / "trace"))

@@ -36,20 +36,30 @@ def page(
 
     Raises `ConfigError` if Plotly is not installed.
     """
+    folder = resources.files("slideformer.tools.view")
+    return Template((folder / "page.html").read_text("utf-8")).substitute(
+        title=html.escape(title),
+        plotly=plotly_source(),
+        data=embedded(page_data(predicted, measured, budgets or {})),
+        script=(folder / "page.js").read_text("utf-8"),
+    )
+
+
+def plotly_source() -> str:
+    """Plotly's JavaScript; raises `ConfigError` if it is not installed."""
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise ConfigError(
             "drawing a page needs Plotly; install it with: pip install 'slideformer[view]'"
         ) from None
-    folder = resources.files("slideformer.tools.view")
-    data = json.dumps(page_data(predicted, measured, budgets or {}), allow_nan=False)
-    return Template((folder / "page.html").read_text("utf-8")).substitute(
-        title=html.escape(title),
-        plotly=get_plotlyjs(),
-        data=data.replace("<", "\\u003c"),  # nothing in it ends the element
-        script=(folder / "page.js").read_text("utf-8"),
-    )
+    source: str = get_plotlyjs()
+    return source
+
+
+def embedded(data: Any) -> str:
+    """JSON that may stand within a page's element: nothing in it ends that."""
+    return json.dumps(data, allow_nan=False).replace("<", "\\u003c")
 
 
 def page_data(
