@@ -40,12 +40,14 @@ class TrainingRule:
 def apply_rules(spec: ModelSpec, rules: Sequence[TrainingRule]) -> ModelSpec:
     """``spec`` with each parameter under the first rule that matches it, if any does.
 
+    What is frozen already, as a model under its adapters, is out of their reach.
+
     Raises `ConfigError` for a rule that decides no parameter, or if all parameters are frozen.
     """
     used: set[int] = set()
 
     def under_rules(param: ParamSpec) -> ParamSpec:
-        for number, rule in enumerate(rules):
+        for number, rule in enumerate(rules if not param.frozen else ()):
             if fnmatchcase(param.key, rule.pattern):
                 used.add(number)
                 return rule.applied(param)
@@ -68,7 +70,7 @@ def apply_rules(spec: ModelSpec, rules: Sequence[TrainingRule]) -> ModelSpec:
 
 def _unused(number: int, rule: TrainingRule, spec: ModelSpec) -> str:
     where = f"parameter_groups: group {number}: pattern {rule.pattern!r}"
-    keys = [param.key for unit in spec.units for param in unit.params]
+    keys = [param.key for unit in spec.units for param in unit.params if not param.frozen]
     if any(fnmatchcase(key, rule.pattern) for key in keys):
         return f"{where} matches only what groups before it match; put it before them"
     # Of a pattern's stars nothing is known, so they count for nothing.

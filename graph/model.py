@@ -24,6 +24,7 @@ class UnitKind(StrEnum):
 
     EMBED = "embed"
     LAYER = "layer"
+    ADAPTER = "adapter"
     NORM = "norm"
     HEAD = "head"
 
@@ -101,6 +102,20 @@ class UnitSpec:
         return sum(int(o.share * o.numel) for o in self.operands if len(o.shape) == 2)
 
 
+@dataclass(frozen=True, slots=True)
+class Lora:
+    """Low-rank adapters of that rank on the projections named ``modules`` (none: on all)."""
+
+    rank: int
+    alpha: float
+    modules: tuple[str, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """What the product of both matrices is multiplied by."""
+        return self.alpha / self.rank
+
+
 @dataclass(frozen=True)
 class ModelSpec:
     """A decoder-only language model as a list of units in forward order."""
@@ -124,6 +139,8 @@ class ModelSpec:
     """Whether the scores of its attention are capped, which flash attention cannot do."""
     ropes: int = 1
     """Rotary embeddings: tables of cosines and sines that all steps share."""
+    lora: Lora | None = None
+    """The adapters of its layers, where those are trained and the model is not."""
 
     @cached_property
     def layers(self) -> tuple[UnitSpec, ...]:
@@ -163,8 +180,28 @@ class ModelSpec:
         """
         if not self.embed.frozen:
             return 0
-        trained = (i for i, unit in enumerate(self.layers) if not unit.frozen)
+        trained = (
+            i for i, unit in enumerate(self.layers) if not unit.frozen or unit.name in self.adapters
+        )
         return next(trained, len(self.layers))
+
+    @cached_property
+    def adapters(self) -> dict[str, UnitSpec]:
+        """Layer → the unit with its adapters."""
+        return {f"L{u.name[1:]}": u for u in self.units if u.kind is UnitKind.ADAPTER}
+
+    @cached_property
+    def own_units(self) -> tuple[UnitSpec, ...]:
+        """The units that a checkpoint of the model has: all but adapters."""
+        return tuple(u for u in self.units if u.kind is not UnitKind.ADAPTER)
+
+    @cached_property
+    def saved_units(self) -> tuple[UnitSpec, ...]:
+        """The units that training changes in such a way that all of them are saved.
+
+        Those are the adapters, where there are any: the rest stays what the model folder has.
+        """
+        return tuple(self.adapters.values()) or self.units
 
     def unit(self, name: str) -> UnitSpec:
         """The unit of that name."""

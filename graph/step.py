@@ -101,7 +101,7 @@ class _LayerWriter:
         """Look the embedding's rows up and run every layer; leaves the norm's input on the GPU."""
         self._stage_batch()
         for position, unit in enumerate(self.spec.layers):
-            weights = self._weights(unit, "fwd")
+            weights = [*self._weights(unit, "fwd"), *self._adapters(position, "fwd")]
             for m in self._micro:
                 if position == 0:
                     self._look_up(unit.name, m)
@@ -133,6 +133,15 @@ class _LayerWriter:
 
     def _weights(self, unit: UnitSpec, purpose: str) -> list[str]:
         return self.memory.weights(unit.name, self.memory.chunks[unit.name], purpose)
+
+    def _adapters(self, position: int, purpose: str) -> list[str]:
+        """Buffers of a layer's adapters; those that are not resident take turns in two slots."""
+        adapter = self.spec.adapters.get(self.spec.layers[position].name)
+        if adapter is None:
+            return []
+        chunks = self.memory.chunks[adapter.name]
+        slot = f"w.adapter.{position % 2}"
+        return self.memory.weights(adapter.name, chunks, purpose, slot=slot)
 
     def _products(self, unit: UnitSpec) -> tuple[Product, ...]:
         return forward_products(self.spec, unit, self.plan.micro_rows, self.plan.seq_len)
@@ -188,8 +197,9 @@ class _LayerWriter:
         updates.early_rows()
         for position in reversed(self._backward):
             unit = self.spec.layers[position]
-            weights = self._weights(unit, "bwd")
-            accumulators = memory.gradients.accumulate(unit, "acc.0")
+            weights = [*self._weights(unit, "bwd"), *self._adapters(position, "bwd")]
+            trained = self.spec.adapters.get(unit.name, unit)
+            accumulators = memory.gradients.accumulate(trained, "acc.0")
             for m in self._micro:
                 if position < self._offloaded:
                     memory.activations.reload_boundary(unit.name, m)
@@ -216,6 +226,6 @@ class _LayerWriter:
                     memory.activations.release(buffer)
             if position == 0:
                 updates.late_rows(unit.name)
-            updates.finish_unit(unit, accumulators)
+            updates.finish_unit(trained, accumulators)
         for m in self._micro:
             memory.activations.release(memory.activations.boundaries["dx", m])

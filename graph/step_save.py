@@ -34,7 +34,7 @@ _TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)))
 def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     """Units on the GPU come down one after another to one place in pinned memory."""
     memory = StepMemory(spec, plan, "save")
-    for unit in spec.units:
+    for unit in spec.saved_units:
         chunks = memory.chunks[unit.name]
         weights = [name for c in chunks for name in memory.owned(c)]
         weights += memory.stored.read_master(unit)
@@ -54,7 +54,7 @@ def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
 def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
     """Streamed units go chunk by chunk, resident ones as a whole in three trips."""
     memory = StepMemory(spec, plan, "checkpoint")
-    for unit in reversed(spec.units):
+    for unit in reversed(spec.saved_units):
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue

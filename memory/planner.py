@@ -81,7 +81,8 @@ def _ranked(request: PlanRequest) -> Iterator[tuple[float, MemoryPlan]]:
     """Every base with the bound it would have if all units were resident and nothing recomputed."""
     units = frozenset(["embed", *(unit.name for unit in request.spec.layers)])
     for base in _bases(request):
-        ideal = replace(base, resident=units, kept=len(request.spec.layers), offloaded=0)
+        resident = units | base.resident
+        ideal = replace(base, resident=resident, kept=len(request.spec.layers), offloaded=0)
         yield step_bound(request.spec, ideal, request.profile), base
 
 
@@ -92,8 +93,12 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
 
 
 def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
-    """Micro-batch, vocabulary chunks and window; all boundaries offloaded, nothing resident."""
+    """Micro-batch, vocabulary chunks and window; all boundaries offloaded.
+
+    Nothing is resident but adapters, which are small; in FP32 compute, not even they.
+    """
     spec, rows = request.spec, request.rows
+    adapters = frozenset(unit.name for unit in spec.adapters.values())
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
     largest_layer = max(unit.numel for unit in spec.layers)
     chunk = max(CHUNK_NUMEL, -(-largest_layer // MAX_LAYER_CHUNKS))
@@ -118,6 +123,7 @@ def _bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk)),
                     packed=request.packed,
                     deferred=request.deferred,
+                    resident=adapters if request.compute is Compute.BF16 else frozenset(),
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )
 
@@ -138,7 +144,7 @@ def _spend(request: PlanRequest, base: MemoryPlan) -> Iterator[tuple[float, int,
     for resident, nbytes in _residents(request, base, sizes):
         if nbytes > gpu:
             break
-        spared = sum(_at_rest(base, spec.unit(name)) for name in resident)
+        spared = sum(_at_rest(base, spec.unit(name)) for name in resident - base.resident)
         relieved = relieve(spec, replace(base, resident=resident), -host - spared)
         if relieved is None or nvme_nbytes(spec, relieved) > nvme_room(budgets):
             continue
@@ -184,16 +190,16 @@ def _residents(
 
     The embedding is due first in a step and ready last, so it comes first, then layer after layer.
     """
-    yield frozenset(), 0
+    yield base.resident, 0
     if base.compute is not Compute.BF16:  # FP32 weights would have to be joined anew all the time
         return
-    names = ["embed"]
-    nbytes = measure(request, replace(base, resident=frozenset(names))).gpu - sizes.gpu
-    yield frozenset(names), nbytes
+    resident = base.resident | {"embed"}
+    nbytes = measure(request, replace(base, resident=resident)).gpu - sizes.gpu
+    yield resident, nbytes
     for unit in request.spec.layers:
-        names.append(unit.name)
+        resident |= {unit.name}
         nbytes += _at_rest(base, unit)
-        yield frozenset(names), nbytes
+        yield resident, nbytes
 
 
 def _at_rest(plan: MemoryPlan, unit: UnitSpec) -> int:
@@ -213,8 +219,8 @@ def _finish(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
             plan = replace(plan, spilled=plan.spilled - 1)
         elif plan.kept:
             plan = replace(plan, kept=plan.kept - 1)
-        elif plan.resident:
-            plan = replace(plan, resident=frozenset(order[: len(plan.resident) - 1]))
+        elif movable := [name for name in order if name in plan.resident]:
+            plan = replace(plan, resident=plan.resident - {movable[-1]})
         else:
             raise _refusal(request)  # the estimate was out by what fills pages on NVMe
         sizes = measure(request, plan)

@@ -28,6 +28,7 @@ from slideformer.models.context import StepContext
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.layouts import Layout, layer_layout, step_documents
+from slideformer.models.low_rank import AdaptedOperands
 from slideformer.models.operands import (
     never_written,
     operands,
@@ -264,13 +265,14 @@ class StreamOps:
         gradients: dict[str, Tensor] = {}
         gaps: list[Tensor] = []
         unwanted: list[Tensor] = []
-        if not unit.frozen:
+        trained = memory.spec.adapters.get(unit.name, unit)
+        if not trained.frozen:
             size = memory.plan.layer_accumulator
-            flat = memory.accumulators(views, task.writes, unit.name, size)
-            gradients, unwanted = trained_operands(flat, unit), written_in_vain(flat, unit)
+            flat = memory.accumulators(views, task.writes, trained.name, size)
+            gradients, unwanted = trained_operands(flat, trained), written_in_vain(flat, trained)
             # Whatever used the slot before may have left something where nothing is written; it
             # would get into the norm and, by the update, into the padding of the master.
-            gaps = [] if accumulate else never_written(flat, unit)
+            gaps = [] if accumulate else never_written(flat, trained)
         first = unit is memory.spec.layers[0]
         balance = balance_of(memory, views, int(task.args["micro"]))
 
@@ -313,6 +315,10 @@ class StreamOps:
         memory = self._memory
         unit = memory.spec.unit(str(task.args["unit"]))
         weights = operands(memory.weights(views, task.reads, unit.name), unit)
+        adapter, lora = memory.spec.adapters.get(unit.name), memory.spec.lora
+        if adapter is not None and lora is not None:
+            low_rank = operands(memory.weights(views, task.reads, adapter.name), adapter)
+            weights = AdaptedOperands(weights, low_rank, unit, lora)
         return unit, weights, layer_layout(memory, task, views, unit)
 
     def unstage(self, task: Task, views: Views) -> Operation:

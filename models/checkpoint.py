@@ -161,7 +161,7 @@ def _locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], Sto
 def _stored_dtypes(sources: dict[str, StoredTensor], spec: ModelSpec) -> list[torch.dtype]:
     """The dtypes the parameters are stored in, that with most elements first."""
     sizes: Counter[torch.dtype] = Counter()
-    for unit in spec.units:
+    for unit in spec.own_units:
         for param in unit.params:
             sizes[DTYPES[sources[param.key].dtype]] += param.numel
     return [dtype for dtype, _ in sizes.most_common()]
@@ -240,7 +240,7 @@ def _match(
     folder: Path, spec: ModelSpec, stored: dict[str, StoredTensor]
 ) -> dict[str, StoredTensor]:
     """The stored tensor of every parameter; raises unless names, shapes and dtypes fit."""
-    params = {param.key: param for unit in spec.units for param in unit.params}
+    params = {param.key: param for unit in spec.own_units for param in unit.params}
     missing = [key for key in params if key not in stored]
     unknown = [
         key for key in stored if key not in params and not key.endswith("rotary_emb.inv_freq")
@@ -301,7 +301,7 @@ def _fill_masters(
         initargs=(1,),
     )
     try:
-        for unit in spec.units:
+        for unit in spec.own_units:
             hi, lo = weights[unit.name]
             for future in [pool.submit(work, *piece) for piece in _pieces(unit, hi, lo)]:
                 future.result()

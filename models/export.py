@@ -95,10 +95,11 @@ class HuggingFaceWriter:
         self._spec = spec
         self._weights = weights
         self._dtype = dtype
-        self._bytes = spec.param_count * dtype.itemsize
+        units = spec.saved_units
+        self._bytes = sum(unit.param_count for unit in units) * dtype.itemsize
         self._shards = {
-            unit.name: f"model-{number:05d}-of-{len(spec.units):05d}.safetensors"
-            for number, unit in enumerate(spec.units, start=1)
+            unit.name: f"model-{number:05d}-of-{len(units):05d}.safetensors"
+            for number, unit in enumerate(units, start=1)
         }
         self._unwritten = set(self._shards)
         remove_orphans(self._output)
@@ -130,12 +131,7 @@ class HuggingFaceWriter:
         assert name in self._unwritten, f"{name} is unknown or was written before"
         unit = self._spec.unit(name)
         with self._cleaned_up():
-            write_file(
-                self._aside / self._shards[name],
-                self._dtype,
-                [(param.key, param.shape) for param in unit.params],
-                self._pieces(unit),
-            )
+            self._write_shard(unit)
         self._unwritten.remove(name)
 
     def finish(self, records: Mapping[str, str] = MappingProxyType({})) -> Path:
@@ -171,6 +167,14 @@ class HuggingFaceWriter:
     def abort(self) -> None:
         """Remove what has been written, unless :meth:`finish` completed it."""
         self._folder.abort()
+
+    def _write_shard(self, unit: UnitSpec) -> None:
+        write_file(
+            self._aside / self._shards[unit.name],
+            self._dtype,
+            [(param.key, param.shape) for param in unit.params],
+            self._pieces(unit),
+        )
 
     def _pieces(self, unit: UnitSpec) -> Iterator[Tensor]:
         """All values of a unit in the order of its parameters, padding left out."""

@@ -24,10 +24,12 @@ from slideformer.models.balance import Balance
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.experts import experts_backward_, experts_forward
 from slideformer.models.layer_memory import Kept
+from slideformer.models.low_rank import adapters_of
 from slideformer.models.mlp import mlp_backward_, mlp_forward
 from slideformer.models.projections import (
     Gradients,
     Operands,
+    input_gradient,
     linear,
     norm,
     norm_backward,
@@ -107,11 +109,12 @@ def backward(
     ``x``, ``w``, ``rope`` and ``mask`` are those of :func:`forward`. ``dy`` [B, S, h] is
     overwritten with the gradient of ``x``. ``grads`` has the names and shapes of ``w``, in the
     dtype of ``x`` or in FP32; it is overwritten, or with ``accumulate`` added to (FP32 only). An
-    operand that it lacks is frozen. ``kept``, if forward filled it, is overwritten too. ``tile`` is
-    that of :func:`forward`; if it makes several tiles, ``grads`` are FP32.
+    operand that it lacks is frozen; of `AdaptedOperands` it has the adapters alone. ``kept``, if
+    forward filled it, is overwritten too. ``tile`` is that of :func:`forward`; if it makes several
+    tiles, ``grads`` are FP32.
     """
     tokens, d_stream = x.view(-1, cfg.hidden), dy.view(-1, cfg.hidden)
-    sink = Gradients(grads, accumulate)
+    sink = Gradients(grads, accumulate, adapters_of(w))
 
     normed, rstd = norm(tokens, w, "input_norm", cfg)
     heads = _heads(normed, w, cfg, x, None) if kept is None else kept.heads
@@ -133,7 +136,7 @@ def backward(
         middle = kept.middle
 
     for part in _tiles(len(tokens), tile):
-        partial = Gradients(grads, accumulate or part.start > 0)
+        partial = sink._replace(accumulate=accumulate or part.start > 0)
         gate_up = kept.gate_up[part] if kept is not None else None
         if cfg.experts is None:
             mlp_backward_(middle[part], d_stream[part], w, partial, cfg, gate_up)
@@ -146,7 +149,7 @@ def backward(
     if cfg.output_norms:
         d_out = output_norm_backward(d_stream, attended, w, sink, "o", cfg)
     sink.linear("o", d_out, attended)
-    d_attended = torch.mm(d_out, w["o.weight"]).view(recorded.output.shape)
+    d_attended = input_gradient(d_out, w, "o").view(recorded.output.shape)
     del d_out
     dq, dk, dv = recorded.backward(d_attended)
     del recorded, attended, d_attended
@@ -154,7 +157,7 @@ def backward(
     del dq, dk, dv
     d_heads = heads.view(len(tokens), -1)
     sink.linear("qkv", d_heads, normed)
-    d_normed = torch.mm(d_heads, w["qkv.weight"], out=normed)
+    d_normed = input_gradient(d_heads, w, "qkv", out=normed)
     norm_backward(
         d_normed, tokens, w, sink, "input_norm", cfg, rstd, residual_grad=d_stream, out=d_stream
     )

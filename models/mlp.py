@@ -8,7 +8,6 @@ Operands are ``post_norm``, ``gate_up``, ``down`` and ``down_norm`` as
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
@@ -16,6 +15,7 @@ from slideformer.models.decoder import DecoderConfig
 from slideformer.models.projections import (
     Gradients,
     Operands,
+    input_gradient,
     linear,
     norm,
     norm_backward,
@@ -61,14 +61,14 @@ def mlp_backward_(
         activated = swiglu(gate_up, cfg.activation)
         d_out = output_norm_backward(d_stream, activated, w, sink, "down", cfg)
         del activated
-    d_activated = torch.mm(d_out, w["down.weight"])
+    d_activated = input_gradient(d_out, w, "down")
     # Both are overwritten: the activation's gradient by the activation, gate and up by their own.
     activated = swiglu_backward(d_activated, gate_up, cfg.activation, out=d_activated)
     d_gate_up = gate_up
     sink.linear("down", d_out, activated)
     del d_activated, activated, d_out
     sink.linear("gate_up", d_gate_up, normed)
-    d_normed = torch.mm(d_gate_up, w["gate_up.weight"], out=normed)
+    d_normed = input_gradient(d_gate_up, w, "gate_up", out=normed)
     del gate_up, d_gate_up
     norm_backward(
         d_normed, x, w, sink, "post_norm", cfg, rstd, residual_grad=d_stream, out=d_stream

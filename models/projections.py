@@ -7,6 +7,7 @@ Nothing here knows what the maps are for.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,7 @@ from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.gradients import product_, store_
 from slideformer.models.grouped import grouped_gradient_
+from slideformer.models.low_rank import LowRank, adapters_of
 
 Operands = Mapping[str, Tensor]
 """Operand name → tensor, a view of a slot."""
@@ -29,9 +31,13 @@ class Gradients(NamedTuple):
 
     slots: Operands
     accumulate: bool
+    adapters: Mapping[str, LowRank] = MappingProxyType({})
 
     def linear(self, name: str, d_out: Tensor, inputs: Tensor) -> None:
-        """Gradients of a projection's matrix and bias; ``d_out`` [T, n], ``inputs`` [T, m]."""
+        """Gradients of a projection's operands; ``d_out`` [T, n], ``inputs`` [T, m]."""
+        if name in self.adapters:
+            a, b = self.slots[f"{name}.lora_A"], self.slots[f"{name}.lora_B"]
+            self.adapters[name].gradients(a, b, d_out, inputs, accumulate=self.accumulate)
         if f"{name}.weight" in self.slots:
             product_(self.slots[f"{name}.weight"], d_out.T, inputs, accumulate=self.accumulate)
         if f"{name}.bias" in self.slots:
@@ -54,8 +60,27 @@ def linear(inputs: Tensor, w: Operands, name: str, out: Tensor | None = None) ->
     """inputs Wᵀ + bias, in ``out`` if given; the bias rides in the product's epilogue."""
     bias = w.get(f"{name}.bias")
     if bias is None:
-        return torch.mm(inputs, w[f"{name}.weight"].T, out=out)
-    return torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
+        out = torch.mm(inputs, w[f"{name}.weight"].T, out=out)
+    else:
+        out = torch.addmm(bias, inputs, w[f"{name}.weight"].T, out=out)
+    _adapt_(out, inputs, w, name)
+    return out
+
+
+def input_gradient(d_out: Tensor, w: Operands, name: str, out: Tensor | None = None) -> Tensor:
+    """Back through :func:`linear`: gradient of the inputs [T, m], in ``out`` if given."""
+    out = torch.mm(d_out, w[f"{name}.weight"], out=out)
+    adapter = adapters_of(w).get(name)
+    if adapter is not None:
+        adapter.add_input_gradient_(out, d_out)
+    return out
+
+
+def _adapt_(out: Tensor, inputs: Tensor, w: Operands, name: str) -> None:
+    """Add what a projection's adapters make of its inputs, if it has any."""
+    adapter = adapters_of(w).get(name)
+    if adapter is not None:
+        adapter.add_(out, inputs)
 
 
 def norm(
@@ -102,6 +127,7 @@ def residual_linear(
     bias = w.get(f"{name}.bias")
     if bias is not None:
         out.add_(bias)
+    _adapt_(out, inputs, w, name)
 
 
 def output_norm_backward(

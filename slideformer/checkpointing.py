@@ -24,13 +24,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
+from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import CheckpointError, SlideFormerError
-from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.model import Lora, ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_save import STATE_PARTS, state_parts
+from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
-from slideformer.models.export import HuggingFaceWriter, companions
+from slideformer.models.export import companions
 from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
@@ -48,7 +50,8 @@ class CheckpointInfo(BaseModel):
     ``skipped`` of the steps changed nothing, as their gradients were not finite. ``stored`` is the
     dtype of the model folder that training began from, ``plan`` the digest of the memory plan,
     ``model`` what must be the same of a model to go on with, ``frozen`` the units that have weights
-    alone.
+    alone. Of a run that trains adapters it holds them alone; ``lora`` describes them and ``base``
+    is the model folder that they belong to.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,6 +63,8 @@ class CheckpointInfo(BaseModel):
     plan: str
     model: dict[str, str | int]
     frozen: tuple[str, ...] = ()
+    lora: dict[str, Any] | None = None
+    base: str = ""
     training: dict[str, Any] = {}
 
     @classmethod
@@ -79,6 +84,7 @@ class CheckpointInfo(BaseModel):
             plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
             model=model_identity(spec),
             frozen=_frozen(spec),
+            lora=None if spec.lora is None else asdict(spec.lora),
         )
 
 
@@ -98,7 +104,7 @@ class PendingCheckpoint:
         skipped: Callable[[], int],
     ) -> None:
         self.output = output.absolute()
-        self._info = info
+        self._info = info.model_copy(update={"base": str(model.absolute())})
         self._skipped = skipped
         sizes = file_sizes(spec, Compute(str(info.numerics["compute"])))
         self._nbytes = sum(sizes.values())
@@ -246,16 +252,20 @@ class Checkpoint:
     def export(self, output: Path | str) -> Path:
         """Write its weights as a Hugging Face folder, a unit at a time; returns where it lies.
 
+        Adapters become a folder for PEFT.
         Of a unit that was frozen in BF16 compute it has the BF16 weights, and so has the folder.
         Raises `CheckpointError`, or `UnsupportedModelError` if it is of a newer release.
         """
         source = self.folder / MODEL_FOLDER
         spec = model_spec(read_model_config(source))
+        if self.info.lora is not None:
+            spec = with_adapters(spec, Lora(**self.info.lora))
         self._check_identity(spec)
-        with HuggingFaceWriter(
-            source, Path(output), spec, _Masters(self, spec), self.stored
+        masters = _Masters(self, spec)
+        with weights_writer(
+            source, Path(output), spec, masters, self.stored, base=Path(self.info.base)
         ) as writer:
-            for unit in spec.units:
+            for unit in spec.saved_units:
                 writer.write_unit(unit.name)
             return writer.finish()
 
@@ -285,7 +295,7 @@ def file_sizes(spec: ModelSpec, compute: Compute) -> dict[str, int]:
     """Bytes of the file of each unit in a checkpoint, by name."""
     return {
         _file(unit): sum(STATE_PARTS[part] for part in state_parts(unit, compute)) * unit.numel
-        for unit in spec.units
+        for unit in spec.saved_units
     }
 
 
@@ -296,10 +306,12 @@ def _frozen(spec: ModelSpec) -> tuple[str, ...]:
 def model_identity(spec: ModelSpec) -> dict[str, str | int]:
     """What must be the same of two models for the state of one to be that of the other."""
     names = ("family", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
+    lora = spec.lora
     layout = [[u.name, u.numel, [[p.key, p.shape, p.offset] for p in u.params]] for u in spec.units]
     return {
         **{name: getattr(spec, name) for name in names},
         "layers": len(spec.layers),
+        "adapters": "none" if lora is None else f"rank {lora.rank}, alpha {lora.alpha:g}",
         "layout": digest(layout),
     }
 

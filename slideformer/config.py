@@ -30,6 +30,7 @@ from slideformer.config_values import (
     Groups,
     Location,
     Locations,
+    LoraBlock,
     Number,
     Sources,
 )
@@ -82,6 +83,8 @@ class EngineConfig(BaseModel):
     """Term added to AdamW's denominator."""
     weight_decay: Number = Field(default=0.0, ge=0)
     """AdamW's decoupled weight decay, on matrices; norms and biases have none."""
+    lora: LoraBlock = None
+    """Adapters to train instead of the model's parameters: in the YAML file only."""
     parameter_groups: Groups = ()
     """Learning rates and weight decays of parameters by name: in the YAML file only."""
     max_grad_norm: Number | None = Field(default=None, gt=0)

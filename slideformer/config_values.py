@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, Field
 
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.sources import Source, parse_sources
-from slideformer.sections import ParameterGroup, read_groups
+from slideformer.sections import LoraSettings, ParameterGroup, read_groups, read_lora
 
 _UNITS = {
     "": 1,
@@ -92,5 +92,6 @@ Count = Annotated[int, Field(strict=True, ge=1)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(_several)]
+LoraBlock = Annotated[LoraSettings | None, BeforeValidator(read_lora)]
 Groups = Annotated[tuple[ParameterGroup, ...], BeforeValidator(read_groups)]
 Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources)]

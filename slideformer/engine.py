@@ -36,13 +36,13 @@ from slideformer.graph.plan import MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
+from slideformer.models.adapter_files import weights_writer
 from slideformer.models.bindings import ModelMemory
 from slideformer.models.checkpoint import check_weights
 from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
-from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.rotary import rope_tables
@@ -92,7 +92,7 @@ class Engine:
         self.spec = spec_for(self._hf_config, config)
         if checkpoint is not None:
             checkpoint.check_model(self.spec)
-        elif initial is None:
+        if initial is None and (checkpoint is None or self.spec.lora is not None):
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
@@ -302,6 +302,7 @@ class Engine:
     ) -> Path:
         """Write a Hugging Face checkpoint with the weights after all submitted steps.
 
+        Where adapters are trained it is a folder of those, for PEFT.
         The folder appears whole or not at all, with ``records`` as further files by name, and with
         ``replace`` in place of a folder that lies there. Returns where it lies: at ``output``, or
         if something came to lie there meanwhile, beside it. Raises `CheckpointError`: if it cannot
@@ -309,7 +310,7 @@ class Engine:
         weights that are part old and part new are not saved.
         """
         masters = self._memory.saved_masters()
-        with HuggingFaceWriter(
+        with weights_writer(
             self.config.model, Path(output), self.spec, masters, self._stored, replace=replace
         ) as writer:
             saving = SaveContext(writer)

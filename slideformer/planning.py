@@ -15,10 +15,11 @@ import torch
 from transformers import PretrainedConfig
 
 from slideformer.config import EngineConfig
+from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
-from slideformer.graph.model import ModelSpec
+from slideformer.graph.model import Lora, ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
 from slideformer.graph.step import compile_step
 from slideformer.memory.gpu_io import direct_storage
@@ -52,7 +53,8 @@ def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
 def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
     """The model's units, and how their parameters are trained by ``config``.
 
-    Raises `ConfigError` for a parameter group that cannot work, or `UnsupportedModelError`.
+    Raises `ConfigError` for adapters or a parameter group that cannot work, or
+    `UnsupportedModelError`.
     """
     rules: list[TrainingRule] = []
     for number, group in enumerate(config.parameter_groups, start=1):
@@ -64,8 +66,17 @@ def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
                     "lr in proportion, but that is 0; set it as well"
                 )
             scale = group.lr / config.lr
+        if group.frozen and config.lora is not None:
+            raise ConfigError(
+                f"parameter_groups: group {number} is frozen, but with lora all but the adapters "
+                "is; choose those by its target_modules"
+            )
         rules.append(TrainingRule(group.pattern, scale, group.weight_decay, group.frozen))
-    return apply_rules(model_spec(hf_config), rules)
+    spec = model_spec(hf_config)
+    if config.lora is not None:
+        asked = config.lora
+        spec = with_adapters(spec, Lora(asked.rank, asked.alpha, asked.target_modules))
+    return apply_rules(spec, rules)
 
 
 def plan_for(
@@ -89,12 +100,14 @@ def plan_for(
         )
     make_policy(config.policy)  # refuses an unknown name
     compute = Compute(config.compute)
+    inner = 0 if spec.lora is None else 2 * 3 * spec.lora.rank
 
     def workspace(rows: int, vocab_rows: int, tile: int) -> int:
         tokens, seq_len, size = rows * config.seq_len, config.seq_len, compute.nbytes
         layers = workspace_bytes(
             decoder, tokens, size, seq_len, packed=config.packing, tile=mlp_tile(rows, seq_len)
         )
+        layers += tokens * size * inner  # a projection's inner products and their gradient
         head = head_workspace_bytes(vocab_rows, tile, tokens, size)
         return max(layers, head + tokens * spec.hidden * size)
 

@@ -47,6 +47,22 @@ class ParameterGroup(Section):
         return self
 
 
+class LoraSettings(Section):
+    """Low-rank adapters to be trained while the model stays as it is."""
+
+    rank: int = Field(strict=True, ge=1)
+    """Rank of the adapters, ``r`` in PEFT."""
+    alpha: float = Field(gt=0, allow_inf_nan=False)
+    """Their product is multiplied by ``alpha`` / ``rank``; ``lora_alpha`` in PEFT."""
+    target_modules: tuple[str, ...] = ()
+    """Modules that get adapters, as ``q_proj`` and ``down_proj``; without any, all that can."""
+
+
+def read_lora(value: Any) -> Any:
+    """``lora`` as YAML has it; ValueError names the problem."""
+    return None if value is None else _read(LoraSettings, value, "")
+
+
 def read_groups(value: Any) -> Any:
     """``parameter_groups`` as YAML has it, as a tuple; ValueError names group and problem."""
     if not isinstance(value, list | tuple):

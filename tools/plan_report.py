@@ -94,8 +94,11 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
     """Which units are always on the GPU: layers counted, others named."""
     units = [unit for unit in spec.units if unit.name in plan.resident]
     layers = sum(unit.kind is UnitKind.LAYER for unit in units)
-    names = [unit.name for unit in units if unit.kind is not UnitKind.LAYER]
+    adapters = sum(unit.kind is UnitKind.ADAPTER for unit in units)
+    several = (UnitKind.LAYER, UnitKind.ADAPTER)
+    names = [unit.name for unit in units if unit.kind not in several]
     names += [_count(layers, "layer")] if layers else []
+    names += [f"adapters of {_count(adapters, 'layer')}"] if adapters else []
     nbytes = _at_rest(plan, units)
     return f"{', '.join(names)} on the GPU with masters and moments, {format_size(nbytes)}"
 

@@ -17,7 +17,9 @@ from slideformer.config_problems import flag_name
 
 Command = TypeVar("Command", bound=Callable[..., None])
 
-FLAGS = tuple(name for name in Config.model_fields if name not in ("version", "parameter_groups"))
+_FLAGLESS = ("version", "parameter_groups", "lora")
+
+FLAGS = tuple(name for name in Config.model_fields if name not in _FLAGLESS)
 """Settings that have a flag; the others are in the YAML file only."""
 
 PLANNED = (

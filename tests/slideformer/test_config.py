@@ -105,6 +105,7 @@ def test_defaults() -> None:
         "eps": 1e-8,
         "weight_decay": 0.0,
         "parameter_groups": (),
+        "lora": None,
         "max_grad_norm": None,
         "skip_nonfinite": False,
         "seed": 0,

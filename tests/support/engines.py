@@ -127,7 +127,10 @@ def weights_of(engine: Engine) -> Weights:
     """All parameters in FP32 by name, once everything submitted is done."""
     engine.synchronize()
     states = {unit.name: engine._memory.whole(unit.name) for unit in engine.spec.units}
-    masters = {name: (state.hi, state.lo) for name, state in states.items()}
+    masters = {
+        name: (state.hi, state.lo if len(state.lo) else torch.zeros_like(state.hi))
+        for name, state in states.items()
+    }
     return {key: value.clone() for key, value in joined(engine.spec, masters)}
 
 
