@@ -29,6 +29,7 @@ from slideformer.models.data.sources import Source
 from slideformer.run_checkpoints import checkpoints_folder, find_checkpoint
 from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, PLAN_FILE, RunStart, StepMetrics
 from slideformer.runtime import nvme
+from slideformer.traces import GRAPH_FILE, TRACE_FILE
 from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_text
 
