@@ -17,7 +17,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, units_on_nvme
-from slideformer.memory.arena import Arenas, HostArena
+from slideformer.memory.arena import Arenas
 from slideformer.memory.extents import Extent, lay_out_extents
 from slideformer.memory.layout import lay_out, places
 from slideformer.models.state import STATE_DTYPES, UnitState
@@ -112,11 +112,16 @@ class RunMemory:
         return found
 
     def put(self, unit: str, hi: Tensor, lo: Tensor) -> None:
-        """Write a unit's halves, int16 [n], to NVMe as far as they belong there."""
+        """Write a unit's halves, int16 [n], to NVMe as far as they belong there.
+
+        Nothing may be in flight. Raises `StoreError`.
+        """
         for kind, half in ((HI, hi), (LO, lo)):
             if kind in self._kinds.get(unit, ()):
                 for extent, begin, end in self._chunks(kind, unit):
-                    self._write(extent, half[begin:end])
+                    staged = self._staged(extent)
+                    staged[: 2 * (end - begin)].view(torch.int16).copy_(half[begin:end])
+                    self._write(extent, staged)
 
     def load(self, unit: str, source: StateSource) -> None:
         """Fill a unit's state, wherever it lies, from ``source``.
@@ -134,9 +139,8 @@ class RunMemory:
             elif len(target):
                 source(part, 0, target)
         for kind in kinds:
-            assert self.store is not None
             for extent, begin, end in self._chunks(kind, unit):
-                staged = HostArena(extent.nbytes).tensor
+                staged = self._staged(extent)
                 count = end - begin
                 if kind == MOMENTS:
                     for part, values in zip(
@@ -145,7 +149,7 @@ class RunMemory:
                         source(part, begin, values)
                 else:
                     source(kind, begin, staged[: 2 * count].view(torch.int16))
-                self.store.write(extent, staged.numpy().data).result()
+                self._write(extent, staged)
 
     def whole(self, unit: str) -> UnitState:
         """A unit's state, with what is on NVMe read into host memory.
@@ -186,14 +190,16 @@ class RunMemory:
             found.append((extent, chunk.begin, chunk.end))
         return found
 
+    def _staged(self, extent: Extent) -> Tensor:
+        """Host memory for an extent, in a slot of the step's: a load needs none beside the plan."""
+        return self.arenas.place("staged.0")[: extent.nbytes]
+
     def _read(self, extent: Extent) -> Tensor:
         assert self.store is not None
-        memory = HostArena(extent.nbytes).tensor
-        self.store.read(extent, memory.numpy().data).result()
-        return memory
+        staged = self._staged(extent)
+        self.store.read(extent, staged.numpy().data).result()
+        return staged.clone()
 
-    def _write(self, extent: Extent, values: Tensor) -> None:
+    def _write(self, extent: Extent, staged: Tensor) -> None:
         assert self.store is not None
-        memory = HostArena(extent.nbytes).tensor
-        memory[: 2 * len(values)].view(torch.int16).copy_(values)
-        self.store.write(extent, memory.numpy().data).result()
+        self.store.write(extent, staged.numpy().data).result()
