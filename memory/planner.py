@@ -316,7 +316,8 @@ def _refusal(request: PlanRequest) -> BudgetError:
     return BudgetError(
         f"no plan fits {budgets.gpu >> 20} MiB of GPU memory and {budgets.host >> 20} MiB of host "
         f"memory{with_nvme} for {request.rows} rows of {request.seq_len} tokens; the least that "
-        f"works is {' or '.join(ways)}. A smaller --batch-size or --seq-len needs less{limit}"
+        f"works is {' or '.join(ways)}. A smaller --batch-size, --accumulate or --seq-len needs "
+        f"less{limit}"
     )
 
 

@@ -68,7 +68,9 @@ class EngineConfig(BaseModel):
     nvme_checksums: bool = Field(default=True, strict=True)
     """Whether what is read from NVMe is checked against what was written."""
     batch_size: Count = 8
-    """Rows per optimizer step."""
+    """Rows per optimizer step, or of each of those that ``accumulate`` puts together."""
+    accumulate: Count = 1
+    """Batches per optimizer step; the gradient is that of all their tokens."""
     seq_len: int = Field(default=1024, strict=True, ge=2)
     """Tokens per row; longer documents are cut, shorter ones padded."""
     packing: bool = Field(default=False, strict=True)
@@ -105,6 +107,11 @@ class EngineConfig(BaseModel):
     """Threads of the CPU update."""
     deterministic: bool = Field(default=False, strict=True)
     """Whether the GPU uses deterministic kernels only."""
+
+    @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step."""
+        return self.batch_size * self.accumulate
 
     @property
     def deferred(self) -> bool:

@@ -172,7 +172,7 @@ class Engine:
         config = self.config
         if lr is not None and not (math.isfinite(lr) and lr >= 0):
             raise ConfigError(f"lr is {lr} for this step; give a finite number, 0 or more")
-        batch.check((config.batch_size, config.seq_len), self.spec.vocab, packed=self.plan.packed)
+        batch.check((config.step_rows, config.seq_len), self.spec.vocab, packed=self.plan.packed)
         optimizer = AdamW(
             lr=config.lr if lr is None else lr,
             beta1=config.beta1,
@@ -193,7 +193,7 @@ class Engine:
         Raises as `step` does.
         """
         config = self.config
-        batch.check((config.batch_size, config.seq_len), self.spec.vocab, packed=self.plan.packed)
+        batch.check((config.step_rows, config.seq_len), self.spec.vocab, packed=self.plan.packed)
         results = StepResults()
         results.gradient_norm.set_exception(
             SlideFormerError("an evaluation has no gradients and so no norm; read its loss")

@@ -119,7 +119,7 @@ def plan_for(
 
     request = PlanRequest(
         spec=spec,
-        rows=config.batch_size,
+        rows=config.step_rows,
         seq_len=config.seq_len,
         compute=compute,
         budgets=budgets,

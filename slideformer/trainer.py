@@ -192,7 +192,7 @@ class _Run:
                 each.check_vocabulary(self._spec.vocab)
         epochs = None if config.steps else config.epochs or 1
         self._stream = BatchStream(
-            dataset, config.batch_size, config.seed, epochs, packing=config.packing
+            dataset, config.step_rows, config.seed, epochs, packing=config.packing
         )
         padding = self._stream.padding_share
         logger.info(

@@ -122,7 +122,7 @@ class Comparison:
             "prepare",
             recipe=row.baseline,
             shape=row.shape,
-            batch_size=row.batch_size,
+            batch_size=row.step_rows,
             seq_len=row.seq_len,
             micro_rows=self.result["engine"]["plan"]["micro_rows"],
         )
@@ -160,7 +160,7 @@ class Comparison:
                 self._baseline.ask("release")
 
     def _note(self, pair: int, side: str, turn: Mapping[str, Any]) -> None:
-        rate = self.row.batch_size * self.row.seq_len / turn["step_seconds"]
+        rate = self.row.step_rows * self.row.seq_len / turn["step_seconds"]
         logger.info("%s, pair %d: %s %.0f tokens/s", self.row.label, pair + 1, side, rate)
 
 
@@ -180,7 +180,7 @@ def measure_floors(result: Mapping[str, Any]) -> dict[str, Any]:
             device=result["device"],
             shape=row.shape,
             sizes={
-                "rows": row.batch_size,
+                "rows": row.step_rows,
                 "seq_len": row.seq_len,
                 **{name: plan[name] for name in ("micro_rows", "head_tile", "compute", "kept")},
             },

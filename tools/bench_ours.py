@@ -61,7 +61,7 @@ class Ours:
         self._engine = engine = Engine(config, initial=initial, phantom=phantom)
         spec = engine.spec
         layers = stand_ins(spec, engine.plan) if phantom else {}
-        self._batches = random_batches(spec.vocab, config.batch_size, config.seq_len, 4)
+        self._batches = random_batches(spec.vocab, config.step_rows, config.seq_len, 4)
         return {
             "build_seconds": time.perf_counter() - started,
             "parameters": spec.param_count,

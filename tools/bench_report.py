@@ -25,7 +25,7 @@ _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "deepspeed", "nu
 def summary(result: Mapping[str, Any]) -> dict[str, Any]:
     """What a table shows of a row; figures that were not measured are missing."""
     row = Row.model_validate(result["row"])
-    tokens = row.batch_size * row.seq_len
+    tokens = row.step_rows * row.seq_len
     found: dict[str, Any] = {"label": row.label, "baseline": row.baseline}
     ours = [turn["step_seconds"] for turn in result.get("ours", ())]
     theirs = [turn["step_seconds"] for turn in result.get("theirs", ())]

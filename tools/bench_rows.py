@@ -35,6 +35,11 @@ class Row(BaseModel):
     settings: dict[str, Any] = {}
 
     @property
+    def step_rows(self) -> int:
+        """Rows of an optimizer step, on both sides."""
+        return self.batch_size * int(self.settings.get("accumulate", 1))
+
+    @property
     def label(self) -> str:
         """How the row is called in tables."""
         more = "".join(f" {name}={value}" for name, value in self.settings.items())

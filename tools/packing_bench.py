@@ -61,7 +61,7 @@ def measure(shape: str, config: EngineConfig, steps: int, *, packing: bool) -> t
     config = config.model_copy(update={"packing": packing})
     with Engine(config, initial=shape_config(shape)) as engine:
         stream = log_normal_stream(
-            engine.spec.vocab, config.seq_len, config.batch_size, DOCUMENTS, packing=packing
+            engine.spec.vocab, config.seq_len, config.step_rows, DOCUMENTS, packing=packing
         )
         batches = [stream.batch(number) for number in range(WARM_UP + steps)]
         for batch in batches[:WARM_UP]:
@@ -75,7 +75,7 @@ def measure(shape: str, config: EngineConfig, steps: int, *, packing: bool) -> t
         handle.wait()
         seconds = time.perf_counter() - start
     real = sum(batch.real_tokens for batch in batches[WARM_UP:])
-    return real / seconds, 1 - real / (steps * config.batch_size * config.seq_len)
+    return real / seconds, 1 - real / (steps * config.step_rows * config.seq_len)
 
 
 def main(arguments: Any = None) -> None:

@@ -95,6 +95,7 @@ def test_defaults() -> None:
         "nvme_write_limit": None,
         "nvme_checksums": True,
         "batch_size": 8,
+        "accumulate": 1,
         "seq_len": 1024,
         "packing": False,
         "steps": None,

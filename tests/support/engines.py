@@ -41,23 +41,28 @@ def write_model(folder: Path, variant: str = "llama", **settings: Any) -> Path:
 
 
 def make_batch(
-    seed: int, *, vocab: int = 301, lengths: Sequence[int] | None = None, pad: int = 0
+    seed: int,
+    *,
+    vocab: int = 301,
+    lengths: Sequence[int] | None = None,
+    pad: int = 0,
+    rows: int = ROWS,
 ) -> Batch:
     """Random rows, of ``lengths`` tokens each (default: all full), padded on the right.
 
     Some tokens in the middle carry no loss, as those of a prompt.
     """
     generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(1, vocab, (ROWS, SEQ_LEN), generator=generator)
+    ids = torch.randint(1, vocab, (rows, SEQ_LEN), generator=generator)
     targets = torch.full_like(ids, -100)
-    for row, length in enumerate(lengths or [SEQ_LEN] * ROWS):
+    for row, length in enumerate(lengths or [SEQ_LEN] * rows):
         ids[row, length:] = pad
         if length:
             targets[row, : length - 1] = ids[row, 1:length]
     targets[0, 3:6] = -100
-    real = sum(lengths or [SEQ_LEN] * ROWS)
+    real = sum(lengths or [SEQ_LEN] * rows)
     count = int((targets != -100).sum())
-    return Batch(ids, targets, real, count, ROWS)
+    return Batch(ids, targets, real, count, rows)
 
 
 def packed_batch(

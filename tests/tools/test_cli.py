@@ -169,6 +169,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "nvme_memory": "2GiB",
         "nvme_write_limit": "1GiB",
         "nvme_checksums": False,
+        "accumulate": 2,
         "max_grad_norm": 2.0,
         "skip_nonfinite": True,
         "decay_steps": 2,
