@@ -6,6 +6,7 @@
 | R2 | FP32 masters and moments beside a BF16 model | every layer | fused AdamW |
 | R3 | as R2 | none | fused AdamW |
 | R4 | BF16 | every layer | none: forward and backward only |
+| LoRA | BF16, frozen, with BF16 adapters and FP32 masters of them | every layer | fused AdamW |
 | layer | one layer in BF16 stands for all | every layer | none: neither embedding nor head either |
 
 All of Liger's kernels for the family are applied where Liger is installed; attention is SDPA and
@@ -40,6 +41,7 @@ class Recipe:
     recompute: bool
     optimizer: bool
     one_layer: bool = False
+    adapters: bool = False
 
 
 RECIPES = {
@@ -47,6 +49,7 @@ RECIPES = {
     "R2": Recipe(masters=True, recompute=True, optimizer=True),
     "R3": Recipe(masters=True, recompute=False, optimizer=True),
     "R4": Recipe(masters=False, recompute=True, optimizer=False),
+    "LoRA": Recipe(masters=True, recompute=True, optimizer=True, adapters=True),
     "layer": Recipe(masters=False, recompute=True, optimizer=False, one_layer=True),
 }
 
@@ -69,6 +72,30 @@ class MasterAdamW:
         self._optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
             torch._foreach_copy_(list(self._parameters), self._masters)
+
+
+class _Adapted(torch.nn.Module):
+    """A linear layer with a low-rank adapter, in its dtype."""
+
+    def __init__(self, base: torch.nn.Linear, rank: int, scale: float) -> None:
+        super().__init__()
+        self.base, self._scale = base, scale
+        a = torch.empty_like(base.weight[:rank]).uniform_(-1, 1).mul_(base.in_features**-0.5)
+        self.a = torch.nn.Parameter(a)
+        self.b = torch.nn.Parameter(base.weight.new_zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.base(x) + (x @ self.a.T @ self.b.T) * self._scale
+        return out
+
+
+def _adapt(model: Any, rank: int = 16, alpha: float = 32.0, target_modules: Any = ()) -> None:
+    """Give the layers' projections adapters: those that are named, or all."""
+    for layer in model.model.layers:
+        for block in (layer.self_attn, layer.mlp):
+            for name, module in list(block.named_children()):
+                if isinstance(module, torch.nn.Linear) and name in (target_modules or (name,)):
+                    setattr(block, name, _Adapted(module, rank, alpha / rank))
 
 
 class Baseline:
@@ -95,11 +122,13 @@ class Baseline:
         batch_size: int,
         seq_len: int,
         micro_rows: int,
+        lora: dict[str, Any] | None = None,
     ) -> None:
         """Say what to run: a recipe on a shape with random weights and random batches.
 
-        ``micro_rows`` are the rows that ``layer`` computes at once.
+        ``micro_rows`` are the rows that ``layer`` computes at once, ``lora`` the engine's setting.
         """
+        self._lora = lora
         self._recipe = RECIPES[recipe]
         self._folder = None
         self._config = shape_config(shape)
@@ -171,7 +200,10 @@ class Baseline:
             enable = getattr(model, "activation_checkpointing_enable", None)
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         self._model = model
-        self._parameters = list(model.parameters())
+        if self._recipe.adapters:
+            model.requires_grad_(requires_grad=False)
+            _adapt(model, **(self._lora or {}))
+        self._parameters = [p for p in model.parameters() if p.requires_grad]
         if self._recipe.masters:
             self._optimizer = MasterAdamW(self._parameters, self._lr)
         elif self._recipe.optimizer:

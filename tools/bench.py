@@ -125,6 +125,7 @@ class Comparison:
             batch_size=row.step_rows,
             seq_len=row.seq_len,
             micro_rows=self.result["engine"]["plan"]["micro_rows"],
+            lora=row.settings.get("lora"),
         )
         self.result["liger"] = hello["liger"]
         self.result["baseline_kernels"] = "Liger" if hello["liger"] else "plain transformers"

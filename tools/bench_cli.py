@@ -31,7 +31,7 @@ def bench(
     gpu_cap: Annotated[
         str | None, typer.Option(help="Hard bound on our process's reserved GPU memory.")
     ] = None,
-    baseline: Annotated[str, typer.Option(help="R1, R2, R3, R4, layer or none.")] = "R1",
+    baseline: Annotated[str, typer.Option(help="R1, R2, R3, R4, LoRA, layer or none.")] = "R1",
     phantom: Annotated[
         bool,
         typer.Option("--phantom", help="Back most layers' state by that of two; trains nothing."),

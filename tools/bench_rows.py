@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from slideformer.config import parse_size
 from slideformer.graph.errors import ConfigError
 
-BASELINES = ("R1", "R2", "R3", "R4", "layer", "none")
+BASELINES = ("R1", "R2", "R3", "R4", "LoRA", "layer", "none")
 _ROW_FIELDS = ("shape", "batch_size", "gpu_memory", "cpu_memory", "baseline")
 
 

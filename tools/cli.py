@@ -129,6 +129,24 @@ def export(
 
 
 @app.command()
+def merge(
+    adapter: Path = typer.Argument(
+        metavar="ADAPTER", help="Folder of LoRA adapters: the output of a run, or of PEFT."
+    ),
+    output: Path = typer.Option(
+        ..., "--output", "-o", metavar="PATH", help="Hugging Face folder to write."
+    ),
+    model: Path | None = typer.Option(
+        None, "--model", metavar="DIR", help="Folder of the model, if it has moved."
+    ),
+) -> None:
+    """Add adapters to the weights of their model, as a Hugging Face folder; needs no GPU."""
+    from slideformer.merging import merge_adapters
+
+    print(f"saved {merge_adapters(adapter, output, model)}")
+
+
+@app.command()
 @settings_as_flags(PLANNED, required=["model"])
 def plan(**settings: Any) -> None:
     """Print what would live where, and the predicted peaks, without allocating any of it.

@@ -182,7 +182,8 @@ def test_a_baseline_trains_as_its_recipe_says(recipe: str) -> None:
     again = baseline.losses()
     assert len(first) == len(again) == 4
     if RECIPES[recipe].optimizer:
-        assert sum(again) < 0.95 * sum(first)
+        share = 0.99 if RECIPES[recipe].adapters else 0.95  # they are few
+        assert sum(again) < share * sum(first)
     else:
         assert again == first
     calls: list[int] = []
