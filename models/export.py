@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -32,6 +32,9 @@ from slideformer.models.aside import (
 from slideformer.models.checkpoint import stored_values
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
+
+Records = Callable[[], Mapping[str, str]]
+"""Gives further files of a checkpoint: their texts by name."""
 
 PIECE = 2**15
 """Elements that are converted at a time: of so few, PyTorch's operators run on the calling thread

@@ -16,7 +16,7 @@ import logging
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
@@ -43,6 +43,7 @@ from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
+from slideformer.models.export import Records
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.rotary import rope_tables
@@ -297,17 +298,13 @@ class Engine:
             raise
         return pending
 
-    def save(
-        self, output: Path | str, records: Mapping[str, str] | None = None, *, replace: bool = False
-    ) -> Path:
-        """Write a Hugging Face checkpoint with the weights after all submitted steps.
+    def save(self, output: Path | str, records: Records = dict, *, replace: bool = False) -> Path:
+        """Write a Hugging Face checkpoint of all submitted steps, for PEFT where it is of adapters.
 
-        Where adapters are trained it is a folder of those, for PEFT.
-        The folder appears whole or not at all, with ``records`` as further files by name, and with
-        ``replace`` in place of a folder that lies there. Returns where it lies: at ``output``, or
-        if something came to lie there meanwhile, beside it. Raises `CheckpointError`: if it cannot
-        be written, and then the run can go on and save elsewhere; and after a failed step, as
-        weights that are part old and part new are not saved.
+        It appears whole or not at all, with what ``records`` gives in the end as further files, by
+        name, and with ``replace`` in place of a folder there. Returns where it lies: at ``output``,
+        or beside what came to lie there. Raises `CheckpointError` if it cannot be written, after
+        which the run can go on, and after a failed step, of which no part is saved.
         """
         masters = self._memory.saved_masters()
         with weights_writer(
@@ -324,7 +321,7 @@ class Engine:
                 ) from error
             if saving.errors:
                 raise saving.errors[0]
-            return writer.finish(records or {})
+            return writer.finish(records())
 
     def close(self) -> None:
         """Wait for what is in flight and give all memory back."""

@@ -14,6 +14,8 @@ from pydantic import TypeAdapter
 from slideformer.config import Config, config_text
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.serialise import to_json
+from slideformer.traces import GRAPH_FILE, TRACE_FILE, to_chrome
 
 if TYPE_CHECKING:
     from slideformer.engine import Engine
@@ -99,6 +101,8 @@ def output_records(
         METRICS_FILE: metrics_lines(metrics),
         NUMERICS_FILE: json.dumps(engine.numerics, indent=2) + "\n",
         PLAN_FILE: plan_text(engine.spec, engine.plan),
+        GRAPH_FILE: to_json(engine.graph),
+        TRACE_FILE: to_chrome(engine.timeline()),
     }
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self, cast
@@ -136,8 +137,8 @@ class Trainer:
             with Interrupt(f"a checkpoint, and the model to {config.output}") as interrupt:
                 try:
                     run.train(engine, interrupt, checkpoints)
-                    records = output_records(config, run.metrics, engine)
-                    saved = engine.save(config.output, records, replace=checkpoint is not None)
+                    records = partial(output_records, config, run.metrics, engine)
+                    engine.save(config.output, records, replace=checkpoint is not None)
                 except SlideFormerError:
                     checkpoints.name_last()
                     raise
@@ -150,9 +151,8 @@ class Trainer:
         finally:
             if progress is not None:
                 progress.finish()
-        for folder in (saved, config.trace):
-            if folder is not None:
-                write_trace(folder, engine.graph, engine.timeline())
+        if config.trace is not None:
+            write_trace(config.trace, engine.graph, engine.timeline())
         return run.result(checkpoints.last)
 
 
