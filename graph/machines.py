@@ -18,11 +18,14 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slideformer.graph.errors import ConfigError
-from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.plan import MachineProfile
 from slideformer.graph.rates import RatePoint
-from slideformer.graph.tasks import ProductKind
+from slideformer.graph.tasks import Lane, ProductKind
 
 VERSION: Literal[2] = 2
+
+_BESIDE = "contention."
+"""Before a lane's name: the source of what it keeps beside its rivals."""
 
 _FILES = resources.files("slideformer.graph") / "data"
 
@@ -65,10 +68,10 @@ class _Share(_Rate):
 
 
 class _Contention(_Schema):
-    both_ways: _Share | None = None
-    copies: _Share | None = None
-    updates: _Share | None = None
     compute: _Share | None = None
+    h2d: _Share | None = None
+    d2h: _Share | None = None
+    cpu: _Share | None = None
     nvme_read: _Share | None = None
     nvme_write: _Share | None = None
 
@@ -90,9 +93,9 @@ class _File(_Schema):
 class Machine:
     """A named machine: its profile, bytes of GPU memory, and where each rate comes from.
 
-    ``sources`` maps a rate to its basis and source: ``measured`` on such a machine, a datasheet's
-    figure ``derated`` by a share measured elsewhere, or ``assumed``. ``measured`` says with what
-    and when a measured profile was made.
+    ``sources`` maps a rate, or ``contention.LANE``, to its basis and source: ``measured`` on such a
+    machine, a datasheet's figure ``derated`` by a share measured elsewhere, or ``assumed``.
+    ``measured`` says with what and when a measured profile was made.
     """
 
     title: str
@@ -148,7 +151,7 @@ def parse_machine(text: bytes | str, where: str) -> Machine:
         name=file.name,
         **values,
         points=tuple(RatePoint(p.kind, p.width, p.tokens, p.rate) for p in file.products),
-        contention=Contention(**{key: share.value for key, share in shares.items()}),
+        contention={Lane(key): share.value for key, share in shares.items()},
     )
     if file.gpu_overhead is not None:
         profile = replace(profile, gpu_overhead=file.gpu_overhead)
@@ -156,7 +159,8 @@ def parse_machine(text: bytes | str, where: str) -> Machine:
         title=file.title,
         profile=profile,
         gpu_memory=file.gpu_memory,
-        sources={key: f"{r.basis}: {r.source}" for key, r in {**rates, **shares}.items()},
+        sources={key: _source(rate) for key, rate in rates.items()}
+        | {f"{_BESIDE}{key}": _source(share) for key, share in shares.items()},
         measured=file.measured,
     )
 
@@ -169,9 +173,15 @@ def write_machine(machine: Machine) -> str:
             "name": profile.name,
             "title": machine.title,
             "gpu_memory": machine.gpu_memory,
-            "rates": _with_sources(machine, _Rates, profile),
+            "rates": {
+                key: _with_source(getattr(profile, key), machine.sources[key])
+                for key in _Rates.model_fields
+            },
             "products": tuple(asdict(point) for point in profile.points),
-            "contention": _with_sources(machine, _Contention, profile.contention),
+            "contention": {
+                lane: _with_source(share, machine.sources[f"{_BESIDE}{lane}"])
+                for lane, share in profile.contention.items()
+            },
             "gpu_overhead": profile.gpu_overhead,
             "measured": dict(machine.measured),
         }
@@ -179,12 +189,10 @@ def write_machine(machine: Machine) -> str:
     return file.model_dump_json(indent=2) + "\n"
 
 
-def _with_sources(
-    machine: Machine, schema: type[_Schema], values: MachineProfile | Contention
-) -> dict[str, Any]:
-    """The values that the machine gives a source for."""
-    found = {}
-    for key in schema.model_fields.keys() & machine.sources.keys():
-        basis, _, source = machine.sources[key].partition(": ")
-        found[key] = {"value": getattr(values, key), "basis": basis, "source": source}
-    return found
+def _source(rate: _Rate) -> str:
+    return f"{rate.basis}: {rate.source}"
+
+
+def _with_source(value: float, source: str) -> dict[str, Any]:
+    basis, _, text = source.partition(": ")
+    return {"value": value, "basis": basis, "source": text}

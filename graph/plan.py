@@ -46,21 +46,15 @@ class Budgets:
     nvme_writes: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Contention:
-    """What is left of a rate while other lanes work, as shares of what it is alone.
-
-    ``both_ways``: a copy's, beside one the other way. ``copies``: a copy's, beside CPU updates.
-    ``updates`` and ``compute``: those of CPU updates and of the GPU, beside copies both ways;
-    beside copies one way, the square root. ``nvme_read`` and ``nvme_write``: one beside the other.
-    """
-
-    both_ways: float = 1.0
-    copies: float = 1.0
-    updates: float = 1.0
-    compute: float = 1.0
-    nvme_read: float = 1.0
-    nvme_write: float = 1.0
+RIVALS: Mapping[Lane, frozenset[Lane]] = {
+    Lane.COMPUTE: frozenset({Lane.H2D, Lane.D2H, Lane.CPU}),
+    Lane.H2D: frozenset({Lane.D2H, Lane.CPU}),
+    Lane.D2H: frozenset({Lane.H2D, Lane.CPU}),
+    Lane.CPU: frozenset({Lane.H2D, Lane.D2H}),
+    Lane.NVME_READ: frozenset({Lane.NVME_WRITE}),
+    Lane.NVME_WRITE: frozenset({Lane.NVME_READ}),
+}
+"""The lanes that slow a lane down: they use the same bus, memory or disk, or the launching core."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +63,12 @@ class MachineProfile:
 
     Rates are bytes/s, FLOP/s and parameters/s; ``gpu_copy`` counts bytes read and written.
     ``launch`` is the least that a task takes, in seconds, and ``handover`` what lies between two
-    tasks of a host lane. ``points`` are measured rates of products, ``contention`` what lanes take
-    from each other. ``gpu_overhead`` and ``host_overhead`` are bytes beside everything planned:
-    CUDA context (0.8 GiB on an H100), library workspaces and what the allocator holds between
-    temporaries (up to 1 GiB there), and the interpreter with its libraries. ``direct_storage`` says
-    that the GPU and NVMe exchange bytes by themselves (GPUDirect Storage).
+    tasks of a host lane. ``points`` are measured rates of products; ``contention`` is the share of
+    its rate that a lane keeps while all its `RIVALS` work. ``gpu_overhead`` and ``host_overhead``
+    are bytes beside everything planned: CUDA context (0.8 GiB on an H100), library workspaces and
+    what the allocator holds between temporaries (up to 1 GiB there), and the interpreter with its
+    libraries. ``direct_storage`` says that the GPU and NVMe exchange bytes by themselves (GPUDirect
+    Storage).
     """
 
     name: str = "generic"
@@ -88,7 +83,7 @@ class MachineProfile:
     launch: float = 20e-6
     handover: float = 250e-6
     points: tuple[RatePoint, ...] = ()
-    contention: Contention = Contention()
+    contention: Mapping[Lane, float] = field(default_factory=dict)
     gpu_overhead: int = 1900 << 20
     host_overhead: int = 2 << 30
     direct_storage: bool = False
@@ -104,19 +99,12 @@ class MachineProfile:
         return self.launch + work + (self.handover if task.lane in HOST_LANES else 0.0)
 
     def speed(self, lane: Lane, busy: Collection[Lane]) -> float:
-        """What is left of a lane's rates while the lanes ``busy`` work, as a share."""
-        share, copies = self.contention, [x for x in (Lane.H2D, Lane.D2H) if x in busy]
-        if lane in (Lane.H2D, Lane.D2H):
-            both = share.both_ways if len({lane, *copies}) == 2 else 1.0
-            return both * (share.copies if Lane.CPU in busy else 1.0)
-        if lane in (Lane.CPU, Lane.COMPUTE) and copies:
-            full = share.updates if lane is Lane.CPU else share.compute
-            return full if len(copies) == 2 else math.sqrt(full)
-        if lane is Lane.NVME_READ and Lane.NVME_WRITE in busy:
-            return share.nvme_read
-        if lane is Lane.NVME_WRITE and Lane.NVME_READ in busy:
-            return share.nvme_write
-        return 1.0
+        """The share of its rates that a lane keeps while the lanes ``busy`` work.
+
+        Of the loss beside all its rivals, each rival takes as large a factor.
+        """
+        rivals, share = RIVALS[lane], self.contention.get(lane, 1.0)
+        return math.pow(share, len(rivals.intersection(busy)) / len(rivals))
 
     @cached_property
     def products(self) -> ProductRates:

@@ -1,130 +1,197 @@
-"""How fast the lanes beside computing are, alone and together: copies, CPU updates, hand-overs."""
+"""How fast lanes are, alone and beside each other, in runs of the scheduler in which none waits.
+
+What a lane does here is what it does in a step: layers are computed, pinned memory is copied both
+ways, and the CPU updates chunk after chunk of a large part of the host's memory, since memory that
+is far from a core is slower than what a small array shows.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import statistics
-import threading
-import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
-from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane, Task, TaskKind
+from slideformer.kernels.adamw import adamw_update
 from slideformer.kernels.adamw_gpu import adamw_update_gpu
+from slideformer.memory.arena import HostArena
 from slideformer.product_rates import layer_config
 from slideformer.running import run
+from slideformer.runtime.trace import Span
 from slideformer.stand_in import Arithmetic, StandIn
-from slideformer.update_rates import UPDATE_BYTES, Copies, UpdateState, hyper_parameters, seconds_of
+from slideformer.update_rates import UPDATE_BYTES, Copies, hyper_parameters, seconds_of
+
+WALKED_BYTES = 14
+"""Host memory of a parameter that is updated: hi, lo, both moments and a BF16 gradient."""
+
+_CHUNK = 32 << 20
+"""Parameters of one update, as in a plan."""
 
 _ROUNDS = 5
-_BESIDE_SECONDS = 1.0
-"""How long lanes are watched while others work."""
+_MOST_TASKS = 1000
 
-_CHAIN = 64
-"""Tasks of a lane between which hand-overs are measured."""
 
-_UPDATE_NUMEL = 1 << 20
+@dataclass(frozen=True, slots=True)
+class LaneSizes:
+    """Parameters in the memory that is walked over, bytes of a copy, a layer, seconds of a run."""
+
+    update_numel: int
+    copy_nbytes: int
+    width: int
+    tokens: int
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
 class LaneRates:
-    """Bytes/s of copies, parameters/s of CPU updates, and shares of both that are left together.
+    """Bytes/s of copies and parameters/s of CPU updates alone, and what is left beside others.
 
-    The shares are those of `slideformer.graph.plan.Contention`; None where nothing runs beside.
+    ``launch`` and ``handover`` are seconds between tasks of the compute and of the CPU lane, and
+    ``shares`` those of `MachineProfile.contention`.
     """
 
     h2d: float
     d2h: float
     update: float
-    both_ways: float | None = None
-    copies: float | None = None
-    updates: float | None = None
-    compute: float | None = None
+    launch: float
+    handover: float
+    shares: Mapping[Lane, float]
 
 
-def measure_lanes(
-    device: torch.device, update_numel: int, copy_nbytes: int, threads: int
-) -> LaneRates:
-    """Copies of ``copy_nbytes``, and updates of ``update_numel`` parameters by some threads."""
-    copies, state = Copies(device, copy_nbytes), UpdateState(update_numel)
-    state.refill()
-    state.adamw(threads)
-    alone = update_numel / statistics.median(
-        seconds_of(lambda: state.adamw(threads)) for _ in range(_ROUNDS)
-    )
+def measure_lanes(device: torch.device, sizes: LaneSizes, threads: int) -> LaneRates:
+    """Run computing alone, then with CPU updates, then all lanes, with ``threads`` for updates."""
+    copies = Copies(device, sizes.copy_nbytes)
+    arithmetic = Arithmetic(1, sizes.tokens, 1, sizes.tokens, "bf16")
+    layer = StandIn(layer_config(sizes.width), arithmetic, device)
+    walk = _Walk(sizes.update_numel, threads)
     h2d, d2h = copies.rate("h2d"), copies.rate("d2h")
-    if device.type != "cuda":  # both ends are host memory and nothing overlaps
-        return LaneRates(h2d, d2h, alone)
-    both = copies.rate("h2d", "d2h", times=16)
-    copies_beside, updates_beside = _copies_and_updates(copies, state, threads, both)
+    work = {
+        Lane.COMPUTE: _Work(TaskKind.COMPUTE, 1.0, layer.forward),
+        Lane.CPU: _Work(TaskKind.CPU_UPDATE, walk.chunk, walk.update),
+        Lane.H2D: _Work(TaskKind.H2D, copies.nbytes, lambda: copies.copy("h2d")),
+        Lane.D2H: _Work(TaskKind.D2H, copies.nbytes, lambda: copies.copy("d2h")),
+    }
+    with torch.no_grad():
+        layer.forward()
+        seconds = {
+            Lane.COMPUTE: seconds_of(layer.forward, device),
+            Lane.CPU: seconds_of(walk.update),
+            Lane.H2D: copies.nbytes / h2d,
+            Lane.D2H: copies.nbytes / d2h,
+        }
+    counts = {
+        lane: max(4, min(_MOST_TASKS, round(sizes.seconds / each)))
+        for lane, each in seconds.items()
+    }
+
+    def measured(*lanes: Lane) -> dict[Lane, _Measured]:
+        return _together(device, {lane: (work[lane], counts[lane]) for lane in lanes})
+
+    alone = measured(Lane.COMPUTE)
+    updating = measured(Lane.COMPUTE, Lane.CPU)
+    everything = measured(*work)
+    rates = {
+        Lane.COMPUTE: alone[Lane.COMPUTE].rate,
+        Lane.CPU: updating[Lane.CPU].rate,
+        Lane.H2D: h2d,
+        Lane.D2H: d2h,
+    }
     return LaneRates(
-        h2d,
-        d2h,
-        alone,
-        both_ways=_share(both, h2d + d2h),
-        copies=_share(copies_beside, both),
-        updates=_share(updates_beside, alone),
-        compute=_compute_beside(device, copies, both),
+        h2d=h2d,
+        d2h=d2h,
+        update=rates[Lane.CPU],
+        launch=everything[Lane.COMPUTE].gap,
+        handover=everything[Lane.CPU].gap,
+        shares={lane: min(1.0, everything[lane].rate / rate) for lane, rate in rates.items()},
     )
 
 
-def _share(part: float, whole: float) -> float:
-    return min(1.0, part / whole)
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """What a lane's tasks do: ``amount`` of it each."""
+
+    kind: TaskKind
+    amount: float
+    do: Callable[[], object]
 
 
-def _copies_and_updates(
-    copies: Copies, state: UpdateState, threads: int, both: float
-) -> tuple[float, float]:
-    """Bytes/s of copies both ways and parameters/s of updates while both go on."""
-    stop, done = threading.Event(), 0
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """Amount of work per second while at work, and mean seconds between tasks."""
 
-    def update() -> None:
-        nonlocal done
-        while not stop.is_set():
-            state.adamw(threads)
-            done += 1
-
-    worker = threading.Thread(target=update)
-    worker.start()
-    try:
-        before, started = done, time.perf_counter()
-        rate = copies.rate("h2d", "d2h", times=_times(copies, both, _BESIDE_SECONDS))
-        updated, seconds = done - before, time.perf_counter() - started
-    finally:
-        stop.set()
-        worker.join()
-    return rate, updated * state.numel / seconds
+    rate: float
+    gap: float
 
 
-def _times(copies: Copies, both: float, seconds: float) -> int:
-    """Copies each way that take about that long."""
-    return max(2, round(seconds * both / (2 * copies.nbytes)))
+class _Walk:
+    """Updates chunk after chunk of ``numel`` parameters, and starts anew at the end."""
+
+    def __init__(self, numel: int, threads: int) -> None:
+        self.chunk = min(numel, _CHUNK)
+        self._chunks = numel // self.chunk
+        self._next, self._threads = 0, threads
+        numel = self._chunks * self.chunk
+        self._arena = HostArena(WALKED_BYTES * numel)
+        hi, lo, gradient, m, v = self._arena.tensor.split([2 * numel] * 3 + [4 * numel] * 2)
+        self._state = (
+            hi.view(torch.int16),
+            lo.view(torch.int16),
+            m.view(torch.float32),
+            v.view(torch.float32),
+            gradient.view(torch.bfloat16),
+        )
+        self._hyper, self._segments = hyper_parameters(self.chunk)
+
+    def update(self) -> None:
+        """The next chunk."""
+        part = slice(self._next * self.chunk, (self._next + 1) * self.chunk)
+        self._next = (self._next + 1) % self._chunks
+        hi, lo, m, v, gradient = (each[part] for each in self._state)
+        adamw_update(hi, lo, m, v, gradient, self._segments, self._hyper, self._threads)
 
 
-def _compute_beside(device: torch.device, copies: Copies, both: float) -> float | None:
-    """Share of its speed that a layer keeps beside copies both ways; None if it outlasted them."""
-    stand_in = StandIn(layer_config(4096), Arithmetic(4, 1024, 4, 4096, "bf16"), device)
-    stream = torch.cuda.current_stream(device)
+def _together(
+    device: torch.device, work: Mapping[Lane, tuple[_Work, int]]
+) -> dict[Lane, _Measured]:
+    """Tasks of these lanes, so many of each, in one run; measured while all lanes are at it."""
+    builder = GraphBuilder("lanes")
+    bindings: dict[str, Callable[[Task, object, object], None]] = {}
+    for lane, (each, count) in work.items():
+        bindings[lane] = _binding(each.do)
+        for number in range(count):
+            builder.task(f"{lane}.n{number}", each.kind, op=lane)
+    kind: Literal["cuda", "cpu"] = "cuda" if device.type == "cuda" else "cpu"
+    timeline = asyncio.run(run(builder.build(), bindings, kind, "fifo")).timeline
+    spans = {lane: timeline.of_lane(lane) for lane in work}
+    start = max(each[0].started for each in spans.values())
+    stop = min(each[-1].stopped for each in spans.values())
+    return {lane: _within(each, work[lane][0].amount, start, stop) for lane, each in spans.items()}
 
-    def forward() -> None:
-        for _ in range(50):
-            stand_in.forward()
-        stream.synchronize()
 
-    with torch.no_grad():
-        forward()
-        alone = seconds_of(forward)
-        copies.queue(("h2d", "d2h"), _times(copies, both, 3 * alone))
-        beside = seconds_of(forward)
-        lasted = copies.busy()
-        copies.wait()
-    return _share(alone, beside) if lasted else None
+def _binding(do: Callable[[], object]) -> Callable[[Task, object, object], None]:
+    def call(task: Task, reads: object, writes: object) -> None:
+        with torch.no_grad():
+            do()
+
+    return call
+
+
+def _within(spans: list[Span], amount: float, start: float, stop: float) -> _Measured:
+    """Of the tasks that ran from ``start`` to ``stop``, or at least of the longest of them."""
+    inside = [s for s in spans if s.started >= start and s.stopped <= stop]
+    inside = inside or [max(spans, key=lambda s: s.seconds)]
+    gaps = [max(0.0, after.started - before.stopped) for before, after in pairwise(inside)]
+    return _Measured(
+        amount * len(inside) / sum(s.seconds for s in inside),
+        statistics.mean(gaps) if gaps else 0.0,
+    )
 
 
 def host_copy_rate(nbytes: int) -> float:
@@ -155,51 +222,3 @@ def gpu_copy_rate(device: torch.device, numel: int) -> float:
     update()
     seconds = statistics.median(seconds_of(update, device) for _ in range(_ROUNDS))
     return UPDATE_BYTES * numel / seconds
-
-
-def measure_handovers(device: torch.device, threads: int) -> dict[Lane, float]:
-    """Mean seconds between consecutive tasks of the compute lane, and of the CPU lane.
-
-    Measured in a run of the scheduler in which both always have a task ready: layers are launched,
-    and updates of a million parameters done.
-    """
-    cuda = device.type == "cuda"
-    tokens = 2048 if cuda else 64
-    width = 2048 if cuda else 128
-    stand_in = StandIn(layer_config(width), Arithmetic(1, tokens, 1, tokens, "bf16"), device)
-    state = UpdateState(_UPDATE_NUMEL)
-    state.refill()
-
-    def forward(task: Task, reads: object, writes: object) -> None:
-        with torch.no_grad():
-            stand_in.forward()
-
-    def update(task: Task, reads: object, writes: object) -> None:
-        state.adamw(threads)
-
-    with torch.no_grad():
-        stand_in.forward()
-    state.adamw(threads)
-    result = asyncio.run(
-        run(_chains(), {"forward": forward, "update": update}, "cuda" if cuda else "cpu", "fifo")
-    )
-    found = {}
-    for lane in (Lane.COMPUTE, Lane.CPU):
-        spans = result.timeline.of_lane(lane)[_CHAIN // 4 :]
-        found[lane] = statistics.mean(
-            max(0.0, after.started - before.stopped) for before, after in pairwise(spans)
-        )
-    return found
-
-
-def _chains() -> TaskGraph:
-    builder = GraphBuilder("handovers")
-    chains = (
-        ("forward", TaskKind.COMPUTE, Tier.GPU),
-        ("update", TaskKind.CPU_UPDATE, Tier.CPU),
-    )
-    for op, kind, tier in chains:
-        buffer = builder.buffer(op, 256, tier, carried=True)
-        for number in range(_CHAIN):
-            builder.task(f"{op}.n{number}", kind, op=op, reads=[buffer], writes=[buffer])
-    return builder.build()

@@ -7,6 +7,7 @@ by the same counts gives the measured time back.
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -35,17 +36,16 @@ _SEQ_LEN = 1024
 _FEW_VOCAB = 256
 """Rows of the output matrix where only the layer counts."""
 
-_MEASURED_SECONDS = 0.1
-"""Repeat what is shorter until it takes this long."""
-
-_MOST_REPEATS = 20
+_PARTS = 3
+"""Parts that repetitions are measured in; the median counts."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProductSizes:
     """What to measure: layer widths by numbers of tokens, attention's rows, the output matrix.
 
-    For each width the tokens grow until one pass takes ``longest`` seconds or memory is out.
+    For each width the tokens grow until one pass takes ``longest`` seconds or memory is out. What
+    is shorter than ``seconds`` is repeated for so long to warm up, and again to be measured.
     """
 
     widths: Sequence[int]
@@ -54,6 +54,7 @@ class ProductSizes:
     vocab: int
     tiles: Sequence[int]
     longest: float
+    seconds: float
 
 
 def measure_products(
@@ -63,16 +64,21 @@ def measure_products(
     points: list[RatePoint] = []
     with torch.no_grad():
         for seq_len in sizes.sequences:
-            points += _growing(device, partial(_attention, device), [seq_len], sizes.longest)
+            points += _growing(
+                device, partial(_attention, device, sizes.seconds), [seq_len], sizes.longest
+            )
             done(f"attention, rows of {seq_len} tokens")
         for width in sizes.widths:
             rates = ProductRates(1.0, tuple(points))
-            layer = partial(_layer, device, rates, width)
+            layer = partial(_layer, device, sizes.seconds, rates, width)
             points += _growing(device, layer, sizes.tokens, sizes.longest)
             done(f"layers of width {width}")
         for width in sizes.widths[:2]:
             points += _growing(
-                device, partial(_head, device, width, sizes.vocab), sizes.tiles, sizes.longest
+                device,
+                partial(_head, device, sizes.seconds, width, sizes.vocab),
+                sizes.tiles,
+                sizes.longest,
             )
             done(f"output matrix of width {width}")
     return tuple(points)
@@ -119,7 +125,7 @@ def _growing(
             return
 
 
-def _attention(device: torch.device, seq_len: int) -> Measured:
+def _attention(device: torch.device, seconds: float, seq_len: int) -> Measured:
     """Forward, and forward with backward, over 16k tokens or one row."""
     rows, heads = max(1, (1 << 14) // seq_len), 32
     if device.type == "cpu":
@@ -135,13 +141,15 @@ def _attention(device: torch.device, seq_len: int) -> Measured:
     def backward() -> None:
         RecordedAttention(q, k, v, scale=scale, mask=None).backward(dout)
 
-    seconds = _repeated(lambda: attention(q, k, v, scale=scale, mask=None), device)
-    seconds += _repeated(backward, device)
+    took = _repeated(lambda: attention(q, k, v, scale=scale, mask=None), device, seconds)
+    took += _repeated(backward, device, seconds)
     flops = (2 + ATTENTION_BACKWARD) * 2 * seq_len * seq_len * heads * HEAD_DIM * rows
-    return [RatePoint(ProductKind.ATTENTION, HEAD_DIM, seq_len, flops / seconds)], seconds
+    return [RatePoint(ProductKind.ATTENTION, HEAD_DIM, seq_len, flops / took)], took
 
 
-def _layer(device: torch.device, known: ProductRates, width: int, tokens: int) -> Measured:
+def _layer(
+    device: torch.device, seconds: float, known: ProductRates, width: int, tokens: int
+) -> Measured:
     """Forward, backward with gradients in the compute dtype, and backward with sums in FP32."""
     config, seq_len = layer_config(width), min(tokens, _SEQ_LEN)
     spec, rows = model_spec(config), tokens // seq_len
@@ -152,13 +160,13 @@ def _layer(device: torch.device, known: ProductRates, width: int, tokens: int) -
         sizes = Arithmetic(rows * micro_batches, seq_len, rows, tokens, "bf16")
         stand_in = StandIn(config, sizes, device)
         if not points:
-            seconds = _repeated(stand_in.forward, device)
-            points.append(_rest(known, forward, ProductKind.FORWARD, seconds))
+            took = _repeated(stand_in.forward, device, seconds)
+            points.append(_rest(known, forward, ProductKind.FORWARD, took))
         rates = ProductRates(known.sustained, (*known.points, *points))
-        seconds = _repeated(stand_in.backward, device)
+        took = _repeated(stand_in.backward, device, seconds)
         products = backward_products(spec, spec.layers[0], plan_of(sizes), kept=False)
-        points.append(_rest(rates, products, products[1].kind, seconds))
-        longest = max(longest, seconds)
+        points.append(_rest(rates, products, products[1].kind, took))
+        longest = max(longest, took)
         del stand_in
     return points, longest
 
@@ -178,23 +186,25 @@ def _rest(
     )
 
 
-def _head(device: torch.device, width: int, vocab: int, tile: int) -> Measured:
+def _head(device: torch.device, seconds: float, width: int, vocab: int, tile: int) -> Measured:
     """Loss and gradients of two tiles, so that the matrix's gradient is a sum."""
     config = layer_config(width, vocab)
     sizes = Arithmetic(2, tile, 2, tile, "bf16")
-    seconds = _repeated(StandIn(config, sizes, device).head, device)
+    took = _repeated(StandIn(config, sizes, device).head, device, seconds)
     [product] = head_products(model_spec(config), plan_of(sizes), vocab, products=3)
-    return [RatePoint(ProductKind.HEAD, width, tile, product.flops / seconds)], seconds
+    return [RatePoint(ProductKind.HEAD, width, tile, product.flops / took)], took
 
 
-def _repeated(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call after the first two, which compile and warm up."""
+def _repeated(run: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Seconds of one call, at the clock that the device keeps up: after ``seconds`` of the same."""
 
     def call(times: int) -> None:
         for _ in range(times):
             run()
 
-    call(1)
-    once = seconds_of(partial(call, 1), device)
-    times = min(_MOST_REPEATS, max(1, round(_MEASURED_SECONDS / max(once, 1e-9))))
-    return seconds_of(partial(call, times), device) / times
+    call(1)  # compiles
+    once = max(seconds_of(partial(call, 1), device), 1e-9)
+    call(round(seconds / once))
+    times = max(1, round(seconds / once / _PARTS))
+    parts = _PARTS if times > 1 else 1
+    return statistics.median(seconds_of(partial(call, times), device) / times for _ in range(parts))

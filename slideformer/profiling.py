@@ -17,12 +17,13 @@ import torch
 from slideformer.engine import default_threads
 from slideformer.gpu_overhead import gpu_overhead
 from slideformer.graph.machines import Machine
-from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane, ProductKind
 from slideformer.lane_rates import (
+    WALKED_BYTES,
+    LaneSizes,
     gpu_copy_rate,
     host_copy_rate,
-    measure_handovers,
     measure_lanes,
 )
 from slideformer.memory.limits import available_host_memory
@@ -30,20 +31,23 @@ from slideformer.nvme_rates import disk_rates
 from slideformer.product_rates import ProductSizes, measure_products
 from slideformer.profiles import machine_key
 
+_MOST_WALKED = 32 << 30
+"""Bytes of host memory to update at most; touching them takes two seconds."""
+
 ALLOCATOR_SLACK = 1100 << 20
 """Least bytes to keep free for what PyTorch's allocator holds between temporaries."""
 
-_LEAST_RATE = 1e-6
+_LEAST_GAP = 1e-6
 """Seconds below which a hand-over is not told from nothing."""
 
 
 @dataclass(frozen=True, slots=True)
 class ProfileSizes:
-    """How much is measured: products, parameters updated at once, bytes copied, bytes on NVMe."""
+    """How much is measured: products, the other lanes, bytes within memory, bytes on NVMe."""
 
     products: ProductSizes
-    update_numel: int
-    copy_nbytes: int
+    lanes: LaneSizes
+    memory_nbytes: int
     nvme_nbytes: int = 2 << 30
     nvme_threads: int = 4
 
@@ -51,24 +55,27 @@ class ProfileSizes:
     def parts(self) -> int:
         """Calls of ``done`` while everything but NVMe is measured."""
         products = self.products
-        return 4 + len(products.sequences) + len(products.widths) + len(products.widths[:2])
+        return 3 + len(products.sequences) + len(products.widths) + len(products.widths[:2])
 
 
 def sizes_for(device: torch.device) -> ProfileSizes:
     """What takes two to three minutes on a large GPU, and about one where there is none."""
     room = available_host_memory()
+    walked = min(_MOST_WALKED, room // 3) // WALKED_BYTES
+    memory = min(256 << 20, room // 16)
     if device.type == "cuda":
         return ProfileSizes(
             ProductSizes(
                 widths=(1536, 3584, 9216),
-                tokens=tuple(1 << n for n in range(9, 17)),
-                sequences=(512, 1024, 2048, 4096, 8192, 16384),
-                vocab=32768,
-                tiles=(512, 1024, 2048, 4096, 8192),
+                tokens=(512, 2048, 4096, 16384, 32768),
+                sequences=(512, 1024, 4096, 16384),
+                vocab=65536,
+                tiles=(512, 2048, 4096, 8192),
                 longest=1.0,
+                seconds=0.25,
             ),
-            update_numel=min(1 << 27, room // 100),
-            copy_nbytes=min(256 << 20, room // 16),
+            LaneSizes(walked, memory, width=3584, tokens=4096, seconds=1.5),
+            memory,
         )
     return ProfileSizes(
         ProductSizes(
@@ -78,9 +85,10 @@ def sizes_for(device: torch.device) -> ProfileSizes:
             vocab=4096,
             tiles=(256, 1024),
             longest=0.5,
+            seconds=0.1,
         ),
-        update_numel=min(1 << 25, room // 100),
-        copy_nbytes=min(64 << 20, room // 16),
+        LaneSizes(min(walked, 1 << 28), min(memory, 64 << 20), width=256, tokens=256, seconds=1.0),
+        memory,
     )
 
 
@@ -101,26 +109,19 @@ def measure_machine(
     read, write = (sum(disk[way] for disk in disks) for way in ("read", "write"))
     if nvme:
         done("NVMe")
-    lanes = measure_lanes(device, sizes.update_numel, sizes.copy_nbytes, threads)
-    host_copy = host_copy_rate(sizes.copy_nbytes)
-    done("copies and updates")
-    gpu_copy = gpu_copy_rate(device, sizes.update_numel) if cuda else host_copy
-    done("GPU memory")
-    handovers = measure_handovers(device, threads)
-    done("hand-overs")
+    lanes = measure_lanes(device, sizes.lanes, threads)
+    done("copies, updates and computing beside each other")
+    host_copy = host_copy_rate(sizes.memory_nbytes)
+    gpu_copy = gpu_copy_rate(device, sizes.memory_nbytes // 4) if cuda else host_copy
+    done("memory")
     context, slack = gpu_overhead(device) if cuda else (0, 0)
     done("context")
     points = measure_products(device, sizes.products, done)
-    shares = {
-        "both_ways": lanes.both_ways,
-        "copies": lanes.copies,
-        "updates": lanes.updates,
-        "compute": lanes.compute,
-    }
+    shares = dict(lanes.shares)
     if nvme:
         half = sum(disk["both"] for disk in disks) / 2
-        shares |= {"nvme_read": min(1.0, half / read), "nvme_write": min(1.0, half / write)}
-    found = {key: share for key, share in shares.items() if share is not None}
+        shares[Lane.NVME_READ] = min(1.0, half / read)
+        shares[Lane.NVME_WRITE] = min(1.0, half / write)
     key = machine_key(device.type)
     profile = MachineProfile(
         name="this machine",
@@ -132,10 +133,10 @@ def measure_machine(
         gpu_copy=gpu_copy,
         nvme_read=read or generic.nvme_read,
         nvme_write=write or generic.nvme_write,
-        launch=max(handovers[Lane.COMPUTE], _LEAST_RATE),
-        handover=max(handovers[Lane.CPU], _LEAST_RATE),
+        launch=max(lanes.launch, _LEAST_GAP),
+        handover=max(lanes.handover, _LEAST_GAP),
         points=points,
-        contention=Contention(**found),
+        contention=shares,
         gpu_overhead=context + max(slack, ALLOCATOR_SLACK) if cuda else generic.gpu_overhead,
     )
     total = torch.cuda.mem_get_info(device)[1] if cuda else available_host_memory()
@@ -143,7 +144,8 @@ def measure_machine(
         title=f"{key['device']}, {key['cores']} cores (measured)",
         profile=profile,
         gpu_memory=total,
-        sources=_sources(sizes, threads, bool(nvme)) | dict.fromkeys(found, "measured: together"),
+        sources=_sources(sizes, threads, bool(nvme))
+        | {f"contention.{lane}": "measured: all at work together" for lane in shares},
         measured={
             **key,
             "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -154,18 +156,19 @@ def measure_machine(
 
 
 def _sources(sizes: ProfileSizes, threads: int, nvme: bool) -> dict[str, str]:
-    copies = f"measured: copies of {sizes.copy_nbytes:,} bytes"
+    lanes = sizes.lanes
+    copies = f"measured: copies of {lanes.copy_nbytes:,} bytes"
     disk = f"measured: direct I/O on {sizes.nvme_nbytes:,} bytes"
     disk = disk if nvme else "assumed: not measured; give --nvme FOLDER"
     return {
         "h2d": copies,
         "d2h": copies,
         "flops": "measured: the fastest layer, forward",
-        "update": f"measured: {sizes.update_numel:,} parameters, {threads} threads",
-        "host_copy": f"{copies}, read and written",
+        "update": f"measured: {lanes.update_numel:,} parameters, {threads} threads",
+        "host_copy": f"measured: {sizes.memory_nbytes:,} bytes, read and written",
         "gpu_copy": "measured: AdamW on the GPU, bytes read and written",
         "nvme_read": disk,
         "nvme_write": disk,
-        "launch": "measured: between layers in a run of the scheduler",
-        "handover": "measured: between CPU updates in a run of the scheduler",
+        "launch": "measured: between layers while all lanes work",
+        "handover": "measured: between CPU updates while all lanes work",
     }

@@ -58,7 +58,8 @@ class StandIn:
         self._matrix_grad = torch.zeros_like(self._matrix, dtype=head_acc)
         self._norm = random(hidden)
         self._x = random(sizes.micro_rows, sizes.seq_len, hidden)
-        self._y, self._dy = torch.empty_like(self._x), random(*self._x.shape)
+        # Values as in training: zeros, or what is not finite, would take less power, hence time.
+        self._y, self._dy, self._first_dy = (random(*self._x.shape) for _ in range(3))
         self._targets = torch.randint(self._spec.vocab, (tokens,), device=device)
         self._loss = torch.zeros((), device=device)
         kind = self._cfg.rope_kinds[self._cfg.rope_of[0]]
@@ -87,6 +88,7 @@ class StandIn:
 
     def backward(self, kept: bool = False) -> None:
         """What is computed again of that, and its gradients."""
+        self._dy.copy_(self._first_dy)  # backward leaves the input's there, which would grow
         layer.backward(
             self._x,
             self._dy,

@@ -55,6 +55,14 @@ class Copies:
                 with torch.cuda.stream(stream):
                     target.copy_(source, non_blocking=True)
 
+    def copy(self, way: str) -> None:
+        """Start one copy of all bytes on the current stream."""
+        side = ("h2d", "d2h").index(way)
+        source, target = self._host[side], self._far[side]
+        if way == "d2h":
+            source, target = target, source
+        target.copy_(source, non_blocking=True)
+
     def busy(self) -> bool:
         """Whether a copy is still to be done."""
         return any(stream is not None and not stream.query() for stream in self._streams)

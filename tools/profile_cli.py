@@ -12,7 +12,7 @@ from rich.table import Table
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.machines import Machine, write_machine
-from slideformer.graph.tasks import ProductKind
+from slideformer.graph.tasks import Lane, ProductKind
 from slideformer.tools.console import stderr_console
 
 
@@ -66,19 +66,20 @@ def _tables(machine: Machine) -> list[Table]:
     profile, share = machine.profile, machine.profile.contention
     rates = Table(machine.title, "alone", "beside others", box=None, padding=(0, 2))
 
-    def row(name: str, rate: float, unit: str, left: float = 1.0) -> None:
+    def row(name: str, rate: float, unit: str, lane: Lane | None = None) -> None:
+        left = share.get(lane, 1.0) if lane is not None else 1.0
         beside = "" if left == 1.0 else f"{rate * left:,.1f} {unit}"
         rates.add_row(name, f"{rate:,.1f} {unit}", beside)
 
-    row("copies up", profile.h2d / 1e9, "GB/s", share.both_ways * share.copies)
-    row("copies down", profile.d2h / 1e9, "GB/s", share.both_ways * share.copies)
-    row("updates on the CPU", profile.update / 1e9, "G parameters/s", share.updates)
+    row("copies up", profile.h2d / 1e9, "GB/s", Lane.H2D)
+    row("copies down", profile.d2h / 1e9, "GB/s", Lane.D2H)
+    row("updates on the CPU", profile.update / 1e9, "G parameters/s", Lane.CPU)
     row("host memory", profile.host_copy / 1e9, "GB/s")
     row("GPU memory", profile.gpu_copy / 1e9, "GB/s")
-    row("layers, forward", profile.flops / 1e12, "TFLOP/s", share.compute)
+    row("layers, forward", profile.flops / 1e12, "TFLOP/s", Lane.COMPUTE)
     if not machine.sources["nvme_read"].startswith("assumed"):
-        row("NVMe, reading", profile.nvme_read / 1e9, "GB/s", share.nvme_read)
-        row("NVMe, writing", profile.nvme_write / 1e9, "GB/s", share.nvme_write)
+        row("NVMe, reading", profile.nvme_read / 1e9, "GB/s", Lane.NVME_READ)
+        row("NVMe, writing", profile.nvme_write / 1e9, "GB/s", Lane.NVME_WRITE)
     row("between computations", profile.launch * 1e6, "µs")
     row("between CPU tasks", profile.handover * 1e6, "µs")
     if machine.measured["device"] != "cpu":

@@ -12,9 +12,9 @@ import pytest
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.machines import load_machine, machine_names, parse_machine, write_machine
-from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.plan import MachineProfile
 from slideformer.graph.rates import RatePoint
-from slideformer.graph.tasks import Cost, ProductKind, Task, TaskKind
+from slideformer.graph.tasks import Cost, Lane, ProductKind, Task, TaskKind
 
 SHIPPED = ("a100", "h100", "h200", "mi300x", "rtx3090", "rtx4090", "rtx5090")
 
@@ -36,10 +36,11 @@ def test_a_machine_is_plausible_and_every_rate_has_a_source(name: str) -> None:
     assert 10e9 < profile.h2d < 64e9
     assert 10e9 < profile.d2h < 64e9
     assert 50e12 < profile.flops < 1000e12
-    assert 1e9 < profile.update < profile.host_copy / 24
+    assert 1e9 < profile.update < profile.host_copy / 20
     assert 20 << 30 < machine.gpu_memory <= 192 << 30
     rates = MachineProfile.__dataclass_fields__.keys() - {
-        *("name", "gpu_overhead", "host_overhead", "widths", "points", "contention")
+        *("name", "gpu_overhead", "host_overhead", "widths", "points", "contention"),
+        "direct_storage",
     }
     assert machine.sources.keys() >= rates
     for source in machine.sources.values():
@@ -66,10 +67,10 @@ def test_a_measured_machine_reads_back() -> None:
     profile = replace(
         known.profile,
         points=points,
-        contention=Contention(0.8, 0.9, 0.7, 0.95),
+        contention=dict.fromkeys(Lane, 0.8),
         gpu_overhead=123 << 20,
     )
-    shares = dict.fromkeys(("both_ways", "copies", "updates", "compute"), "measured: here")
+    shares = dict.fromkeys((f"contention.{lane}" for lane in Lane), "measured: here")
     machine = replace(
         known, profile=profile, sources={**known.sources, **shares}, measured={"torch": "2.11"}
     )
@@ -101,7 +102,7 @@ def test_an_unknown_machine_is_refused(name: str, message: str) -> None:
         (["rates", "h2d", "source"], "", r"rates\.h2d\.source is ''"),
         (["rates", "h3d"], 1, r"rates\.h3d is 1: Extra inputs"),
         (["rates", "update"], ..., r"rates\.update: Field required"),
-        (["contention", "both_ways", "value"], 1.5, r"contention\.both_ways\.value is 1\.5"),
+        (["contention", "h2d", "value"], 1.5, r"contention\.h2d\.value is 1\.5"),
         (["gpu_memory"], 1 << 70, r"gpu_memory is"),
     ],
 )

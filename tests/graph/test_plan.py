@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from slideformer.graph.plan import Compute, Contention, MachineProfile
+from slideformer.graph.plan import Compute, MachineProfile
 from slideformer.graph.tasks import Cost, Lane, Product, ProductKind, Task, TaskKind
 from tests.support.specs import small_plan
 
@@ -50,16 +50,15 @@ def test_every_kind_has_a_rate(kind: TaskKind) -> None:
 
 
 def test_lanes_slow_each_other_down() -> None:
-    profile = MachineProfile(contention=Contention(0.8, 0.9, 0.49, 0.81))
     up, down, cpu, compute = Lane.H2D, Lane.D2H, Lane.CPU, Lane.COMPUTE
+    profile = MachineProfile(contention={up: 0.64, cpu: 0.49, compute: 0.125})
     assert profile.speed(up, {up, compute}) == 1.0
-    assert profile.speed(down, {up, down}) == 0.8
-    assert profile.speed(up, {up, down, cpu}) == pytest.approx(0.72)
-    assert profile.speed(cpu, {cpu, compute}) == 1.0
-    assert profile.speed(cpu, {cpu, up}) == pytest.approx(0.7)
-    assert profile.speed(cpu, {cpu, up, down}) == 0.49
-    assert profile.speed(compute, {compute, down, up}) == 0.81
-    assert profile.speed(Lane.NVME_READ, set(Lane)) == 1.0
+    assert profile.speed(up, {up, down}) == pytest.approx(0.8)
+    assert profile.speed(up, {up, down, cpu}) == pytest.approx(0.64)
+    assert profile.speed(cpu, {cpu, compute, up}) == pytest.approx(0.7)
+    assert profile.speed(cpu, {cpu, up, down}) == pytest.approx(0.49)
+    assert profile.speed(compute, {compute, cpu}) == pytest.approx(0.5)
+    assert profile.speed(down, set(Lane)) == 1.0
 
 
 def test_sizes_of_a_step() -> None:

@@ -15,7 +15,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import PolicyError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import Contention, MachineProfile
+from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.runtime.policies import Fifo, make_policy, policy_names
 from slideformer.runtime.simulated import STREAM_LANES, simulate
@@ -74,14 +74,13 @@ def test_lanes_that_work_together_take_longer() -> None:
     builder.task("up.x", TaskKind.H2D, cost=Cost(seconds=4.0))
     builder.task("down.x", TaskKind.D2H, cost=Cost(seconds=1.0))
     builder.task("update.x", TaskKind.CPU_UPDATE, cost=Cost(seconds=1.0))
-    profile = MachineProfile(contention=Contention(both_ways=0.5, updates=0.25))
+    profile = MachineProfile(contention={Lane.H2D: 0.25, Lane.D2H: 0.25, Lane.CPU: 0.25})
     timeline = simulate(builder.build(), Fifo(), profile)
-    # Both ways at half speed until the shorter copy is done; the update at a quarter until then,
-    # and at half of its speed beside the copy that is left.
+    # All three at a quarter of their speed until two are done at once, then the first one alone.
     assert sorted(times(timeline.spans)) == [
-        ("down.x", 0.0, 2.0),
-        ("up.x", 0.0, 5.0),
-        ("update.x", 0.0, 3.0),
+        ("down.x", 0.0, 4.0),
+        ("up.x", 0.0, 7.0),
+        ("update.x", 0.0, 4.0),
     ]
 
 

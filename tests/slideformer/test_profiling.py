@@ -16,7 +16,8 @@ from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.rates import ProductRates, RatePoint
-from slideformer.graph.tasks import ProductKind
+from slideformer.graph.tasks import Lane, ProductKind
+from slideformer.lane_rates import LaneSizes
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 from slideformer.models.units import model_spec
 from slideformer.planning import profile_for
@@ -27,9 +28,9 @@ from slideformer.stand_in import Arithmetic, plan_of
 
 CPU = torch.device("cpu")
 SIZES = ProfileSizes(
-    ProductSizes((128, 256), (32, 64), (32,), 64, (16, 32), longest=60.0),
-    update_numel=4096,
-    copy_nbytes=1 << 16,
+    ProductSizes((128, 256), (32, 64), (32,), 64, (16, 32), longest=60.0, seconds=0.01),
+    LaneSizes(update_numel=8192, copy_nbytes=1 << 16, width=128, tokens=16, seconds=0.05),
+    memory_nbytes=1 << 16,
     nvme_nbytes=1 << 23,
     nvme_threads=1,
 )
@@ -56,6 +57,8 @@ def test_everything_that_exists_is_measured(measured: tuple[Machine, list[str]])
     for rate in ("h2d", "d2h", "flops", "update", "host_copy", "nvme_read", "nvme_write"):
         assert getattr(machine.profile, rate) not in (0.0, getattr(generic, rate))
         assert machine.sources[rate].startswith("measured")
+    assert machine.profile.contention.keys() == set(Lane)
+    assert all(0 < share <= 1 for share in machine.profile.contention.values())
     assert machine.measured.items() >= machine_key("cpu").items()
     kinds = {
         kind: [(p.width, p.tokens) for p in machine.profile.points if p.kind is kind]
@@ -85,7 +88,7 @@ def test_the_measured_time_is_predicted_again(monkeypatch: pytest.MonkeyPatch) -
     """Attention's share is taken out of a layer's time and comes back in its prediction."""
     seconds = iter([3.0, 5.0, 40.0, 90.0, 100.0, 1.0])  # attention, then the layer, then the head
     monkeypatch.setattr(product_rates, "_repeated", lambda *_: next(seconds))
-    sizes = ProductSizes((128,), (64,), (64,), 64, (64,), longest=1e9)
+    sizes = ProductSizes((128,), (64,), (64,), 64, (64,), longest=1e9, seconds=0.1)
     rates = ProductRates(1.0, measure_products(CPU, sizes, lambda _: None))
     spec = model_spec(layer_config(128))
     forward = forward_products(spec, spec.layers[0], 1, 64)
@@ -158,6 +161,6 @@ def test_shapes_that_are_measured_are_those_of_no_model(device: str) -> None:
     assert {(c.hidden_size, c.intermediate_size) for c in models}.isdisjoint(
         (c.hidden_size, c.intermediate_size) for c in layers
     )
-    assert sizes.parts == 4 + sum(
+    assert sizes.parts == 3 + sum(
         map(len, (sizes.products.sequences, sizes.products.widths, sizes.products.widths[:2]))
     )
