@@ -18,6 +18,7 @@ from slideformer.kernels import (
     rms_norm_triton,
     rope_triton,
     routed_triton,
+    squares_triton,
     swiglu_triton,
 )
 
@@ -26,6 +27,7 @@ TYPES = {
     " values out left right",
     "*fp32": "rstd dweight_shares cos sin running_max running_sum target_logit lse"
     " weights products",
+    "*fp64": "shares",
     "*i64": "targets places",
     "fp32": "eps scale softcap",
 }
@@ -33,6 +35,7 @@ TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()
 
 _WIDE_ROW = {"CENTRED": False, "ROWS": 1, "BLOCK": 4096}
 CASES = {
+    "squares": (squares_triton._kernel, 8, {"BLOCK": squares_triton._BLOCK}),
     "rms_norm": (
         rms_norm_triton._forward_kernel,
         8,

@@ -80,6 +80,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
         profile=PROFILE,
         workspace=workspace,
         predict=predict,
+        deferred=draw(st.booleans()),
     )
     least = [measure(request, base) for base in planner._bases(request)]
     gpu, host = min(sizes.gpu for sizes in least), min(sizes.host for sizes in least)

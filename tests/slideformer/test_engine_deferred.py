@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from slideformer.checkpointing import Checkpoint
 from slideformer.graph.errors import NonFiniteError
-from slideformer.graph.tasks import Task
-from slideformer.models import update_ops
-from slideformer.models.bindings import Operation, Views
 from slideformer.models.clip_ops import SKIP_LIMIT, clip_factor
-from slideformer.models.context import StepContext
 from slideformer.models.data.batches import Batch
-from slideformer.models.update_ops import UpdateOps
 from slideformer.schedule import Schedule
 from tests.support.engines import (
     Reference,
@@ -36,14 +29,13 @@ from tests.support.engines import (
     weights_of,
     write_model,
 )
+from tests.support.spoiling import spoil
 
 LR = 5e-4
 STEPS = 20
 BATCHES = [make_batch(seed) for seed in range(STEPS)]
 MAX_NORM = 0.3
 """Below the norm of every step here."""
-
-FINISH = UpdateOps.finish
 
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, tied": ("llama-biases", {"tied": True}),
@@ -116,26 +108,6 @@ def test_a_norm_below_the_limit_changes_no_bit(tmp_path: Path) -> None:
             states[factor] = state_of(engine)
     assert different(states[2.0], states[None]) == []
     assert different(states[0.5], states[None])
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, steps: Collection[int], value: float = math.nan) -> None:
-    """Put a value into one element of a layer's gradient in these steps, counted from 0."""
-
-    def spoiled(self: UpdateOps, task: Task, views: Views) -> Operation:
-        operation = FINISH(self, task, views)
-        if task.name != "finish.L01.c0":
-            return operation
-        flat: Tensor = views[task.reads[0]].view(self._memory.dtype)
-        counter = iter(range(10**6))
-
-        def run(context: StepContext) -> object:
-            if next(counter) in steps:
-                flat[7] = value
-            return operation(context)
-
-        return run
-
-    monkeypatch.setattr(update_ops.UpdateOps, "finish", spoiled)
 
 
 @pytest.mark.parametrize(

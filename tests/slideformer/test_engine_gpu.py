@@ -107,6 +107,24 @@ def test_placement_and_policy_do_not_change_a_bit(
 
 
 @pytest.mark.usefixtures("deterministic")
+def test_placement_does_not_change_a_bit_of_deferred_updates(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clipped at every step; where nothing is, it gives the bits of overlapped updates."""
+    losses, weights = train(checkpoint, monkeypatch, PLACEMENTS[0], max_grad_norm=0.1)
+    for placement in PLACEMENTS[1:]:
+        again, others = train(checkpoint, monkeypatch, placement, max_grad_norm=0.1)
+        assert again == losses, placement
+        for name, value in weights.items():
+            assert torch.equal(others[name], value), (placement, name)
+    loose, unclipped = train(checkpoint, monkeypatch, PLACEMENTS[3], max_grad_norm=1e9)
+    overlapped, expected = train(checkpoint, monkeypatch, PLACEMENTS[3])
+    assert loose == overlapped != losses
+    for name, value in expected.items():
+        assert torch.equal(unclipped[name], value), name
+
+
+@pytest.mark.usefixtures("deterministic")
 def test_weights_boundaries_and_state_on_nvme_do_not_change_a_bit(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

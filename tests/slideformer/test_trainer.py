@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import signal
 import threading
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -36,8 +39,10 @@ from slideformer.run_reports import (
     RunStart,
     StepMetrics,
 )
+from slideformer.tools.progress import ConsoleProgress
 from slideformer.trainer import Trainer, load_tokenizer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
+from tests.support.spoiling import spoil
 
 
 @pytest.fixture(scope="module")
@@ -445,3 +450,20 @@ def test_a_warm_up_longer_than_the_run_is_refused_before_memory_is_allocated(
     with pytest.raises(ConfigError, match="warmup_steps is 9, but the run has 4 steps"):
         Trainer(changed(config, warmup_steps=9)).train()
     assert not config.output.exists()
+
+
+def test_a_skipped_step_is_told(
+    config: Config, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Metrics stay JSON, which has no NaN; the bar counts it, and the smoothed loss goes on."""
+    spoil(monkeypatch, {1})
+    config = changed(config, skip_nonfinite=True, micro_batch=2, compute="fp32")
+    screen = io.StringIO()
+    Trainer(config).train(ConsoleProgress(Console(file=screen, force_terminal=True, width=160)))
+    lines = (config.output / METRICS_FILE).read_text().splitlines()
+    metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [each["skipped"] for each in metrics] == [False, True, False, False]
+    assert [each["gradient_norm"] is None for each in metrics] == [False, True, False, False]
+    assert "step 2 is skipped: the gradient of L01.c0 is not finite" in caplog.text
+    assert re.search(r"norm nan +1 skipped", screen.getvalue())
+    assert re.search(r"4/4.* loss \d\.\d+ \(\d\.\d+\) .*1 skipped", screen.getvalue())
