@@ -74,7 +74,8 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     up = (streamed + again * layer_numel) * size + plan.offloaded * boundary + spilled
     _, updated = _trained(spec, plan)
     down = updated * size + plan.offloaded * boundary + spilled
-    # The last layer's update is due before its forward, and the next gradient comes after the loss.
+    # The last layer's update is due before its forward, and the next gradient comes after the loss;
+    # deferred, `_exposed` counts what forward does not hide.
     rates, micro = profile.products, plan.micro_batches
     forward = micro * rates.seconds(
         forward_products(spec, spec.layers[0], plan.micro_rows, plan.seq_len)
@@ -85,7 +86,7 @@ def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[
     return [
         up / profile.h2d,
         down / profile.d2h,
-        updated / profile.update + idle if updated else 0.0,
+        updated / profile.update + (0.0 if plan.deferred else idle) if updated else 0.0,
         *nvme_seconds(spec, plan, profile),
     ]
 

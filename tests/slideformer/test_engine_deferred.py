@@ -135,6 +135,32 @@ def test_a_step_that_is_not_finite_is_skipped(
         assert too_far(weights_of(engine), reference.weights) == []
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_skipped_step_leaves_no_bit_behind_wherever_things_lie(
+    tied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights and moments are those of a run by overlapped updates without that step."""
+    folder = write_model(tmp_path / "model", tied=tied)
+    settings: dict[str, Any] = {"compute": "bf16", "weight_decay": 0.1}
+    with engine_with(config_for(folder, **settings), micro_rows=4) as engine:
+        for batch in (BATCHES[0], BATCHES[2]):
+            engine.step(batch)
+        expected = state_of(engine)
+    spoil(monkeypatch, {1})
+    placements: list[dict[str, Any]] = [
+        {"window": 2, "offloaded": 3},
+        {"resident": frozenset({"embed", "L00", "norm"}), "kept": 1},
+        {"nvme_moments": 3, "nvme_lo": 2, "nvme_hi": 1},
+    ]
+    for placement in placements:
+        nvme = (tmp_path,) if "nvme_moments" in placement else ()
+        config = config_for(folder, skip_nonfinite=True, nvme=nvme, **settings)
+        with engine_with(config, micro_rows=4, **placement) as engine:
+            handles = [engine.step(batch) for batch in BATCHES[:3]]
+            assert [handle.skipped() for handle in handles] == [False, True, False]
+            assert different(state_of(engine), expected) == [], placement
+
+
 def test_a_resumed_run_does_not_count_skipped_steps(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

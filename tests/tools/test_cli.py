@@ -472,6 +472,17 @@ def test_plan_needs_only_the_config_and_prints_to_stdout(model: Path, tmp_path: 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
 
+def test_plan_shows_deferred_updates_and_accumulation(model: Path) -> None:
+    flags = ["--batch-size=2", "--accumulate=3", f"--seq-len={SEQ_LEN}", "--gpu-memory=2GiB"]
+    code, out, err = call("plan", "--model", str(model), *flags, "--max-grad-norm=1")
+    assert code == 0, err
+    assert "steps of 6 × 32 tokens" in out
+    assert re.search(r"gradients +all wait until their norm is known, [\d.]+ [KM]iB", out)
+    assert "deferred to the next forward" in re.sub(r"\s+", " ", out)
+    code, out, _ = call("plan", "--model", str(model), *flags)
+    assert "deferred" not in out
+
+
 def test_plan_refuses_as_train_does(model: Path) -> None:
     code, out, err = call("plan", "--model", str(model), "--seq-len=32", "--gpu-memory=1MiB")
     assert (code, out) == (1, "")
