@@ -32,6 +32,7 @@ from slideformer.models.layer_memory import workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.profiles import announce, cached_machine
+from slideformer.runtime.nvme_files import stale_nbytes
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 
@@ -187,7 +188,7 @@ def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
         gpu = free + torch.cuda.memory_reserved(device)
     else:  # its tier lies in host memory too: divide what there is
         gpu, host = host // 2, host - host // 2
-    nvme = config.nvme_memory or free_nvme(config.nvme)
+    nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
 
 
