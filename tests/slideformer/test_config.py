@@ -119,6 +119,8 @@ def test_defaults() -> None:
         "deterministic": False,
         "checkpoint_every": None,
         "keep_checkpoints": 2,
+        "evaluate_every": None,
+        "patience": None,
         "log_every": 1,
         "trace": None,
         "schedule": "constant",

@@ -160,6 +160,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "seed": 8,
         "checkpoint_every": 5,
         "keep_checkpoints": 6,
+        "evaluate_every": 7,
+        "patience": 8,
         "log_every": 4,
         "trace": "t",
         "schedule": "wsd",
