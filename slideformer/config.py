@@ -93,6 +93,10 @@ class EngineConfig(BaseModel):
     """Norm of all gradients together to which larger ones are scaled down, as PyTorch does."""
     skip_nonfinite: bool = Field(default=False, strict=True)
     """Whether a step with a gradient that is not finite is left out, instead of ending the run."""
+    label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
+    """Share of each target's weight that is spread over the vocabulary, in training."""
+    z_loss: Number = Field(default=0.0, ge=0)
+    """Weight of the squared logarithm of each token's softmax denominator, in training."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"

@@ -109,6 +109,8 @@ def test_defaults() -> None:
         "lora": None,
         "max_grad_norm": None,
         "skip_nonfinite": False,
+        "label_smoothing": 0.0,
+        "z_loss": 0.0,
         "seed": 0,
         "device": "auto",
         "compute": "bf16",

@@ -174,6 +174,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "accumulate": 2,
         "max_grad_norm": 2.0,
         "skip_nonfinite": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.001,
         "decay_steps": 2,
     }
     # Those that exclude others, and "cycles", which belongs to another schedule.
