@@ -37,10 +37,11 @@ class Compute(StrEnum):
 class Budgets:
     """Most bytes that may be used: of the GPU (with context), the host (all processes), NVMe.
 
+    Without a GPU its tier lies in host memory: ``gpu`` None divides ``host`` freely between both.
     ``nvme_writes`` bounds the bytes that a step may write to NVMe; None does not.
     """
 
-    gpu: int
+    gpu: int | None
     host: int
     nvme: int = 0
     nvme_writes: int | None = None

@@ -20,6 +20,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 
@@ -32,7 +33,7 @@ from slideformer.graph.placing import Visit
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_activations import Activations
 from slideformer.graph.step_gradients import Gradients
-from slideformer.graph.step_nvme import HI, LO, MOMENTS, StoredState
+from slideformer.graph.step_nvme import HI, LO, MOMENTS, RINGS, StoredState
 from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_NBYTES = 10
@@ -88,6 +89,14 @@ class StepMemory:
         for name, nbytes in self.activations.slots().items():
             self._slots.add(name)
             self._places[name] = (Tier.GPU, nbytes)
+        for ring in ("w", "g", *RINGS):  # slots that take turns are equally large
+            used = [name for name in self._slots if re.fullmatch(rf"{ring}\.\d+", name)]
+            if used:
+                tier, nbytes = max(self._places[name] for name in used)
+                if ring in RINGS:
+                    used = [f"{ring}.{i}" for i in range(self.plan.nvme_slots)]
+                self._slots.update(used)
+                self._places |= dict.fromkeys(used, (tier, nbytes))
         return dict(self._places)
 
     # -- declaring -------------------------------------------------------------------------------

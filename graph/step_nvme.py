@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
@@ -34,8 +34,13 @@ from slideformer.graph.tasks import Cost, TaskKind
 if TYPE_CHECKING:
     from slideformer.graph.step_memory import StepMemory
 
+Unit = TypeVar("Unit")
+
 EXTENT_ALIGNMENT = 4096
 """Bytes to whose multiples extents and their places in memory are rounded: direct I/O asks it."""
+
+RINGS = ("staged", "wh", "xs")
+"""Names of those slots in host memory: of each there are ``nvme_slots``, or none if unused."""
 
 MOMENTS, LO, HI = "moments", "lo", "hi"
 
@@ -53,7 +58,7 @@ def whole_pages(nbytes: int) -> int:
     return -(-nbytes // EXTENT_ALIGNMENT) * EXTENT_ALIGNMENT
 
 
-def spread(units: Sequence[str], count: int) -> list[str]:
+def spread(units: Sequence[Unit], count: int) -> list[Unit]:
     """``count`` of the units, evenly spread: while others are updated, the disk gets ahead."""
     count = min(count, len(units))
     return [units[i * len(units) // count] for i in range(count)]

@@ -1,17 +1,22 @@
 """How long a step must take under a plan: the busiest lane's work, in closed form.
 
-One decoder layer stands for all, so the bound takes microseconds where simulating takes a tenth of
-a second. It ranks candidates; the plan that is chosen is then simulated.
+One decoder layer stands for all, so that the bound of a hundred thousand plans takes as long as
+simulating one. It ranks candidates; the plan that is chosen is then simulated.
 """
 
 from __future__ import annotations
 
-from collections import Counter
+import numpy as np
+from numpy.typing import NDArray
 
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
-from slideformer.memory.nvme_needs import nvme_seconds
+from slideformer.memory.lattice import Counts
+from slideformer.memory.layout import Ints
+from slideformer.memory.nvme_needs import Sizes
+
+Seconds = NDArray[np.float64]
 
 OVERLAP_LOSS = 0.12
 """Share of the second busiest lane that even a good order leaves exposed."""
@@ -22,99 +27,115 @@ NARROW_LOSS = 0.005
 LAUNCH_SECONDS = 60e-6 * 40
 """What launching one layer's kernels on one micro-batch takes at least, forward and backward."""
 
-
-def step_bound(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
-    """Seconds of a step that no order can go below, and a little for imperfect overlap."""
-    compute = _compute(spec, plan, profile)
-    lanes = sorted([compute + _exposed(spec, plan, profile), *_others(spec, plan, profile)])
-    narrow = NARROW_LOSS if plan.window < 3 else 0.0
-    return (lanes[-1] + OVERLAP_LOSS * lanes[-2]) * (1 + narrow)
+TASK_SECONDS = 200e-6
+"""What each task of a layer and micro-batch takes beside its work: deciding, launching, ending."""
 
 
-def _compute(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
-    layers, layer = len(spec.layers), spec.layers[0]
-    micro, rates, keeps = plan.micro_batches, profile.products, plan.keeps(layers)
-    seconds = layers * rates.seconds(forward_products(spec, layer, plan.micro_rows, plan.seq_len))
-    kinds = Counter((spec.layers[i].frozen, i in keeps) for i in _backward(spec))
-    for (frozen, kept), count in kinds.items():
-        like = next(unit for unit in spec.layers if unit.frozen is frozen)
-        seconds += count * rates.seconds(backward_products(spec, like, plan, kept=kept))
-    products = (3 if plan.vocab_chunks == 1 else 4) - spec.head.frozen
-    seconds += rates.seconds(head_products(spec, plan, spec.vocab, products))
-    seconds = micro * max(seconds, layers * LAUNCH_SECONDS)
-    resident, streamed = _trained(spec, plan)
-    moved = 26 * resident + 6 * streamed
-    return seconds + moved / profile.gpu_copy
+class Bound:
+    """Seconds of a step that no order can go below, and a little for imperfect overlap.
 
-
-def _backward(spec: ModelSpec) -> range:
-    """Positions of the layers that have a backward."""
-    return range(spec.lowest_trained, len(spec.layers))
-
-
-def _trained(spec: ModelSpec, plan: MemoryPlan) -> tuple[int, int]:
-    """Elements of the trained units that are resident, and of those that are not."""
-    numels = [0, 0]
-    for unit in spec.units:
-        if not unit.frozen:
-            numels[unit.name not in plan.resident] += unit.numel
-    return numels[0], numels[1]
-
-
-def _others(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
-    """Seconds of work of all other lanes."""
-    size = plan.compute.nbytes
-    resident = sum(spec.unit(name).numel for name in plan.resident)
-    streamed = spec.param_count - resident
-    boundary = plan.tokens * spec.hidden * size
-    spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
-    layer_numel = spec.layers[0].numel
-    back = sum(spec.layers[i].name not in plan.resident for i in _backward(spec))
-    again = max(0, back - plan.window)
-    up = (streamed + again * layer_numel) * size + plan.offloaded * boundary + spilled
-    _, updated = _trained(spec, plan)
-    down = updated * size + plan.offloaded * boundary + spilled
-    # The last layer's update is due before its forward, and the next gradient comes after the loss;
-    # deferred, `_exposed` counts what forward does not hide.
-    rates, micro = profile.products, plan.micro_batches
-    forward = micro * rates.seconds(
-        forward_products(spec, spec.layers[0], plan.micro_rows, plan.seq_len)
-    )
-    idle = forward + micro * rates.seconds(head_products(spec, plan, spec.vocab, 3))
-    if spec.head.name in plan.resident:  # then it is the last layer's
-        idle += 3 * forward
-    return [
-        up / profile.h2d,
-        down / profile.d2h,
-        updated / profile.update + (0.0 if plan.deferred else idle) if updated else 0.0,
-        *nvme_seconds(spec, plan, profile),
-    ]
-
-
-def _exposed(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> float:
-    """Seconds in which the compute lane waits whatever the order.
-
-    Between the last backward and the next forward nothing hides what is due first; forward waits
-    for spilled activations that go down, between boundaries, slower than it makes them, and
-    deferred, for updates that it does not hide.
+    For points on the base of ``base``, whose own counts do not matter.
     """
-    layer = spec.layers[0]
-    forward = plan.micro_batches * profile.products.seconds(
-        forward_products(spec, layer, plan.micro_rows, plan.seq_len)
-    )
-    forward *= len(spec.layers)
-    spilled = plan.spilled * plan.micro_batches * kept_nbytes(spec, plan)
-    boundaries = plan.offloaded * plan.tokens * spec.hidden * plan.compute.nbytes
-    seconds = max(0.0, (spilled + boundaries) / profile.d2h - forward) if spilled else 0.0
-    rest = _trained(spec, plan)[1]
-    if "embed" not in plan.resident and not spec.embed.frozen:
-        used = (spec.vocab if plan.deferred else min(plan.tokens, spec.vocab)) * spec.hidden
-        rest -= used
-        boundary = plan.tokens * spec.hidden * plan.compute.nbytes
-        seconds += used / profile.update + 2 * boundary / profile.host_copy
-    if layer.name not in plan.resident and not layer.frozen:
-        rest -= layer.numel
-        seconds += layer.numel / profile.update
-    if plan.deferred:
-        seconds += max(0.0, rest / profile.update - forward)
-    return seconds
+
+    def __init__(self, spec: ModelSpec, base: MemoryPlan, profile: MachineProfile) -> None:
+        self._spec, self._base, self._profile = spec, base, profile
+        self._layers, layer = len(spec.layers), spec.layers[0]
+        self._layer, self._micro = layer.numel, base.micro_batches
+        rates = profile.products
+        one = rates.seconds(forward_products(spec, layer, base.micro_rows, base.seq_len))
+        self._forward = self._micro * one
+        units = (spec.embed, *spec.layers)
+        self._resident = np.cumsum([0, *(unit.numel for unit in units)])
+        self._resident_trained = np.cumsum([0, *(u.numel * (not u.frozen) for u in units)])
+        self._trained = sum(unit.numel for unit in spec.units if not unit.frozen)
+        adapters = sum(unit.numel for unit in spec.adapters.values() if unit.name in base.resident)
+        self._resident += adapters
+        self._resident_trained += adapters
+        again, spared = [], [0.0]
+        for unit in reversed(spec.layers[spec.lowest_trained :]):
+            plain, kept = (
+                rates.seconds(backward_products(spec, unit, base, kept=kept))
+                for kept in (False, True)
+            )
+            again.append(plain)
+            spared.append(plain - kept)
+        self._spared = np.cumsum(spared)
+        """Seconds that so many last layers spare on a micro-batch by what they keep."""
+        products = (3 if base.vocab_chunks == 1 else 4) - spec.head.frozen
+        head = rates.seconds(head_products(spec, base, spec.vocab, products))
+        self._arithmetic = self._layers * one + sum(again) + head
+        # The last layer's update is due before its forward, and the next gradient comes after the
+        # loss; a resident output matrix has none that goes down. Deferred, `_exposed` counts what
+        # forward does not hide.
+        self._loss = self._micro * rates.seconds(head_products(spec, base, spec.vocab, 3))
+        # Forward, backward, and a boundary's copies.
+        self._tasks = 4 * self._layers * self._micro * TASK_SECONDS
+        self._boundary = base.tokens * spec.hidden * base.compute.nbytes
+        self._kept = self._micro * kept_nbytes(spec, base)
+
+    def least(self) -> float:
+        """What no point on the base goes below: the arithmetic where all that may be is kept."""
+        none, all_kept = np.array(0), np.array(len(self._spared) - 1)
+        return float(self._compute(Counts(none, all_kept, none, none, none)))
+
+    def seconds(self, point: Counts, stored: Sizes) -> Seconds:
+        """The bound of every point, given what is on NVMe."""
+        spec, profile, size = self._spec, self._profile, self._base.compute.nbytes
+        streamed = spec.param_count - self._resident[point.resident]
+        updated = self._trained - self._resident_trained[point.resident]
+        backward = self._layers - np.maximum(point.resident - 1, spec.lowest_trained)
+        again = np.maximum(0, backward - self._base.window) * self._layer
+        waiting = self._offloaded(point) + point.spilled * self._kept
+        idle = self._forward * np.where((point.resident > 0) & spec.tied, 4, 1) + self._loss
+        idle = idle * (not self._base.deferred)
+        lanes = np.sort(
+            np.broadcast_arrays(
+                self._compute(point) + self._exposed(point),
+                ((streamed + again) * size + waiting) / profile.h2d,
+                (updated * size + waiting) / profile.d2h,
+                np.where(updated > 0, updated / profile.update + idle, 0.0),
+                stored.read / profile.nvme_read,
+                stored.nbytes / profile.nvme_write,
+            ),
+            axis=0,
+        )
+        narrow = NARROW_LOSS if self._base.window < 3 else 0.0
+        bound: Seconds = (lanes[-1] + OVERLAP_LOSS * lanes[-2]) * (1 + narrow) + self._tasks
+        return bound
+
+    def _compute(self, point: Counts) -> Seconds:
+        """Seconds of work of the compute lane."""
+        resident = self._resident_trained[point.resident]
+        moved = 26 * resident + 6 * (self._trained - resident)
+        arithmetic = self._arithmetic - self._spared[point.kept + point.spilled]
+        work = np.maximum(arithmetic, self._layers * LAUNCH_SECONDS)
+        seconds: Seconds = self._micro * work + moved / self._profile.gpu_copy
+        return seconds
+
+    def _offloaded(self, point: Counts) -> Ints:
+        """Bytes of boundaries that go down and come up again."""
+        return np.maximum(point.offloaded - self._spec.lowest_trained, 0) * self._boundary
+
+    def _exposed(self, point: Counts) -> Seconds:
+        """Seconds in which the compute lane waits whatever the order.
+
+        Between the last backward and the next forward nothing hides what is due first; forward
+        waits for spilled activations that go down, between boundaries, slower than it makes them,
+        and deferred, for updates that it does not hide.
+        """
+        spec, base, profile = self._spec, self._base, self._profile
+        forward = self._layers * self._forward
+        down = (point.spilled * self._kept + self._offloaded(point)) / profile.d2h
+        seconds: Seconds = np.where(point.spilled > 0, np.maximum(0.0, down - forward), 0.0)
+        rest = self._trained - self._resident_trained[point.resident]
+        if not spec.embed.frozen:
+            used = (spec.vocab if base.deferred else min(base.tokens, spec.vocab)) * spec.hidden
+            rows = used / profile.update + 2 * self._boundary / profile.host_copy
+            seconds = seconds + (point.resident < 1) * rows
+            rest = rest - (point.resident < 1) * used
+        if not spec.layers[0].frozen:
+            seconds = seconds + (point.resident < 2) * (self._layer / profile.update)
+            rest = rest - (point.resident < 2) * self._layer
+        if base.deferred:
+            seconds = seconds + np.maximum(0.0, rest / profile.update - forward)
+        return seconds

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
+
+Ints = NDArray[np.int64]
+Number = TypeVar("Number", int, Ints)
 
 PLACE_ALIGNMENT = 4096
 """Bytes to which each place is aligned: a page, and enough for direct I/O."""
@@ -59,6 +66,6 @@ def lay_out(
     return Layout(offsets, sizes)
 
 
-def aligned(nbytes: int) -> int:
-    """Bytes that a place of ``nbytes`` takes in its arena."""
+def aligned(nbytes: Number) -> Number:
+    """Bytes that a place of ``nbytes`` takes in its arena; or of many places, each on its own."""
     return -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT

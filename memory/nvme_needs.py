@@ -1,88 +1,25 @@
-"""How much goes to NVMe: the least that brings the host within its budget.
+"""What NVMe spares the host, in the order in which things go there: the *chain*.
 
-Moments come first, layer by layer, then the masters' lower halves, then boundaries, then the upper
-halves. Every byte there is written and read once a step, upper halves are read twice, so fewer
-bytes are always faster.
+First the moments of layer after layer, then the lower halves of their masters, then boundaries,
+then the upper halves. Each is written and read once a step, upper halves are read twice, so fewer
+bytes are always faster. A plan has taken so many *steps* along the chain.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan
-from slideformer.graph.step_nvme import (
-    EXTENT_ALIGNMENT,
-    HI,
-    LO,
-    MOMENTS,
-    extent_nbytes,
-    may_store_boundaries,
-    whole_pages,
-    with_streamed_state,
-)
+import numpy as np
 
+from slideformer.graph.chunks import chunk_unit
+from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.plan import Budgets, Compute, MemoryPlan
+from slideformer.graph.step_memory import STATE_NBYTES
+from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, spread
+from slideformer.memory.layout import Ints, aligned
 
-class Share(NamedTuple):
-    """One kind of thing that may lie on NVMe, for some of the layers.
-
-    ``field`` of the plan counts the layers, ``most`` is the most that it may be; each spares the
-    host ``nbytes``, and the first one costs ``fixed`` bytes of slots there.
-    """
-
-    field: str
-    most: int
-    nbytes: int
-    fixed: int
-
-    @property
-    def worthwhile(self) -> bool:
-        """Whether all of it spares more than its slots take."""
-        return self.most * self.nbytes > self.fixed
-
-
-def shares(spec: ModelSpec, plan: MemoryPlan) -> Iterator[Share]:
-    """What may go to NVMe, in the order in which it goes, each only when all before it is there."""
-    numel = spec.layers[0].numel
-    chunk = min(plan.chunk_numel, numel)
-    streamed = len(with_streamed_state(spec, plan))
-    half, saved, slots = 2 * numel, 2 * numel, plan.nvme_slots
-    halves = plan.compute is Compute.BF16  # FP32 compute reads both in every pass
-    yield Share("nvme_moments", streamed, 8 * numel, slots * extent_nbytes(MOMENTS, chunk))
-    if halves:
-        yield Share("nvme_lo", streamed, half, slots * extent_nbytes(LO, chunk) + saved)
-    boundary = whole_pages(plan.micro_tokens * spec.hidden * plan.compute.nbytes)
-    others = len(may_store_boundaries(spec, plan))
-    yield Share("nvme_boundaries", others, boundary * plan.micro_batches, slots * boundary)
-    if halves:
-        yield Share("nvme_hi", streamed, half, 2 * slots * extent_nbytes(HI, chunk) + saved)
-
-
-def nvme_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
-    """Bytes on NVMe, which are also those that a step writes there.
-
-    What fills the last page of each extent of state is left out.
-    """
-    return sum(share.nbytes * _count(plan, share) for share in shares(spec, plan))
-
-
-def nvme_read_nbytes(spec: ModelSpec, plan: MemoryPlan) -> int:
-    """Bytes that a step reads from NVMe: upper halves in forward and in backward.
-
-    Deferred updates read them once more.
-    """
-    again = 4 if plan.deferred else 2
-    return nvme_nbytes(spec, plan) + again * spec.layers[0].numel * plan.nvme_hi
-
-
-def nvme_seconds(spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile) -> list[float]:
-    """Seconds of a step's reads and of its writes, for the bound."""
-    return [
-        nvme_read_nbytes(spec, plan) / profile.nvme_read,
-        nvme_nbytes(spec, plan) / profile.nvme_write,
-    ]
+_HALF = 2
+"""Bytes per element of an upper or lower half."""
 
 
 def nvme_room(budgets: Budgets) -> int:
@@ -90,62 +27,169 @@ def nvme_room(budgets: Budgets) -> int:
     return budgets.nvme if budgets.nvme_writes is None else min(budgets.nvme, budgets.nvme_writes)
 
 
-def relieve(spec: ModelSpec, plan: MemoryPlan, deficit: int) -> MemoryPlan | None:
-    """``plan`` with the least on NVMe that spares ``deficit`` bytes of host memory, or None.
+class Stored(NamedTuple):
+    """Layers of which a part is on NVMe, as in `MemoryPlan`; ints or arrays."""
 
-    ``deficit`` is that of the plan with nothing on NVMe. Exact but for what fills pages.
+    moments: Ints
+    lo: Ints
+    boundaries: Ints
+    hi: Ints
+
+
+class Sizes(NamedTuple):
+    """What plans gain by NVMe: host bytes spared, bytes on NVMe, bytes read from it in a step."""
+
+    spared: Ints
+    nbytes: Ints
+    read: Ints
+
+    def at(self, where: Ints) -> Sizes:
+        """Those that an index selects."""
+        return Sizes(*(each[where] for each in self))
+
+
+class StateSizes:
+    """Sizes along the chain's parts that are state, with the same ``resident`` units.
+
+    ``low``: by steps of moments and lower halves; ``high``: with all of these, by upper halves. As
+    all bases cut layers alike, ``base`` may be any.
     """
-    plan = nothing_on_nvme(plan)
-    for share in shares(spec, plan):
-        if deficit <= 0:
-            break
-        if share.worthwhile:
-            count = min(share.most, -(-(deficit + share.fixed) // share.nbytes))
-            plan = _with(plan, share, count)
-            deficit += share.fixed - count * share.nbytes
-    pages = 2 * EXTENT_ALIGNMENT * len(spec.layers)
-    return plan if deficit <= pages else None
+
+    def __init__(self, spec: ModelSpec, base: MemoryPlan, resident: frozenset[str]) -> None:
+        units = [u for u in spec.layers if u.name not in resident and not u.frozen]
+        layers, n = _Layers(spec, base, units), len(units)
+        halves = base.compute is Compute.BF16  # FP32 compute reads both in every pass
+        steps = [(i, 0) for i in range(n + 1)] + [(n, i) for i in range(1, n + 1) if halves]
+        self.layers = n
+        self.low = _stack([layers.sizes(moments, lo, 0) for moments, lo in steps])
+        highs = range(n + 1 if halves else 1)
+        self.high = _stack([layers.sizes(*steps[-1], hi) for hi in highs])
 
 
-def nothing_on_nvme(plan: MemoryPlan) -> MemoryPlan:
-    """``plan`` with everything in memory."""
-    return replace(plan, nvme_moments=0, nvme_lo=0, nvme_boundaries=0, nvme_hi=0)
+class Chain:
+    """The chain of plans with the same resident units on a base.
+
+    How many layers' boundaries may go there depends on the plan: each method takes that number.
+    """
+
+    def __init__(self, spec: ModelSpec, base: MemoryPlan, sizes: StateSizes) -> None:
+        boundary = base.micro_tokens * spec.hidden * base.compute.nbytes
+        self._own = aligned(base.micro_batches * boundary)
+        self._away = base.micro_batches * aligned(boundary)
+        direct = base.nvme_direct and aligned(boundary) == boundary
+        self._ring = 0 if direct else base.nvme_slots * aligned(boundary)
+        self._streamed, self._state, self._high = sizes.layers, sizes.low, sizes.high
+        self._states = len(sizes.low.nbytes) - 1
+
+    @property
+    def steps(self) -> int:
+        """Steps of the chain, those of boundaries not counted."""
+        return self._states + len(self._high.nbytes) - 1
+
+    def stored(self, steps: Ints, boundaries: Ints) -> Stored:
+        """What is on NVMe after so many steps, of at most so many layers' ``boundaries``."""
+        rest = np.maximum(steps - self._states, 0)
+        state = np.minimum(steps, self._states)
+        moments = np.minimum(state, self._streamed)
+        away = np.minimum(rest, boundaries)
+        return Stored(moments, state - moments, away, rest - away)
+
+    def sizes(self, stored: Stored) -> Sizes:
+        """What that gains."""
+        state = self._state.at(stored.moments + stored.lo)
+        high = self._high.at(stored.hi)
+        away, far = stored.boundaries * self._own, stored.boundaries * self._away
+        spared = np.where(stored.hi > 0, high.spared, state.spared)
+        nbytes = np.where(stored.hi > 0, high.nbytes, state.nbytes) + far
+        read = np.where(stored.hi > 0, high.read, state.read) + far
+        return Sizes(spared + away - (away > 0) * self._ring, nbytes, read)
+
+    def fewest(self, wanted: Ints, boundaries: Ints, room: int) -> Ints:
+        """The fewest steps that spare each number of bytes wanted within ``room``, or -1."""
+        found = _first(self._state, wanted, np.full_like(wanted, room))
+        if int(self._state.nbytes[-1]) > room:
+            return found
+        # All state is there: then boundaries,
+        missing = wanted - int(self._state.spared[-1]) + self._ring
+        number = -(-missing // self._own)
+        fits = (number <= boundaries) & (self._state.nbytes[-1] + number * self._away <= room)
+        found = np.where((found < 0) & fits, self._states + number, found)
+        # and with all of these, upper halves.
+        away = boundaries * self._own
+        missing = wanted - away + (away > 0) * self._ring
+        high = _first(self._high, missing, room - boundaries * self._away)
+        return np.where((found < 0) & (high > 0), self._states + boundaries + high, found)
+
+    def most_spared(self, boundaries: Ints, room: int) -> Ints:
+        """The most bytes of host memory that can be spared within ``room`` bytes."""
+        best = np.full_like(boundaries, int(_best(self._state, np.array(room))))
+        if int(self._state.nbytes[-1]) > room:
+            return best
+        number = np.minimum(boundaries, (room - int(self._state.nbytes[-1])) // self._away)
+        away = number * self._own
+        spared = int(self._state.spared[-1]) + away - (away > 0) * self._ring
+        best = np.maximum(best, spared)
+        away, left = boundaries * self._own, room - boundaries * self._away
+        high = _best(self._high, left) + away - (away > 0) * self._ring
+        most: Ints = np.where(left >= self._high.nbytes[0], np.maximum(best, high), best)
+        return most
 
 
-def more_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> MemoryPlan | None:
-    """``plan`` with one layer's share more, in the order of `shares`, if there is one."""
-    for share in shares(spec, plan):
-        if _count(plan, share) < share.most:
-            return _with(plan, share, _count(plan, share) + 1)
-    return None
+def _first(sizes: Sizes, wanted: Ints, room: Ints) -> Ints:
+    """The first index that spares each number wanted within its room, or -1."""
+    best = np.maximum.accumulate(sizes.spared)
+    found = np.searchsorted(best, wanted, side="left")
+    last = len(best) - 1
+    fits = (found <= last) & (sizes.nbytes[np.minimum(found, last)] <= room)
+    return np.where(fits, found, -1)
 
 
-def less_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> MemoryPlan | None:
-    """``plan`` with one layer's share less, if there is one."""
-    for share in reversed(list(shares(spec, plan))):
-        if _count(plan, share):
-            return _with(plan, share, _count(plan, share) - 1)
-    return None
+def _best(sizes: Sizes, room: Ints) -> Ints:
+    """The most spared within each room, if that is enough for the first."""
+    best = np.maximum.accumulate(sizes.spared)
+    fits = np.searchsorted(sizes.nbytes, room, side="right") - 1
+    spared: Ints = best[np.maximum(fits, 0)]
+    return spared
 
 
-def most_on_nvme(spec: ModelSpec, plan: MemoryPlan, room: int) -> MemoryPlan:
-    """``plan`` with as much on NVMe as ``room`` bytes hold."""
-    plan = nothing_on_nvme(plan)
-    for share in shares(spec, plan):
-        count = min(share.most, room // share.nbytes)
-        if share.worthwhile and count * share.nbytes > share.fixed:
-            plan = _with(plan, share, count)
-            room -= count * share.nbytes
-        if share.worthwhile and count < share.most:
-            break
-    return plan
+def _stack(sizes: list[tuple[int, int, int]]) -> Sizes:
+    return Sizes(*np.array(sizes, np.int64).T)
 
 
-def _count(plan: MemoryPlan, share: Share) -> int:
-    """How many layers' shares there are; a count beyond what there may be stands for all."""
-    return min(int(getattr(plan, share.field)), share.most)
+_KINDS = ((MOMENTS,), (MOMENTS, LO), (MOMENTS, LO, HI), (HI,))
+"""Kinds of what shares a slot in host memory."""
 
 
-def _with(plan: MemoryPlan, share: Share, count: int) -> MemoryPlan:
-    changes: dict[str, Any] = {share.field: count}
-    return replace(plan, **changes)
+class _Layers:
+    """Sizes of the layers whose state can go to NVMe."""
+
+    def __init__(self, spec: ModelSpec, base: MemoryPlan, units: list[UnitSpec]) -> None:
+        self._slots, self._deferred = base.nvme_slots, base.deferred
+        rows = []
+        for unit in units:
+            chunks = chunk_unit(spec, unit, base.chunk_numel, base.vocab_chunks)
+            extents = [[extent_nbytes(k, c.numel) for c in chunks] for k in (MOMENTS, LO, HI)]
+            largest = [
+                max(sum(extent_nbytes(kind, c.numel) for kind in kinds) for c in chunks)
+                for kinds in _KINDS
+            ]
+            rows.append([unit.numel, *map(sum, extents), *largest])
+        self._rows: Ints = np.array(rows, np.int64).reshape(-1, 8)
+
+    def sizes(self, moments: int, lo: int, hi: int) -> tuple[int, int, int]:
+        """What so many layers' parts spare the host, take, and are read in a step."""
+        with_moments = self._rows[spread(range(len(self._rows)), moments)]
+        with_lo = with_moments[spread(range(moments), lo)]
+        with_hi = with_lo[spread(range(lo), hi)]
+        spared = nbytes = largest = 0
+        for kind, rows in enumerate((with_moments, with_lo, with_hi)):
+            numel = rows[:, 0]
+            half = aligned(_HALF * numel)
+            spared += int((half if kind else aligned(STATE_NBYTES * numel) - half).sum())
+            nbytes += int(rows[:, 1 + kind].sum())
+            largest = max(largest, int(rows[:, 4 + kind].max(initial=0)))
+            if kind:  # where a unit's halves are put together to be saved
+                spared -= int(half.max(initial=0))
+        largest += int(with_hi[:, 7].max(initial=0))  # on their way up
+        again = int(with_hi[:, 3].sum()) * (2 if self._deferred else 1)
+        return spared - self._slots * largest, nbytes, nbytes + again

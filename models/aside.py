@@ -48,12 +48,10 @@ def check_output(output: Path, *, replace: bool = False) -> None:
     elif output.exists() or output.is_symlink():
         raise CheckpointError(f"output {output} is not a folder: give another path")
     parent = existing_parent(output)
-    # Named as a folder aside: what a kill between the two calls leaves, the next run removes.
-    probe = parent / f".{output.name}.tmp-{os.getpid()}.probe"
+    probe = parent / f".{output.name}.probe-{os.getpid()}"
     try:
-        probe.mkdir(exist_ok=True)
-        with contextlib.suppress(FileNotFoundError):
-            probe.rmdir()
+        probe.mkdir()
+        probe.rmdir()
     except OSError as error:
         raise CheckpointError(
             f"output folder {output} cannot be created in {parent} ({error.strerror or error}):"

@@ -24,15 +24,14 @@ from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan,
 from slideformer.graph.step import compile_step
 from slideformer.memory.gpu_io import direct_storage
 from slideformer.memory.limits import available_host_memory, free_nvme
-from slideformer.memory.needs import PlanRequest, Prediction, peaks
 from slideformer.memory.planner import make_plan
+from slideformer.memory.request import PlanRequest, Prediction
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
 from slideformer.models.layer_memory import workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.profiles import announce, cached_machine
-from slideformer.runtime.nvme_files import stale_nbytes
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 
@@ -112,33 +111,30 @@ def plan_for(
         head = head_workspace_bytes(vocab_rows, tile, tokens, size)
         return max(layers, head + tokens * spec.hidden * size)
 
-    def predict(graph: TaskGraph) -> Prediction:
-        """The middle one of three steps, simulated under a policy of the same kind."""
-        timeline = simulate(graph, make_policy(config.policy), profile, instances=3)
-        stops = {span.task: span.stopped for span in timeline.instance(1).spans}
+    def predict(graph: TaskGraph, steps: int) -> Prediction:
+        """Simulate under a policy of the same kind."""
+        timeline = simulate(graph, make_policy(config.policy), profile, instances=steps)
+        stops = {span.task: span.stopped for span in timeline.instance(0).spans}
         return Prediction(timeline.step_seconds, stops)
 
-    request = PlanRequest(
-        spec=spec,
-        rows=config.step_rows,
-        seq_len=config.seq_len,
-        compute=compute,
-        budgets=budgets,
-        profile=profile,
-        workspace=workspace,
-        predict=predict,
-        micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
-        vocab_chunks=_chosen(numerics, "vocab_chunks"),
-        head_tile=_chosen(numerics, "head_tile"),
-        window=config.window,
-        packed=config.packing,
-        deferred=config.deferred,
+    return make_plan(
+        PlanRequest(
+            spec=spec,
+            rows=config.step_rows,
+            seq_len=config.seq_len,
+            compute=compute,
+            budgets=budgets,
+            profile=profile,
+            workspace=workspace,
+            predict=predict,
+            micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
+            vocab_chunks=_chosen(numerics, "vocab_chunks"),
+            head_tile=_chosen(numerics, "head_tile"),
+            window=config.window,
+            packed=config.packing,
+            deferred=config.deferred,
+        )
     )
-    plan = make_plan(request)
-    if not (profile.direct_storage and plan.nvme_boundaries):
-        return plan
-    plan = replace(plan, nvme_direct=True)
-    return replace(plan, peaks=peaks(request, plan))
 
 
 def _chosen(numerics: Mapping[str, str | int], name: str) -> int | None:
@@ -181,14 +177,11 @@ def profile_for(device: torch.device, nvme: Sequence[Path] = ()) -> MachineProfi
 def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
     """The budgets asked for; otherwise what the machine has left."""
     host = config.cpu_memory or available_host_memory()
-    if config.gpu_memory is not None:
-        gpu = config.gpu_memory
-    elif device.type == "cuda":
+    gpu = config.gpu_memory
+    if gpu is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         gpu = free + torch.cuda.memory_reserved(device)
-    else:  # its tier lies in host memory too: divide what there is
-        gpu, host = host // 2, host - host // 2
-    nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
+    nvme = config.nvme_memory or free_nvme(config.nvme)
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
 
 

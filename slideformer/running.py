@@ -125,7 +125,7 @@ def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
     for task in graph.tasks:
         for name in (*task.reads, *task.writes):
             first.setdefault(graph.buffers[name].place, f"task {task.name}: ")
-    room = {"GPU": budgets.gpu, "host": budgets.host}
+    room = {"GPU": budgets.gpu or 0, "host": budgets.host}
     used = dict.fromkeys(room, 0)
     for place in (*first, *(name for name in wanted if name not in first)):
         tier, nbytes = wanted[place]

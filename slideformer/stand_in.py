@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
-from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models import layer
 from slideformer.models.attention import window_mask
@@ -118,7 +117,7 @@ class StandIn:
             self._matrix_grad,
             accumulate_dw=self._several,
             tile=self._tile,
-            form=LossForm(softcap=cfg.final_softcap),
+            softcap=cfg.final_softcap,
         )
         rms_norm_backward(dx, x, self._norm, rstd, out=dx, centred=cfg.centred)
 

@@ -158,11 +158,14 @@ def _peaks(config: EngineConfig, plan: MemoryPlan) -> Table:
     pinned = plan.peaks.get(Tier.PINNED, 0)
     budgets = budgets_for(config, device_for(config))
     free = {True: " (what is free)", False: ""}
-    table.add_row(
-        "gpu",
-        format_size(plan.peaks[Tier.GPU]),
-        format_size(budgets.gpu) + free[config.gpu_memory is None],
-    )
+    if budgets.gpu is None:
+        table.add_row("gpu", format_size(plan.peaks[Tier.GPU]), "of the host's")
+    else:
+        table.add_row(
+            "gpu",
+            format_size(plan.peaks[Tier.GPU]),
+            format_size(budgets.gpu) + free[config.gpu_memory is None],
+        )
     table.add_row(
         "host", format_size(host), format_size(budgets.host) + free[config.cpu_memory is None]
     )

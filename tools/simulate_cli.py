@@ -108,7 +108,9 @@ def _memory(step: flags.PlannedStep) -> Table:
     return table
 
 
-def _budget(nbytes: int, shown: bool = True) -> str:
+def _budget(nbytes: int | None, shown: bool = True) -> str:
     if nbytes == flags.UNLIMITED:
         return "unlimited"
+    if nbytes is None:
+        return "of the host's" if shown else ""
     return format_size(nbytes) if shown else ""

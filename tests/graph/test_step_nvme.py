@@ -20,12 +20,10 @@ from slideformer.graph.step_nvme import (
     MOMENTS,
     boundaries_on_nvme,
     units_on_nvme,
-    with_streamed_state,
 )
 from slideformer.graph.tasks import TaskKind
 from slideformer.graph.verify import verify
 from slideformer.memory.layout import places
-from slideformer.memory.nvme_needs import nvme_nbytes, nvme_read_nbytes
 from tests.support.specs import draft_plans, specs
 
 Case = tuple[ModelSpec, MemoryPlan]
@@ -138,24 +136,3 @@ def test_an_evaluation_reads_weights_only_and_a_save_both_halves(case: Case) -> 
         assert {tuple(name.split(".")[:2]) for name in reads} == {
             (kind, unit) for unit in kinds for kind in kinds[unit] if kind in saved
         }
-
-
-@some
-@given(cases())
-def test_the_bytes_of_a_step_are_those_counted_for_the_bound(case: Case) -> None:
-    """But for what fills the last page of each extent, and weights that need not come up again."""
-    spec, plan = case
-    moments = min(plan.nvme_moments, len(with_streamed_state(spec, plan)))
-    lo = min(plan.nvme_lo, moments)
-    plan = replace(plan, nvme_moments=moments, nvme_lo=lo, nvme_hi=min(plan.nvme_hi, lo))
-    graph = compile_step(spec, plan)
-    again = {task.name.split(".")[1] for task in graph.tasks if ".bwd.c" in task.name}
-    kept = sum(HI in kinds and unit not in again for unit, kinds in units_on_nvme(*case).items())
-    spared = 2 * spec.layers[0].numel * kept
-    for kind, counted in (
-        (TaskKind.NVME_WRITE, nvme_nbytes(spec, plan)),
-        (TaskKind.NVME_READ, nvme_read_nbytes(spec, plan) - spared),
-    ):
-        tasks = [task for task in graph.tasks if task.kind is kind]
-        filled = sum(task.cost.nbytes for task in tasks) - counted
-        assert 0 <= filled < EXTENT_ALIGNMENT * sum(len(task.reads) for task in tasks) + 1

@@ -27,6 +27,7 @@ def make(**settings: Any) -> Engine:
         batch_size=2,
         seq_len=16,
         device="cpu",
+        compute="fp32",
         gpu_memory=1 << 30,
         cpu_memory=4 << 30,
         threads=1,

@@ -90,7 +90,7 @@ def test_dump_for_a_named_machine_and_in_every_format(model: Path, tmp_path: Pat
         (("--shape", "llama3-8b", "--machine", "h20"), ConfigError, "did you mean h200"),
         (("--shape", "llama3-8b", "--batch-size", "0"), ConfigError, "--batch-size: batch_size is"),
         (("--shape", "llama3-8b", "--policy", "lifo"), ConfigError, "did you mean 'fifo'"),
-        (("--shape", "llama3-1b", "--gpu-memory", "1GiB"), BudgetError, "the least that works"),
+        (("--shape", "llama3-1b", "--gpu-memory", "9MiB"), BudgetError, "the least that works"),
     ],
 )
 def test_dump_refuses_bad_flags(

@@ -1,0 +1,244 @@
+"""The fastest plan of the lattice that fits, found exactly, and the least budgets that would do.
+
+The axes that are searched in full are evaluated as arrays, base by base; for each of their points
+the fewest boundaries and the least state that must leave a tier follow in closed form. Bases that
+cannot win are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from slideformer.graph.plan import Budgets, MemoryPlan
+from slideformer.memory.bound import Bound, Seconds
+from slideformer.memory.lattice import (
+    Counts,
+    bases,
+    boundaries_for_nvme,
+    fewest_offloaded,
+    plan_at,
+    points,
+    resident_units,
+)
+from slideformer.memory.layout import Ints
+from slideformer.memory.needs import Needs
+from slideformer.memory.nvme_needs import Chain, Sizes, StateSizes, nvme_room
+from slideformer.memory.request import PlanRequest
+
+GRID = 0.005
+"""Relative distance of what is told apart: less time does not pay for more memory."""
+
+_UNBOUNDED = 1 << 62
+
+
+@dataclass(frozen=True)
+class Solution:
+    """The plan chosen, without gradient slots, and how it compares.
+
+    Of two solutions the better one has the lower ``rank``: time and bytes on NVMe, both on the
+    `GRID`; micro-batches, with which grows what the bound leaves out; bytes of memory if nothing
+    were moved to another tier; offloaded boundaries. ``seconds`` is its bound; ``spare_host`` bytes
+    of the host's budget are left over, and ``gradients`` in slots of ``gradient`` bytes could be
+    parked at once.
+    """
+
+    plan: MemoryPlan
+    seconds: float
+    rank: tuple[int, ...]
+    spare_host: int
+    gradients: int
+    gradient: int
+
+
+def on_grid(values: Seconds | Ints) -> Ints:
+    """Which point of a logarithmic grid each value falls on; of times, this is the objective."""
+    found: Ints = np.floor(np.log(values) / math.log1p(GRID)).astype(np.int64)
+    return found
+
+
+class Lattice:
+    """All plans for a request, whatever its budgets; the methods filter them by budgets."""
+
+    def __init__(self, request: PlanRequest) -> None:
+        self._spec = request.spec
+        self._all = points(request.spec, request.compute)
+        self._few = self._all._replace(offloaded=fewest_offloaded(request.spec, self._all.resident))
+        states: dict[int, StateSizes] = {}
+        self._bases = sorted(
+            (_Base(request, plan, states) for plan in bases(request)), key=lambda base: base.least
+        )
+
+    def solve(self, budgets: Budgets) -> Solution | None:
+        """The best plan within ``budgets``, or None if there is none."""
+        best: Solution | None = None
+        for base in self._bases:
+            if best is not None and int(on_grid(np.array(base.least))) > best.rank[0]:
+                break
+            found = self._best_on(base, budgets)
+            if found is not None and (best is None or found.rank < best.rank):
+                best = found
+        return best
+
+    def least_gpu(self, budgets: Budgets) -> int | None:
+        """The least bytes of GPU memory that would do with the other budgets as they are."""
+        found: list[int] = []
+        for base in self._bases:
+            point = self._all._replace(offloaded=self._most_offloaded(base, budgets))
+            found += _least(base.needs.gpu(point.at(point.offloaded >= 0)))
+        return min(found, default=None)
+
+    def least_host(self, budgets: Budgets) -> int | None:
+        """The least bytes of host memory that would do with the other budgets as they are."""
+        found: list[int] = []
+        for base in self._bases:
+            point, need = self._within_gpu(base, budgets)
+            found += _least(need - base.most_spared(point, nvme_room(budgets)))
+        return min(found, default=None)
+
+    def least_nvme(self, budgets: Budgets) -> int | None:
+        """The least bytes of NVMe, to hold and to write, that would do with the other budgets."""
+        found: list[int] = []
+        for base in self._bases:
+            point, need = self._within_gpu(base, budgets)
+            stored = base.fewest_stored(point, need - budgets.host, _UNBOUNDED)
+            possible = point._replace(stored=stored).at(stored >= 0)
+            found += _least(base.on_nvme(possible).nbytes)
+        return min(found, default=None)
+
+    def _best_on(self, base: _Base, budgets: Budgets) -> Solution | None:
+        needs = base.needs
+        point, need = self._within_gpu(base, budgets)
+        stored = base.fewest_stored(point, need - budgets.host, nvme_room(budgets))
+        fits = stored >= 0
+        point, need = point._replace(stored=stored).at(fits), need[fits]
+        if not len(need):
+            return None
+        sizes = base.on_nvme(point)
+        seconds = base.bound.seconds(point, sizes)
+        few = point._replace(offloaded=fewest_offloaded(self._spec, point.resident))
+        memory = needs.gpu(few) + needs.host(few)
+        left: NDArray[np.bool_] = np.ones(len(seconds), bool)
+        rank: list[int] = []
+        stored_on_grid = on_grid(np.maximum(sizes.nbytes, 1))
+        for key in (on_grid(seconds), stored_on_grid, memory, point.offloaded):
+            rank.append(int(key[left].min()))
+            left &= key == rank[-1]
+        at = int(np.argmax(left))
+        chosen = point.at(at)
+        plan = base.plan_at(chosen)
+        return Solution(
+            plan=replace(plan, boundary_slots=int(needs.boundary_slots(chosen))),
+            seconds=float(seconds[at]),
+            rank=(*rank[:2], base.plan.micro_batches, *rank[2:]),
+            spare_host=budgets.host - int(need[at]) + int(sizes.spared[at]),
+            gradients=int(needs.gradients[chosen.resident]),
+            gradient=int(needs.gradient[chosen.resident]),
+        )
+
+    def _within_gpu(self, base: _Base, budgets: Budgets) -> tuple[Counts, Ints]:
+        """The points that the GPU holds with the fewest boundaries offloaded, and their host bytes.
+
+        Without a GPU its tier is part of the host's memory, and offloading would spare nothing.
+        """
+        needs = base.needs
+        if budgets.gpu is None:
+            return self._few, needs.host(self._few) + needs.gpu(self._few)
+        offloaded = needs.fewest_offloaded(self._all, budgets.gpu)
+        fits = offloaded <= len(self._spec.layers)
+        point = self._all._replace(offloaded=offloaded).at(fits)
+        return point, needs.host(point)
+
+    def _most_offloaded(self, base: _Base, budgets: Budgets) -> Ints:
+        """The most boundaries of each point for which the host has room, or -1.
+
+        Offloading one more never lowers what the host needs, with or without NVMe.
+        """
+        room = nvme_room(budgets)
+
+        def fits(offloaded: Ints) -> NDArray[np.bool_]:
+            point = self._all._replace(offloaded=offloaded)
+            return base.needs.host(point) - base.most_spared(point, room) <= budgets.host
+
+        low = self._few.offloaded
+        high = np.full_like(low, len(self._spec.layers))
+        possible = fits(low)
+        while (low < high).any():
+            middle = (low + high + 1) // 2
+            enough = fits(middle)
+            low, high = np.where(enough, middle, low), np.where(enough, high, middle - 1)
+            low = np.minimum(low, np.maximum(high, self._few.offloaded))
+            high = np.maximum(high, low)
+        return np.where(possible, low, -1)
+
+
+class _Base:
+    """A base, and what is known of plans on it."""
+
+    def __init__(
+        self, request: PlanRequest, plan: MemoryPlan, states: dict[int, StateSizes]
+    ) -> None:
+        self._request, self._spec, self._states = request, request.spec, states
+        self.plan = plan
+        self.bound = Bound(request.spec, plan, request.profile)
+        self.least = self.bound.least()
+
+    @cached_property
+    def needs(self) -> Needs:
+        """What its plans take."""
+        return Needs(self._request, self.plan)
+
+    def plan_at(self, point: Counts) -> MemoryPlan:
+        """The plan at one point."""
+        boundaries = boundaries_for_nvme(self._spec, point)
+        stored = self._chain(int(point.resident)).stored(point.stored, boundaries)
+        return plan_at(self._spec, self.plan, point, stored)
+
+    def fewest_stored(self, point: Counts, missing: Ints, room: int) -> Ints:
+        """The fewest steps to NVMe that spare each point the host bytes ``missing``, or -1."""
+        found = np.where(missing <= 0, 0, -1)
+        boundaries = boundaries_for_nvme(self._spec, point)
+        for chain, here in self._by_chain(point, (missing > 0) & (room > 0)):
+            found[here] = chain.fewest(missing[here], boundaries[here], room)
+        return found
+
+    def on_nvme(self, point: Counts) -> Sizes:
+        """What each point gains by its steps."""
+        found = Sizes(*np.zeros((len(Sizes._fields), len(point.stored)), np.int64))
+        boundaries = boundaries_for_nvme(self._spec, point)
+        for chain, here in self._by_chain(point, point.stored > 0):
+            sizes = chain.sizes(chain.stored(point.stored[here], boundaries[here]))
+            for into, each in zip(found, sizes, strict=True):
+                into[here] = each
+        return found
+
+    def most_spared(self, point: Counts, room: int) -> Ints:
+        """The most bytes of host memory that NVMe can spare each point."""
+        found = np.zeros_like(point.resident)
+        boundaries = boundaries_for_nvme(self._spec, point)
+        for chain, here in self._by_chain(point, np.full(len(found), room > 0)):
+            found[here] = chain.most_spared(boundaries[here], room)
+        return found
+
+    def _by_chain(
+        self, point: Counts, wanted: NDArray[np.bool_]
+    ) -> Iterator[tuple[Chain, NDArray[np.bool_]]]:
+        """Chains and the points among those ``wanted`` that they are for."""
+        for resident in np.unique(point.resident[wanted]):
+            yield self._chain(int(resident)), wanted & (point.resident == resident)
+
+    def _chain(self, resident: int) -> Chain:
+        if resident not in self._states:
+            units = resident_units(self._spec, resident)
+            self._states[resident] = StateSizes(self._spec, self.plan, units)
+        return Chain(self._spec, self.plan, self._states[resident])
+
+
+def _least(values: Ints) -> list[int]:
+    """The smallest value, if there is one."""
+    return [int(values.min())] if len(values) else []
