@@ -195,7 +195,7 @@ def test_the_saved_folder_holds_adapters_as_peft_does(tmp_path: Path) -> None:
     with engine_with(config, resident=frozenset({"A00", "A02"})) as engine:
         for batch in BATCHES:
             engine.step(batch)
-        output = engine.save(tmp_path / "out", {"notes.txt": "text"})
+        output = engine.save(tmp_path / "out", lambda: {"notes.txt": "text"})
         trained = adapters_in(weights_of(engine))
     assert sorted(path.name for path in output.iterdir()) == [
         "adapter_config.json",
