@@ -100,6 +100,7 @@ class HeadWriter:
                 memory.task(
                     f"stats.head.v{part.index}.m{m}",
                     TaskKind.COMPUTE,
+                    op="stats" if self._train else "evaluate_stats",
                     reads=[*self._norm, *weights, x, "targets"]
                     + ([stats] if part.index else [])
                     + ([memory.loss] if last and m else []),

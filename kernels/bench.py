@@ -23,7 +23,7 @@ from torch import Tensor
 from slideformer.kernels import reference
 from slideformer.kernels.adamw import AdamW, Segment
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
-from slideformer.kernels.cross_entropy import lse_accumulate, lse_init, softmax_grad_
+from slideformer.kernels.cross_entropy import PLAIN, lse_accumulate, lse_init, softmax_grad_
 from slideformer.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
@@ -216,8 +216,8 @@ def cross_entropy_cases(tokens: int) -> Iterator[Case]:
         softmax_grad_(logits, targets, 0, lse, 1.0)
 
     def plain_both() -> None:
-        reference.lse_accumulate(logits, targets, 0, *state, None)
-        reference.softmax_grad_(logits, targets, 0, lse, 1.0, None)
+        reference.lse_accumulate(logits, targets, 0, *state, PLAIN)
+        reference.softmax_grad_(logits, targets, 0, lse, 1.0, PLAIN)
 
     def liger_both() -> Run:
         function = liger("cross_entropy", "LigerCrossEntropyFunction")
@@ -230,7 +230,7 @@ def cross_entropy_cases(tokens: int) -> Iterator[Case]:
         one,
         lambda: lse_accumulate(logits, targets, 0, *state),
         reference.lse_accumulate,
-        (logits, targets, 0, *state, None),
+        (logits, targets, 0, *state, PLAIN),
     )
     yield Case(
         "softmax_grad_",
@@ -238,7 +238,7 @@ def cross_entropy_cases(tokens: int) -> Iterator[Case]:
         2 * one,
         lambda: softmax_grad_(logits, targets, 0, lse, 1.0),
         reference.softmax_grad_,
-        (logits, targets, 0, lse, 1.0, None),
+        (logits, targets, 0, lse, 1.0, PLAIN),
     )
     yield Case("both sweeps", shape, 3 * one, both, plain_both, (), liger_both)
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.reference import IGNORE_INDEX
 from slideformer.kernels.triton_jit import jit
 
@@ -38,6 +39,8 @@ def _lse_kernel(
     columns: tl.tensor,
     stride: tl.tensor,
     softcap: tl.tensor | None,
+    smoothing: tl.tensor | None,
+    spread: tl.tensor | None,
     LANES: tl.constexpr,
     VECTOR: tl.constexpr,
 ) -> None:
@@ -46,6 +49,7 @@ def _lse_kernel(
     offset = tl.arange(0, LANES)[:, None] * VECTOR + tl.arange(0, VECTOR)[None, :]
     lane_max = tl.full([LANES], _LOWEST, tl.float32)
     lane_sum = tl.zeros([LANES], tl.float32)
+    lane_total = tl.zeros([LANES], tl.float32)
     for start in range(0, columns, LANES * VECTOR):
         column = start + offset
         mask = column < columns
@@ -56,6 +60,8 @@ def _lse_kernel(
         lane_sum = lane_sum * tl.exp(lane_max - new_max)
         lane_sum += tl.sum(tl.exp(logit - new_max[:, None]), 1)
         lane_max = new_max
+        if smoothing is not None:
+            lane_total += tl.sum(tl.where(mask, logit, 0.0), 1)
 
     tile_max = tl.max(lane_max, 0)
     tile_sum = tl.sum(lane_sum * tl.exp(lane_max - tile_max), 0)
@@ -71,7 +77,11 @@ def _lse_kernel(
     logit = tl.load(line + column, mask=inside, other=0.0).to(tl.float32)
     if softcap is not None:
         logit = softcap * _tanh(logit / softcap)
-    tl.store(target_logit + row, logit, mask=inside)
+    picked = tl.load(target_logit + row)
+    if smoothing is not None:
+        picked += spread * tl.sum(lane_total, 0)
+        logit *= 1 - smoothing
+    tl.store(target_logit + row, tl.where(inside, picked + logit, picked))
 
 
 @jit
@@ -84,6 +94,9 @@ def _gradient_kernel(
     stride: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor | None,
+    smoothing: tl.tensor | None,
+    spread: tl.tensor | None,
+    z_loss: tl.tensor | None,
     BLOCK: tl.constexpr,
 ) -> None:
     pieces = tl.cdiv(columns, BLOCK)
@@ -103,7 +116,13 @@ def _gradient_kernel(
         logit = tl.where(valid, softcap * tanh, float("-inf"))
         slope = scale * (1 - tanh * tanh)
     gradient = tl.exp(logit - row_lse)
-    gradient = tl.where(column == target - vocab_start, gradient - 1, gradient) * slope
+    if z_loss is not None:
+        gradient *= 1 + 2 * z_loss * row_lse
+    certain = 1.0
+    if smoothing is not None:
+        certain = 1 - smoothing
+        gradient = tl.where(valid, gradient - spread, 0.0)
+    gradient = tl.where(column == target - vocab_start, gradient - certain, gradient) * slope
     tl.store(at, gradient.to(logits.dtype.element_ty), mask=mask)
 
 
@@ -114,7 +133,7 @@ def lse_accumulate(
     running_max: Tensor,
     running_sum: Tensor,
     target_logit: Tensor,
-    softcap: float | None,
+    form: LossForm,
 ) -> None:
     """See :func:`slideformer.kernels.cross_entropy.lse_accumulate`."""
     tokens, columns = logits.shape
@@ -127,7 +146,9 @@ def lse_accumulate(
         vocab_start,
         columns,
         logits.stride(0),
-        softcap,
+        form.softcap,
+        form.smoothing,
+        None if form.smoothing is None else form.spread,
         LANES=_LANES,
         VECTOR=16 // logits.element_size(),
         num_warps=8,
@@ -140,7 +161,7 @@ def softmax_grad_(
     vocab_start: int,
     lse: Tensor,
     scale: float,
-    softcap: float | None,
+    form: LossForm,
 ) -> Tensor:
     """See :func:`slideformer.kernels.cross_entropy.softmax_grad_`."""
     tokens, columns = logits.shape
@@ -152,7 +173,10 @@ def softmax_grad_(
         columns,
         logits.stride(0),
         scale,
-        softcap,
+        form.softcap,
+        form.smoothing,
+        None if form.smoothing is None else form.spread,
+        form.z_loss,
         BLOCK=_BLOCK,
         num_warps=4,
     )

@@ -10,9 +10,13 @@ whose docstrings hold the formulas.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from slideformer.kernels.cross_entropy import LossForm
 
 IGNORE_INDEX = -100
 """Target value of a token without loss, as in ``torch.nn.functional.cross_entropy``."""
@@ -112,12 +116,12 @@ def lse_accumulate(
     running_max: Tensor,
     running_sum: Tensor,
     target_logit: Tensor,
-    softcap: float | None,
+    form: LossForm,
 ) -> None:
     """See :func:`slideformer.kernels.cross_entropy.lse_accumulate`."""
     wide = logits.float()
-    if softcap is not None:
-        wide = softcap * torch.tanh(wide / softcap)
+    if form.softcap is not None:
+        wide = form.softcap * torch.tanh(wide / form.softcap)
     # Finite even if all logits so far are -inf, so that no difference of infinities arises.
     new_max = torch.maximum(running_max, wide.amax(-1)).clamp_min(torch.finfo(torch.float32).min)
     chunk_sum = torch.exp(wide - new_max[:, None]).sum(-1)
@@ -126,7 +130,10 @@ def lse_accumulate(
     column = targets - vocab_start
     inside = (column >= 0) & (column < logits.shape[-1])
     picked = wide.gather(-1, column.clamp(0, logits.shape[-1] - 1)[:, None])[:, 0]
-    target_logit.copy_(torch.where(inside, picked, target_logit))
+    if form.smoothing is not None:
+        target_logit.add_(wide.sum(-1), alpha=form.spread)
+        picked = (1 - form.smoothing) * picked
+    target_logit.copy_(torch.where(inside, target_logit + picked, target_logit))
 
 
 def softmax_grad_(
@@ -135,16 +142,20 @@ def softmax_grad_(
     vocab_start: int,
     lse: Tensor,
     scale: float,
-    softcap: float | None,
+    form: LossForm,
 ) -> Tensor:
     """See :func:`slideformer.kernels.cross_entropy.softmax_grad_`."""
     wide = logits.float()
     slope: Tensor | None = None
-    if softcap is not None:
-        tanh = torch.tanh(wide / softcap)
-        wide, slope = softcap * tanh, 1 - tanh.square()
+    if form.softcap is not None:
+        tanh = torch.tanh(wide / form.softcap)
+        wide, slope = form.softcap * tanh, 1 - tanh.square()
     columns = torch.arange(logits.shape[-1], device=logits.device) + vocab_start
-    grad = torch.exp(wide - lse[:, None]) - (columns == targets[:, None]).float()
+    grad = torch.exp(wide - lse[:, None])
+    if form.z_loss is not None:
+        grad *= 1 + 2 * form.z_loss * lse[:, None]
+    certain = 1.0 if form.smoothing is None else 1 - form.smoothing
+    grad -= certain * (columns == targets[:, None]).float() + form.spread
     if slope is not None:
         grad *= slope
     valid = (targets != IGNORE_INDEX)[:, None]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -30,19 +31,25 @@ def available_host_memory() -> int:
     return int(room * _MARGIN)
 
 
-def free_nvme(folders: Sequence[Path]) -> int:
+def free_nvme(folders: Sequence[Path], stale: Callable[[Path], int]) -> int:
     """Bytes that may be used in folders of equal shares, 5 % kept back.
 
-    Raises `StoreError` for a folder that is not there.
+    Folders on one disk share what is free there. ``stale`` tells how many bytes of a folder a run
+    gives back when it begins, those of killed runs. Raises `StoreError` for a folder that is not
+    there.
     """
     try:
-        free = [shutil.disk_usage(folder).free for folder in folders]
+        disks = [os.stat(folder).st_dev for folder in folders]
+        free = {os.stat(folder).st_dev: shutil.disk_usage(folder).free for folder in folders}
+        for folder in {folder.resolve() for folder in folders}:
+            free[os.stat(folder).st_dev] += stale(folder)
     except OSError as error:
         raise StoreError(
             f"NVMe folder {error.filename} cannot be used ({error.strerror}); create it or give "
             "another one as --nvme"
         ) from error
-    return int(len(folders) * min(free, default=0) * _MARGIN)
+    share = min((free[disk] // disks.count(disk) for disk in disks), default=0)
+    return int(len(folders) * share * _MARGIN)
 
 
 def _read_number(path: str) -> int | None:

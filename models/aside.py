@@ -48,10 +48,12 @@ def check_output(output: Path, *, replace: bool = False) -> None:
     elif output.exists() or output.is_symlink():
         raise CheckpointError(f"output {output} is not a folder: give another path")
     parent = existing_parent(output)
-    probe = parent / f".{output.name}.probe-{os.getpid()}"
+    # Named as a folder aside: what a kill between the two calls leaves, the next run removes.
+    probe = parent / f".{output.name}.tmp-{os.getpid()}.probe"
     try:
-        probe.mkdir()
-        probe.rmdir()
+        probe.mkdir(exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            probe.rmdir()
     except OSError as error:
         raise CheckpointError(
             f"output folder {output} cannot be created in {parent} ({error.strerror or error}):"

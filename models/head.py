@@ -21,6 +21,8 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.cross_entropy import (
+    PLAIN,
+    LossForm,
     lse_accumulate,
     lse_finish,
     lse_init,
@@ -55,26 +57,28 @@ def head_stats(
     stats: HeadStats,
     *,
     tile: int,
-    softcap: float | None = None,
+    form: LossForm = PLAIN,
 ) -> None:
     """Fold the logits of one vocabulary chunk into ``stats``.
 
     ``xn`` [T, h] and ``w_chunk`` [Vc, h], rows ``vocab_start`` … of the output matrix, are both
     BF16 or both FP32; ``targets`` is int64 [T], −100 where a token has no loss; ``tile`` is the
-    number of tokens whose logits exist at once; ``softcap`` caps them (see
-    ``kernels/cross_entropy.py``). Every chunk must be seen exactly once.
+    number of tokens whose logits exist at once; ``form`` is what the loss has beside cross-entropy.
+    Every chunk must be seen exactly once.
     """
     for rows, logits in _tiles(xn, w_chunk, tile):
-        lse_accumulate(logits, targets[rows], vocab_start, *stats.part(rows), softcap)
+        lse_accumulate(logits, targets[rows], vocab_start, *stats.part(rows), form)
 
 
-def head_loss(stats: HeadStats, targets: Tensor, scale: float, loss: Tensor) -> Tensor:
+def head_loss(
+    stats: HeadStats, targets: Tensor, scale: float, loss: Tensor, form: LossForm = PLAIN
+) -> Tensor:
     """After the last chunk: add ``scale`` · Σ token losses to ``loss``, a scalar FP32 tensor.
 
     Returns the log-sum-exp of each token's logits, FP32 [T].
     """
     lse = lse_finish(stats.running_max, stats.running_sum)
-    loss.add_(token_losses(lse, stats.target_logit, targets).sum(), alpha=scale)
+    loss.add_(token_losses(lse, stats.target_logit, targets, form).sum(), alpha=scale)
     return lse
 
 
@@ -91,7 +95,7 @@ def head_grad(
     accumulate_dxn: bool,
     accumulate_dw: bool,
     tile: int,
-    softcap: float | None = None,
+    form: LossForm = PLAIN,
 ) -> None:
     """Gradients of the scaled loss through one vocabulary chunk.
 
@@ -103,7 +107,7 @@ def head_grad(
     several tiles or micro-batches.
     """
     for rows, logits in _tiles(xn, w_chunk, tile):
-        d_logits = softmax_grad_(logits, targets[rows], vocab_start, lse[rows], scale, softcap)
+        d_logits = softmax_grad_(logits, targets[rows], vocab_start, lse[rows], scale, form)
         product_(dxn[rows], d_logits, w_chunk, accumulate=accumulate_dxn)
         if dw_chunk is not None:
             product_(dw_chunk, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
@@ -120,7 +124,7 @@ def head_loss_and_grad(
     *,
     accumulate_dw: bool,
     tile: int,
-    softcap: float | None = None,
+    form: LossForm = PLAIN,
 ) -> None:
     """Loss and gradients where ``w`` [V, h] is the whole output matrix: every tile is made once.
 
@@ -130,13 +134,13 @@ def head_loss_and_grad(
     stats = HeadStats.start(len(xn), xn.device)
     for rows, logits in _tiles(xn, w, tile):
         tile_stats = stats.part(rows)
-        lse_accumulate(logits, targets[rows], 0, *tile_stats, softcap)
+        lse_accumulate(logits, targets[rows], 0, *tile_stats, form)
         lse = lse_finish(tile_stats.running_max, tile_stats.running_sum)
-        d_logits = softmax_grad_(logits, targets[rows], 0, lse, scale, softcap)
+        d_logits = softmax_grad_(logits, targets[rows], 0, lse, scale, form)
         product_(dxn[rows], d_logits, w, accumulate=False)
         if dw is not None:
             product_(dw, d_logits.T, xn[rows], accumulate=accumulate_dw or rows.start > 0)
-    head_loss(stats, targets, scale, loss)
+    head_loss(stats, targets, scale, loss, form)
 
 
 def head_workspace_bytes(vocab_chunk: int, tile: int, tokens: int, dtype_bytes: int) -> int:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.tasks import Task
+from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models.balance import balance_of
 from slideformer.models.bindings import (
@@ -30,19 +31,26 @@ from slideformer.models.head import (
 )
 
 
-class _Tiles(TypedDict):
-    """How every sweep makes its logits."""
+class _Loss(TypedDict):
+    """How every sweep makes its logits, and the loss from them."""
 
     tile: int
-    softcap: float | None
+    form: LossForm
 
 
 class HeadOps:
     """Loss and gradients, in one sweep over the output matrix or in two."""
 
-    def __init__(self, memory: ModelMemory) -> None:
+    def __init__(
+        self, memory: ModelMemory, *, label_smoothing: float = 0.0, z_loss: float = 0.0
+    ) -> None:
+        """Training has these beside cross-entropy (`LossForm`), evaluation has not."""
         self._memory = memory
-        self._tiles = _Tiles(tile=memory.plan.head_tile, softcap=memory.decoder.final_softcap)
+        tile, plain = memory.plan.head_tile, LossForm(softcap=memory.decoder.final_softcap)
+        form = plain._replace(
+            smoothing=label_smoothing or None, z_loss=z_loss or None, vocabulary=memory.spec.vocab
+        )
+        self._train, self._evaluate = _Loss(tile=tile, form=form), _Loss(tile=tile, form=plain)
         self._starts = [v.start for v in vocab_chunks(memory.spec, memory.plan.vocab_chunks)]
 
     def table(self) -> dict[str, Binding]:
@@ -50,7 +58,8 @@ class HeadOps:
         return {
             "loss": self.loss,
             "evaluate_loss": self.evaluate_loss,
-            "stats": self.stats,
+            "stats": lambda task, views: self.stats(task, views, self._train),
+            "evaluate_stats": lambda task, views: self.stats(task, views, self._evaluate),
             "grad": self.grad,
             "norm_backward": self.norm_backward,
             "report": self.report,
@@ -79,7 +88,7 @@ class HeadOps:
                 dx,
                 gradient,
                 accumulate_dw=not parts.first,
-                **self._tiles,
+                **self._train,
             )
             parts.finish_norm(dx, rstd, dx)
 
@@ -94,12 +103,12 @@ class HeadOps:
             if parts.first:
                 parts.loss.zero_()
             stats = HeadStats.start(len(parts.x), parts.x.device)
-            head_stats(parts.normed(), matrix, parts.targets, 0, stats, **self._tiles)
+            head_stats(parts.normed(), matrix, parts.targets, 0, stats, **self._evaluate)
             head_loss(stats, parts.targets, context.scale, parts.loss)
 
         return without_grad(run)
 
-    def stats(self, task: Task, views: Views) -> Operation:
+    def stats(self, task: Task, views: Views, loss: _Loss) -> Operation:
         """First sweep: fold one vocabulary chunk into the softmax denominators."""
         parts = _Parts(task, views, self._memory)
         matrix = parts.matrix()
@@ -119,12 +128,12 @@ class HeadOps:
                 parts.targets,
                 self._starts[vocab],
                 stats,
-                **self._tiles,
+                **loss,
             )
             if last:
                 if parts.first:
                     parts.loss.zero_()
-                lse = head_loss(stats, parts.targets, context.scale, parts.loss)
+                lse = head_loss(stats, parts.targets, context.scale, parts.loss, loss["form"])
                 stats.running_max.copy_(lse)  # the second sweep needs nothing else
 
         return without_grad(run)
@@ -150,7 +159,7 @@ class HeadOps:
                 gradient,
                 accumulate_dxn=accumulate_dxn,
                 accumulate_dw=not parts.first,
-                **self._tiles,
+                **self._train,
             )
 
         return without_grad(run)

@@ -85,8 +85,25 @@ class RunFile:
         return True
 
 
+def stale_nbytes(folder: Path) -> int:
+    """Bytes on the disk that the next `RunFile` in ``folder`` gives back.
+
+    Raises `OSError` if the folder cannot be read.
+    """
+    with _locked(folder):
+        return sum(512 * path.stat().st_blocks for path in _stale(folder))
+
+
 def remove_stale(folder: Path) -> None:
     """Remove the files of runs that have ended without doing so; the caller locks the folder."""
+    for path in _stale(folder):
+        path.unlink()
+        path.with_suffix(".json").unlink(missing_ok=True)
+        logger.info("removed %s, left by a run that was killed", path)
+
+
+def _stale(folder: Path) -> Iterator[Path]:
+    """The files that nobody has locked; locked themselves until the next is asked for."""
     for path in folder.glob(_PATTERN):
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
@@ -94,9 +111,7 @@ def remove_stale(folder: Path) -> None:
             continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
-            logger.info("removed %s, left by a run that was killed", path)
+            yield path
         except BlockingIOError:  # its run is alive
             continue
         finally:

@@ -93,6 +93,10 @@ class EngineConfig(BaseModel):
     """Norm of all gradients together to which larger ones are scaled down, as PyTorch does."""
     skip_nonfinite: bool = Field(default=False, strict=True)
     """Whether a step with a gradient that is not finite is left out, instead of ending the run."""
+    label_smoothing: Number = Field(default=0.0, ge=0, lt=1)
+    """Share of each target's weight that is spread over the vocabulary, in training."""
+    z_loss: Number = Field(default=0.0, ge=0)
+    """Weight of the squared logarithm of each token's softmax denominator, in training."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"
@@ -178,7 +182,11 @@ class Config(EngineConfig):
     checkpoint_every: Count | None = None
     """Steps between two checkpoints to resume from, beside the one that Ctrl-C leaves."""
     keep_checkpoints: Count = 2
-    """How many of the last checkpoints are kept."""
+    """How many of the last checkpoints are kept, beside the best one."""
+    evaluate_every: Count | None = None
+    """Steps between two evaluations of the validation data; there is one after the last step."""
+    patience: Count | None = None
+    """Evaluations without a lower validation loss after which the run stops."""
     log_every: Count = 1
     """Steps between two lines of progress."""
     trace: Location | None = None
@@ -198,6 +206,15 @@ class Config(EngineConfig):
             )
         if any(source.weight != 1 for source in self.validation):
             raise ConfigError("validation has weights; they belong to data, so leave them out")
+        if self.evaluate_every and not self.validation and self.validation_split is None:
+            raise ConfigError(
+                f"evaluate_every is {self.evaluate_every}, but there is nothing to evaluate: give "
+                "validation or validation_split"
+            )
+        if self.patience and not self.evaluate_every:
+            raise ConfigError(
+                f"patience is {self.patience}, but evaluate_every is not set; give both or neither"
+            )
         if self.min_lr > self.lr:
             raise ConfigError(
                 f"min_lr is {self.min_lr}, above lr {self.lr}, from which a schedule goes down"
@@ -222,7 +239,7 @@ CHANGEABLE = (
     *("model", "data", "validation", "output"),
     *("gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit", "nvme_checksums"),
     *("device", "policy", "window", "threads"),
-    *("checkpoint_every", "keep_checkpoints", "log_every", "trace"),
+    *("checkpoint_every", "keep_checkpoints", "patience", "log_every", "trace"),
 )
 """Settings that a resumed run may have otherwise: where things lie, and what it shows."""
 

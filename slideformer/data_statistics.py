@@ -10,7 +10,7 @@ import numpy as np
 
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import pack, padding_share
-from slideformer.trainer import load_tokenizer
+from slideformer.models.tokenizers import load_tokenizer
 
 PERCENTILES = (0, 10, 50, 90, 99, 100)
 

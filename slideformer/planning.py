@@ -32,6 +32,7 @@ from slideformer.models.layer_memory import workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.profiles import announce, cached_machine
+from slideformer.runtime.nvme_files import stale_nbytes
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 
@@ -181,7 +182,7 @@ def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
     if gpu is None and device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         gpu = free + torch.cuda.memory_reserved(device)
-    nvme = config.nvme_memory or free_nvme(config.nvme)
+    nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
 
 

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from slideformer.checkpointing import Checkpoint
-from slideformer.config import CHANGEABLE, Config, parse_config
+from slideformer.config import CHANGEABLE, Config, config_text, parse_config
 from slideformer.graph.errors import CheckpointError, ConfigError
 from slideformer.models.data.sources import Source
-from slideformer.run_reports import CONFIG_FILE, METRICS_FILE
+from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
 
 logger = logging.getLogger(__name__)
 
@@ -20,12 +20,21 @@ _NO_NUMERICS = ("kept", "spilled")
 """Of `Engine.numerics` what places things only."""
 
 
-def absolute_paths(value: Any) -> Any:
+def checkpoint_files(config: Config, metrics: Iterable[StepMetrics]) -> dict[str, str]:
+    """What a checkpoint has beside the state: settings, and the metrics so far."""
+    settings = {name: _absolute_paths(value) for name, value in config}
+    return {
+        CONFIG_FILE: config_text(config.model_copy(update=settings)),
+        METRICS_FILE: metrics_lines(metrics),
+    }
+
+
+def _absolute_paths(value: Any) -> Any:
     """A setting with its paths made absolute, so that it means the same in another folder."""
     if isinstance(value, Path):
         return value.absolute()
     if isinstance(value, tuple):
-        return tuple(map(absolute_paths, value))
+        return tuple(map(_absolute_paths, value))
     if isinstance(value, Source) and value.path.exists():  # else the name of a data set on a hub
         return replace(value, path=value.path.absolute())
     return value

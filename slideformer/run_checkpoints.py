@@ -1,8 +1,8 @@
 """The checkpoints of a training run: where they lie, which are kept, and how to find one again.
 
-Those of a run that saves to ``tuned`` are ``tuned-checkpoints/step-40`` and so on. They are
-completed in a thread while training goes on, one at a time. One that cannot be written is reported
-and does not end the run.
+Those of a run that saves to ``tuned`` are ``tuned-checkpoints/step-40`` and so on; ``best`` there
+is a link to the one with the lowest validation loss. They are completed in a thread while training
+goes on, one at a time. One that cannot be written is reported and does not end the run.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ from slideformer.runtime.checkpoints import MANIFEST
 logger = logging.getLogger(__name__)
 
 _PREFIX = "step-"
+
+BEST = "best"
+"""Name of the link to the checkpoint with the lowest validation loss."""
 
 
 def checkpoints_folder(output: Path) -> Path:
@@ -81,6 +84,8 @@ class RunCheckpoints:
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed."""
         remove_orphans(self.folder / "*")
+        with contextlib.suppress(OSError):
+            (self.folder / f".{BEST}").unlink()
 
     def begin(self, engine: Engine, training: Mapping[str, Any]) -> None:
         """Begin one of the engine's last submitted step, unless that has one.
@@ -97,11 +102,14 @@ class RunCheckpoints:
             self._report(step, error)
         self.begun, self._training = step, training
 
-    def read(self, step: int, files: Mapping[str, str]) -> None:
-        """Complete what was begun at ``step``, in the background: its results are known now."""
+    def read(self, step: int, files: Mapping[str, str], best: int | None) -> None:
+        """Complete what was begun at ``step``, in the background: its results are known now.
+
+        ``best`` is the step whose checkpoint is kept for being the best, if it has one.
+        """
         if self._pending is not None and self._pending.step == step and self._completion is None:
             self._completion = self._pool.submit(
-                self._complete, self._pending, files, self._training
+                self._complete, self._pending, files, self._training, best
             )
 
     def wait(self) -> None:
@@ -136,7 +144,11 @@ class RunCheckpoints:
             )  # fmt: skip
 
     def _complete(
-        self, pending: PendingCheckpoint, files: Mapping[str, str], training: Mapping[str, Any]
+        self,
+        pending: PendingCheckpoint,
+        files: Mapping[str, str],
+        training: Mapping[str, Any],
+        best: int | None,
     ) -> None:
         try:
             self.last = pending.finish(files, training)
@@ -146,9 +158,19 @@ class RunCheckpoints:
         logger.info("checkpoint %s", self.last)
         steps = _steps(self.folder)
         kept = sorted(step for step in steps if step <= pending.step)[-self._keep :]
+        if best in steps:
+            kept.append(best)
+            self._link(steps[best].name)
         for step, path in steps.items():  # later ones are of a future that was given up
             if step not in kept:
                 discard(path)
+
+    def _link(self, name: str) -> None:
+        """Let ``best`` be a link to a checkpoint; replaced at once, as everything here."""
+        new = self.folder / f".{BEST}"
+        new.unlink(missing_ok=True)
+        new.symlink_to(name)
+        new.replace(self.folder / BEST)
 
     @staticmethod
     def _report(step: int, error: CheckpointError) -> None:

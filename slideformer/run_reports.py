@@ -50,7 +50,9 @@ class StepMetrics:
 
     ``step`` counts from 1, ``loss`` is the mean per target token in nats, ``tokens`` are real ones
     (no padding), ``seconds`` is the time since the step before was done. ``skipped``: the gradient
-    was not finite, so the step changed nothing.
+    was not finite, so the step changed nothing. ``validation_loss``, in nats, is of the validation
+    data after the step, None where it was not evaluated; its exponential is
+    ``validation_perplexity``.
     """
 
     step: int
@@ -60,6 +62,13 @@ class StepMetrics:
     tokens: int
     seconds: float
     skipped: bool
+    validation_loss: float | None = None
+    validation_perplexity: float | None = None
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether the step was evaluated."""
+        return self.validation_loss is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +77,8 @@ class TrainingResult:
 
     ``loss`` is that of the last step; ``tokens_per_second`` counts the real tokens of the steps
     since the run was begun or resumed, and leaves the first out if there are others.
-    ``interrupted``: Ctrl-C ended the run early; ``checkpoint`` is the last one written, if any.
+    ``interrupted``: Ctrl-C ended the run early; ``exhausted``: ``patience`` did. ``checkpoint`` is
+    the last one written, if any, and ``best`` the step with the lowest validation loss.
     """
 
     steps: int
@@ -77,6 +87,8 @@ class TrainingResult:
     output: Path
     interrupted: bool
     checkpoint: Path | None = None
+    exhausted: bool = False
+    best: int | None = None
 
 
 class Progress(Protocol):
@@ -130,5 +142,7 @@ def _with_nan(values: dict[str, Any]) -> dict[str, Any]:
 
 def _plain(metrics: StepMetrics) -> dict[str, float | int | bool | None]:
     return {
-        name: value if math.isfinite(value) else None for name, value in asdict(metrics).items()
+        name: value if math.isfinite(value) else None
+        for name, value in asdict(metrics).items()
+        if value is not None
     }

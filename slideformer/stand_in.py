@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
+from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models import layer
 from slideformer.models.attention import window_mask
@@ -117,7 +118,7 @@ class StandIn:
             self._matrix_grad,
             accumulate_dw=self._several,
             tile=self._tile,
-            softcap=cfg.final_softcap,
+            form=LossForm(softcap=cfg.final_softcap),
         )
         rms_norm_backward(dx, x, self._norm, rstd, out=dx, centred=cfg.centred)
 

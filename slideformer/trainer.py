@@ -12,20 +12,18 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Self, cast
-
-from transformers import AutoTokenizer
+from typing import TYPE_CHECKING, Self
 
 from slideformer.checkpointing import Checkpoint, digest
-from slideformer.config import Config, config_text
+from slideformer.config import Config
 from slideformer.engine import Engine
-from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
+from slideformer.graph.errors import ConfigError, SlideFormerError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.handles import StepHandle
@@ -35,27 +33,27 @@ from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.corpus import check_source
 from slideformer.models.data.dataset import load_datasets
 from slideformer.models.families import read_model_config
+from slideformer.models.tokenizers import load_tokenizer
 from slideformer.planning import spec_for
 from slideformer.resuming import (
-    absolute_paths,
     check_resumed_output,
+    checkpoint_files,
     resumed_config,
     warn_of_numerics,
 )
 from slideformer.run_checkpoints import RunCheckpoints, find_checkpoint
 from slideformer.run_reports import (
-    CONFIG_FILE,
     METRICS_FILE,
     Progress,
     RunStart,
     StepMetrics,
     TrainingResult,
-    metrics_lines,
     output_records,
     read_metrics,
 )
 from slideformer.schedule import Schedule, learning_rates
 from slideformer.traces import make_folder, write_trace
+from slideformer.validating import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -64,8 +62,6 @@ logger = logging.getLogger(__name__)
 
 _MUCH_PADDING = 0.1
 """Share of padding from which on packing is worth a word."""
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json")
 
 
 class Trainer:
@@ -183,13 +179,14 @@ class _Run:
     def prepare(self, plan: MemoryPlan) -> None:
         """Read the data, the last thing that can be refused, and report the plan."""
         config = self._config
-        dataset, self._validation = load_datasets(
+        dataset, validation = load_datasets(
             config.data, config.validation, config.validation_split, self._tokenizer,
             seq_len=config.seq_len, seed=config.seed,
         )  # fmt: skip
-        for each in (dataset, self._validation):
+        for each in (dataset, validation):
             if each is not None:
                 each.check_vocabulary(self._spec.vocab)
+        self._validation = Validation(validation, config, self.metrics)
         epochs = None if config.steps else config.epochs or 1
         self._stream = BatchStream(
             dataset, config.step_rows, config.seed, epochs, packing=config.packing
@@ -221,16 +218,20 @@ class _Run:
         self._drawn = training["batches"]
 
     def train(self, engine: Engine, interrupt: Interrupt, checkpoints: RunCheckpoints) -> None:
-        """Run steps until there are enough, the data ends, or the user asks to stop."""
+        """Run steps until there are enough, the data ends, or the user or patience ends it."""
         if self._start is not None:
             warn_of_numerics(self._start, engine.numerics)
-        every = self._config.checkpoint_every
+
+        def asked() -> bool:
+            return interrupt.asked is not None
+
+        self._catch_up(engine, asked)
         self._done_at = time.perf_counter()
         unread: StepHandle | None = None
         # Closed here and not by its destructor, which would swallow a second Ctrl-C.
         with closing(_drawn_ahead(self._stream)) as batches:
             for batch in batches:
-                if engine.steps == self._config.steps:
+                if engine.steps == self._config.steps or self._validation.exhausted:
                     break
                 if interrupt.asked:
                     self._interrupted = True
@@ -241,20 +242,53 @@ class _Run:
                     continue
                 handle = engine.step(batch, lr=self._rates[engine.steps])
                 if unread is not None:
-                    self._read(unread, checkpoints)
+                    self._read(unread, engine, checkpoints)
                 unread = handle
-                if every and handle.number % every == 0:
-                    checkpoints.begin(engine, self._position())
+                if self._validation.due(handle.number):
+                    self._read(handle, engine, checkpoints, stop=asked)
+                    unread = None
+                if self._due(handle.number):
+                    self._checkpoint(engine, checkpoints)
         if unread is not None:
-            self._read(unread, checkpoints)
+            evaluate = self._validation.due(unread.number, last=not self._interrupted)
+            self._read(unread, engine, checkpoints, stop=asked if evaluate else None)
         elif not self.metrics:  # there is a target in the data, so only Ctrl-C can be the reason
             raise KeyboardInterrupt
-        if self._interrupted:
-            checkpoints.begin(engine, self._position())
-            checkpoints.read(engine.steps, self._files())
+        if self._interrupted or self._due(engine.steps):
+            self._checkpoint(engine, checkpoints)
         checkpoints.wait()
 
-    def _read(self, handle: StepHandle, checkpoints: RunCheckpoints) -> None:
+    def _catch_up(self, engine: Engine, stop: Callable[[], object]) -> None:
+        """Evaluate the step of the checkpoint, if Ctrl-C ended the run while that was done."""
+        if self.metrics and self._validation.due(self._done) and not self.metrics[-1].evaluated:
+            self.metrics[-1] = self._validation.run(self.metrics[-1], engine, stop)
+
+    def _due(self, step: int) -> bool:
+        """Whether a step's checkpoint is wanted: every so often, and of the best step so far."""
+        every = self._config.checkpoint_every
+        keeps_best = every is not None or self._config.patience is not None
+        return (every is not None and step % every == 0) or (
+            keeps_best and step == self._validation.best
+        )
+
+    def _checkpoint(self, engine: Engine, checkpoints: RunCheckpoints) -> None:
+        """Begin a checkpoint of the last step, and complete it if the step's results are known."""
+        checkpoints.begin(engine, self._position())
+        if len(self.metrics) == engine.steps:
+            self._complete(checkpoints)
+
+    def _complete(self, checkpoints: RunCheckpoints) -> None:
+        files = checkpoint_files(self._config, self.metrics)
+        checkpoints.read(len(self.metrics), files, self._validation.best)
+
+    def _read(
+        self,
+        handle: StepHandle,
+        engine: Engine,
+        checkpoints: RunCheckpoints,
+        stop: Callable[[], object] | None = None,
+    ) -> None:
+        """Wait for a step's results; with ``stop``, the last step's, and evaluate after it."""
         loss, norm = handle.loss(), handle.gradient_norm()
         now = time.perf_counter()
         metrics = StepMetrics(
@@ -266,10 +300,13 @@ class _Run:
             seconds=now - self._done_at,
             skipped=handle.skipped(),
         )
+        if stop is not None:
+            metrics = self._validation.run(metrics, engine, stop)
+            now = time.perf_counter()
         self._done_at = now
         self.metrics.append(metrics)
         if checkpoints.begun == handle.number:
-            checkpoints.read(handle.number, self._files())
+            self._complete(checkpoints)
         if self._progress is not None:
             self._progress.step(metrics)
 
@@ -277,14 +314,6 @@ class _Run:
         """Where the run is in its data and its schedule, for a checkpoint."""
         data = self._stream.state_dict(self._drawn)
         return {"batches": self._drawn, "data": data, "rates": digest(self._rates)}
-
-    def _files(self) -> dict[str, str]:
-        """Settings and metrics so far, for a checkpoint."""
-        settings = {name: absolute_paths(value) for name, value in self._config}
-        return {
-            CONFIG_FILE: config_text(self._config.model_copy(update=settings)),
-            METRICS_FILE: metrics_lines(self.metrics),
-        }
 
     def result(self, checkpoint: Path | None) -> TrainingResult:
         """The summary of a run of at least one step."""
@@ -298,33 +327,9 @@ class _Run:
             output=self._config.output,
             interrupted=self._interrupted,
             checkpoint=checkpoint,
+            exhausted=self._validation.exhausted,
+            best=self._validation.best,
         )
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model folder; code that a folder ships is never run.
-
-    Raises:
-        CheckpointError: it is missing or damaged.
-    """
-    # Asked without files, some tokenizer classes give one of an empty vocabulary.
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
-        raise CheckpointError(
-            f"model folder {folder} has no tokenizer (tokenizer.json): copy the tokenizer's files "
-            "of the same model there"
-        )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    # The tokenizer classes raise errors of many types, for a damaged file plain `Exception`.
-    except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise CheckpointError(
-            f"the tokenizer in {folder} cannot be read ({reason}): download it again"
-        ) from error
-    # It may be a slow one all the same, which is the data set's to refuse.
-    return cast("PreTrainedTokenizerFast", tokenizer)
 
 
 def _drawn_ahead(stream: BatchStream) -> Generator[Batch]:

@@ -104,6 +104,10 @@ def _run(trainer: Trainer) -> None:
         f"saved {result.output}: {result.steps} steps, loss {result.loss:.4f}, "
         f"{result.tokens_per_second:,.0f} tokens/s"
     )
+    if result.best is not None:
+        print(f"the validation loss was lowest after step {result.best}")
+    if result.exhausted:
+        typer.echo(f"stopped after step {result.steps}: patience is exhausted", err=True)
     if result.interrupted:
         going_on = (
             f"; `slideformer resume {result.output}` goes on from here" if result.checkpoint else ""

@@ -95,6 +95,11 @@ class ConsoleProgress:
         elif metrics.step % self._every == 0 or metrics.step == self._steps:
             values.append(f"{self._remaining(metrics.step)} left")
             logger.info("step %d/%d  %s", metrics.step, self._steps, "  ".join(values))
+        if metrics.validation_loss is not None:
+            logger.info(
+                "step %d/%d  validation loss %.4f, perplexity %.4g",
+                metrics.step, self._steps, metrics.validation_loss, metrics.validation_perplexity,
+            )  # fmt: skip
 
     def finish(self) -> None:
         """Leave the bar as it is; further calls do nothing."""

@@ -29,10 +29,11 @@ TYPES = {
     " weights products",
     "*fp64": "shares",
     "*i64": "targets places",
-    "fp32": "eps scale softcap",
+    "fp32": "eps scale softcap smoothing spread z_loss",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
 
+_PLAIN = {"softcap": None, "smoothing": None, "spread": None}
 _WIDE_ROW = {"CENTRED": False, "ROWS": 1, "BLOCK": 4096}
 CASES = {
     "squares": (squares_triton._kernel, 8, {"BLOCK": squares_triton._BLOCK}),
@@ -58,12 +59,16 @@ CASES = {
     ),
     "rope": (rope_triton._rope_kernel, 4, {"INVERSE": False, "HEADS": 16, "HALF": 64}),
     "rope inverse": (rope_triton._rope_kernel, 4, {"INVERSE": True, "HEADS": 16, "HALF": 64}),
-    "lse": (cross_entropy_triton._lse_kernel, 8, {"softcap": None, "LANES": 1024, "VECTOR": 8}),
-    "lse softcap": (cross_entropy_triton._lse_kernel, 8, {"LANES": 1024, "VECTOR": 8}),
-    "softmax_grad": (cross_entropy_triton._gradient_kernel, 4, {"softcap": None, "BLOCK": 2048}),
+    "lse": (cross_entropy_triton._lse_kernel, 8, {**_PLAIN, "LANES": 1024, "VECTOR": 8}),
+    "lse form": (cross_entropy_triton._lse_kernel, 8, {"LANES": 1024, "VECTOR": 8}),
+    "softmax_grad": (
+        cross_entropy_triton._gradient_kernel,
+        4,
+        {**_PLAIN, "z_loss": None, "BLOCK": 2048},
+    ),
     "gather_sum": (routed_triton._gather_sum_kernel, 4, {"EACH": 8, "BLOCK": 1024}),
     "row_products": (routed_triton._row_products_kernel, 4, {"BLOCK": 1024}),
-    "softmax_grad softcap": (cross_entropy_triton._gradient_kernel, 4, {"BLOCK": 2048}),
+    "softmax_grad form": (cross_entropy_triton._gradient_kernel, 4, {"BLOCK": 2048}),
 }
 for activation in ("silu", "gelu", "gelu_pytorch_tanh"):
     constants = {"ACTIVATION": activation, "BLOCK": 1024}

@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slideformer.kernels.cross_entropy import (
+    PLAIN,
+    LossForm,
     lse_accumulate,
     lse_finish,
     lse_init,
@@ -21,6 +23,15 @@ from slideformer.kernels.cross_entropy import (
 )
 
 Close = Callable[..., None]
+
+
+FORMS: list[dict[str, float]] = [
+    {},
+    {"softcap": 5.0},
+    {"smoothing": 0.1},
+    {"z_loss": 0.01},
+    {"softcap": 5.0, "smoothing": 0.3, "z_loss": 0.1},
+]
 
 
 def sample(
@@ -35,25 +46,25 @@ def sample(
     return logits.to(device, dtype), targets.to(device)
 
 
-def capped(logits: Tensor, softcap: float | None) -> Tensor:
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+def capped(logits: Tensor, form: LossForm) -> Tensor:
+    return logits if form.softcap is None else form.softcap * torch.tanh(logits / form.softcap)
 
 
 def chunked(
-    logits: Tensor, targets: Tensor, bounds: list[int], softcap: float | None = None
+    logits: Tensor, targets: Tensor, bounds: list[int], form: LossForm = PLAIN
 ) -> tuple[Tensor, Tensor]:
     """``lse`` and losses, the vocabulary cut at ``bounds``."""
     state = lse_init(logits.shape[0], logits.device)
     edges = [0, *bounds, logits.shape[1]]
     for start, stop in itertools.pairwise(edges):
-        lse_accumulate(logits[:, start:stop], targets, start, *state, softcap)
+        lse_accumulate(logits[:, start:stop], targets, start, *state, form)
     running_max, running_sum, target_logit = state
     lse = lse_finish(running_max, running_sum)
-    return lse, token_losses(lse, target_logit, targets)
+    return lse, token_losses(lse, target_logit, targets, form)
 
 
 # The long one needs several rounds of the running maximum, and several gradient programs a row.
-@pytest.mark.parametrize("softcap", [None, 5.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("options", FORMS, ids=str)
 @pytest.mark.parametrize(
     ("tokens", "vocabulary", "bounds"),
     [(5, 123, []), (7, 41, [1, 20]), (4, 9001, []), (3, 2560, [1024, 2048])],
@@ -63,27 +74,32 @@ def test_losses_and_gradients(
     tokens: int,
     vocabulary: int,
     bounds: list[int],
-    softcap: float | None,
+    options: dict[str, float],
     dtype: torch.dtype,
     device: torch.device,
     close: Close,
 ) -> None:
     logits, targets = sample(tokens, vocabulary, dtype, device)
     wide = logits.double().requires_grad_()
-    expected = F.cross_entropy(capped(wide, softcap), targets, reduction="none")
+    form = LossForm(**options, vocabulary=vocabulary)
+    smoothing = form.smoothing or 0.0
+    bare = capped(wide, form)
+    expected = F.cross_entropy(bare, targets, reduction="none", label_smoothing=smoothing)
+    squares = (form.z_loss or 0.0) * bare.logsumexp(-1).square()
+    expected = expected + torch.where(targets == -100, 0.0, squares)
     scale = 0.375
     (expected_grad,) = torch.autograd.grad(scale * expected.sum(), wide)
 
-    lse, losses = chunked(logits, targets, bounds, softcap)
+    lse, losses = chunked(logits, targets, bounds, form)
 
     assert lse.dtype == losses.dtype == torch.float32
-    close(lse, capped(wide, softcap).detach().logsumexp(-1))
+    close(lse, capped(wide, form).detach().logsumexp(-1))
     close(losses, expected.detach())
     assert losses[1] == 0
 
     edges = [0, *bounds, vocabulary]
     for start, stop in itertools.pairwise(edges):
-        softmax_grad_(logits[:, start:stop], targets, start, lse, scale, softcap)
+        softmax_grad_(logits[:, start:stop], targets, start, lse, scale, form)
 
     close(logits, expected_grad)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from slideformer.kernels.cross_entropy import PLAIN, LossForm
 from slideformer.models.head import (
     HeadStats,
     head_grad,
@@ -25,6 +26,16 @@ from slideformer.models.head import (
 
 CPU = torch.device("cpu")
 LOSS_START = 3.0  # what earlier micro-batches left in the loss
+
+
+def ideal_losses(logits: Tensor, targets: Tensor, form: LossForm) -> Tensor:
+    """What PyTorch makes of full logits."""
+    if form.softcap is not None:
+        logits = form.softcap * torch.tanh(logits / form.softcap)
+    smoothing = form.smoothing or 0.0
+    losses = F.cross_entropy(logits, targets, reduction="none", label_smoothing=smoothing)
+    squares = (form.z_loss or 0.0) * logits.logsumexp(-1).square()
+    return losses + torch.where(targets == -100, 0.0, squares)
 
 
 class Problem:
@@ -39,7 +50,7 @@ class Problem:
         ignored: float = 0.3,
         seed: int = 0,
         device: torch.device = CPU,
-        softcap: float | None = None,
+        form: LossForm = PLAIN,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.xn = torch.randn(tokens, hidden, generator=generator).to(device, dtype)
@@ -50,11 +61,9 @@ class Problem:
         self.targets = targets.to(device)
         self.scale = 1 / 7
         xn, w = (t.float().detach().requires_grad_() for t in (self.xn, self.w))
-        self.softcap = softcap
+        self.form = form
         logits = xn @ w.T
-        if softcap is not None:
-            logits = softcap * torch.tanh(logits / softcap)
-        losses = F.cross_entropy(logits, self.targets, reduction="sum", ignore_index=-100)
+        losses = ideal_losses(logits, self.targets, form).sum()
         loss = losses * self.scale
         self.loss = loss.item()
         self.dxn, self.dw = torch.autograd.grad(loss, (xn, w))
@@ -73,9 +82,9 @@ class Problem:
                 start,
                 stats,
                 tile=tile,
-                softcap=self.softcap,
+                form=self.form,
             )
-        lse = head_loss(stats, self.targets, self.scale, loss)
+        lse = head_loss(stats, self.targets, self.scale, loss, self.form)
         for start, end in pairwise(bounds):
             head_grad(
                 self.xn,
@@ -89,7 +98,7 @@ class Problem:
                 accumulate_dxn=start > 0,
                 accumulate_dw=accumulate_dw,
                 tile=tile,
-                softcap=self.softcap,
+                form=self.form,
             )
         return loss
 
@@ -106,7 +115,7 @@ class Problem:
             dw,
             accumulate_dw=accumulate_dw,
             tile=tile,
-            softcap=self.softcap,
+            form=self.form,
         )
         return loss
 
@@ -138,7 +147,12 @@ def test_any_split_matches_full_cross_entropy(data: st.DataObject) -> None:
         vocab,
         ignored=ignored,
         seed=data.draw(st.integers(0, 99)),
-        softcap=data.draw(st.sampled_from([None, 0.7])),
+        form=LossForm(
+            data.draw(st.sampled_from([None, 0.7])),
+            data.draw(st.sampled_from([None, 0.2])),
+            data.draw(st.sampled_from([None, 0.1])),
+            vocab,
+        ),
     )
     dxn, dw = problem.buffers(torch.float32, torch.float32)
     problem.check(problem.in_chunks(bounds, tile, dxn, dw), dxn, dw, 1e-5)

@@ -26,6 +26,7 @@ from slideformer.memory import extents as layout
 from slideformer.memory.extents import Extent, file_nbytes, lay_out_extents, pieces
 from slideformer.runtime import nvme
 from slideformer.runtime.nvme import NvmeStore, open_store
+from slideformer.runtime.nvme_files import stale_nbytes
 
 PAGE = 4096
 SMALL = {"a": PAGE, "b": 3 * PAGE, "c": 2 * PAGE}
@@ -212,6 +213,7 @@ def test_files_of_a_killed_run_go_at_the_next_start_and_those_of_a_live_one_stay
         runs[1].send_signal(signal.SIGKILL)
         runs[1].wait()
         assert killed.exists(), "nobody could clean up"
+        assert stale_nbytes(tmp_path) == 4096, "of the killed one alone"
         other = tmp_path / "slideformer-notes.txt"
         other.write_text("the user's own")
         with caplog.at_level(logging.INFO):

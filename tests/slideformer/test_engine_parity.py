@@ -126,6 +126,27 @@ def test_the_output_matrix_in_chunks_and_tiles(
     assert too_far(weights, reference.weights) == []
 
 
+@pytest.mark.parametrize("settings", [{}, {"tied": True}], ids=["untied", "tied"])
+@pytest.mark.parametrize("vocab_chunks", [1, 3])
+@pytest.mark.parametrize("variant", ["llama", "gemma2"])
+def test_label_smoothing_and_z_loss(
+    variant: str, vocab_chunks: int, settings: dict[str, Any], tmp_path: Path
+) -> None:
+    folder = write_model(tmp_path / "model", variant, **settings)
+    batches = BATCHES[:4]
+    reference = train_reference(folder, batches, lr=LR, smoothing=0.1, z=0.01)
+    config = config_for(folder, lr=LR, label_smoothing=0.1, z_loss=0.01)
+    with engine_with(config, vocab_chunks=vocab_chunks) as engine:
+        before = engine.evaluate(batches[0]).loss()
+        losses = [engine.step(batch).loss() for batch in batches]
+        weights = weights_of(engine)
+    assert losses == pytest.approx(reference.losses, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+    assert before == pytest.approx(reference_loss(folder, batches[0]), rel=1e-5)
+    _, _, plain = train(folder, batches)
+    assert len(too_far(plain, reference.weights)) > len(reference.weights) // 2
+
+
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("pad_token_id", [None, 0])
 def test_right_padding_equals_an_attention_mask(

@@ -32,6 +32,7 @@ from slideformer.graph.errors import (
 from slideformer.kernels.adamw import kernel_build
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
+from slideformer.models.tokenizers import load_tokenizer
 from slideformer.run_reports import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -40,7 +41,7 @@ from slideformer.run_reports import (
     StepMetrics,
 )
 from slideformer.tools.progress import ConsoleProgress
-from slideformer.trainer import Trainer, load_tokenizer
+from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 from tests.support.spoiling import spoil
 

@@ -186,12 +186,15 @@ def train_reference(
     max_norm: float | None = None,
     skipped: Collection[int] = (),
     frozen: Collection[str] = (),
+    smoothing: float = 0.0,
+    z: float = 0.0,
 ) -> Reference:
     """FP32, the same micro-batches, `torch.optim.AdamW`; padding is masked for attention.
 
     Weight decay is on matrices; ``groups`` replaces a parameter's ``lr`` and ``weight_decay``, and
     those of ``frozen`` are not trained. A schedule, without groups, counts steps from 0, and so
-    does ``skipped``: steps without an update.
+    does ``skipped``: steps without an update. ``smoothing`` of labels and ``z`` loss are beside
+    cross-entropy.
     """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for name, parameter in model.named_parameters():
@@ -215,7 +218,8 @@ def train_reference(
                 group["lr"] = lr(step)
         optimizer.zero_grad()
         starts = range(0, len(batch.input_ids), MICRO_ROWS)
-        result.losses.append(sum(_backward(model, batch, start) for start in starts))
+        losses = [_backward(model, batch, start, smoothing, z) for start in starts]
+        result.losses.append(sum(losses))
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         gradients = by_stored_name(model.config, gradients)
         result.norms.append(float(torch.nn.utils.get_total_norm(list(gradients.values()))))
@@ -240,14 +244,16 @@ def reference_loss(folder: Path, batch: Batch) -> float:
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 
-def _backward(model: Any, batch: Batch, start: int) -> float:
-    loss = _loss(model, batch, start)
+def _backward(
+    model: Any, batch: Batch, start: int, smoothing: float = 0.0, z: float = 0.0
+) -> float:
+    loss = _loss(model, batch, start, smoothing, z)
     if loss.requires_grad:
         loss.backward()
     return float(loss.item())
 
 
-def _loss(model: Any, batch: Batch, start: int) -> Tensor:
+def _loss(model: Any, batch: Batch, start: int, smoothing: float = 0.0, z: float = 0.0) -> Tensor:
     """Of one micro-batch; rows without any target are left out, as they have no part in it."""
     rows = slice(start, start + MICRO_ROWS)
     ids, targets = batch.input_ids[rows], batch.targets[rows]
@@ -258,9 +264,11 @@ def _loss(model: Any, batch: Batch, start: int) -> Tensor:
     last = (targets != -100).int().cumsum(1).argmax(1, keepdim=True) + 1  # last token that matters
     mask = (torch.arange(SEQ_LEN) <= last).long()
     logits = model(input_ids=ids, attention_mask=mask).logits
+    logits, targets = logits.view(-1, logits.shape[-1]), targets.reshape(-1)
     total = torch.nn.functional.cross_entropy(
-        logits.view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
+        logits, targets, ignore_index=-100, reduction="sum", label_smoothing=smoothing
     )
+    total = total + z * logits.logsumexp(-1)[targets != -100].square().sum()
     return total / batch.target_tokens
 
 

@@ -160,6 +160,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "seed": 8,
         "checkpoint_every": 5,
         "keep_checkpoints": 6,
+        "evaluate_every": 7,
+        "patience": 8,
         "log_every": 4,
         "trace": "t",
         "schedule": "wsd",
@@ -172,6 +174,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "accumulate": 2,
         "max_grad_norm": 2.0,
         "skip_nonfinite": True,
+        "label_smoothing": 0.1,
+        "z_loss": 0.001,
         "decay_steps": 2,
     }
     # Those that exclude others, and "cycles", which belongs to another schedule.
