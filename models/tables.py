@@ -14,7 +14,6 @@ def model_bindings(
     memory: ModelMemory,
     threads: int,
     clip: ClipOps,
-    *,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
 ) -> dict[str, Binding]:

@@ -144,14 +144,8 @@ class Engine:
         self._clip = ClipOps(
             memory, config.max_grad_norm, skip=config.skip_nonfinite, skipped=self._skipped
         )
-        bindings = model_bindings(
-            memory,
-            threads,
-            self._clip,
-            label_smoothing=config.label_smoothing,
-            z_loss=config.z_loss,
-        )
-        bindings |= self._memory.bindings()
+        shape = config.label_smoothing, config.z_loss
+        bindings = model_bindings(memory, threads, self._clip, *shape) | self._memory.bindings()
         step = self._graphs[0]
         constants = {
             name: self._memory.view(buffer)
