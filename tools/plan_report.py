@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from rich.console import Console
 from rich.table import Table
@@ -11,10 +12,12 @@ from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.step import compile_step
 from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
-from slideformer.planning import budgets_for, device_for
+from slideformer.planning import budgets_for, device_for, profile_for
 from slideformer.profiles import cached_machine
+from slideformer.simulation import simulate
 
 
 def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> None:
@@ -31,9 +34,19 @@ def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: Me
     where = "a generic machine with a data-centre GPU, not for this one"
     console.print(
         f"Estimate for {where if known is None else known.title}: "
-        f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s",
+        f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s"
+        f"{_deferral(config, spec, plan)}",
         soft_wrap=True,
     )
+
+
+def _deferral(config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> str:
+    """What waiting for the norm costs, by the same prediction."""
+    if not plan.deferred:
+        return ""
+    graph = compile_step(spec, replace(plan, deferred=False))
+    seconds = simulate(graph, profile_for(device_for(config)), config.policy, 3).step_seconds
+    return f"; without clipping and skipping, the same plan takes {_duration(seconds)}"
 
 
 def _trained(spec: ModelSpec) -> str:
@@ -73,13 +86,13 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
         f"{_count(plan.vocab_chunks, 'chunk')} of its vocabulary, "
         f"{min(plan.head_tile, plan.micro_tokens)} tokens at a time",
     )
-    table.add_row("  gradients", _gradients(plan, streamed))
+    table.add_row("  gradients", _gradients(plan, [unit for unit in streamed if not unit.frozen]))
     return table
 
 
-def _gradients(plan: MemoryPlan, streamed: Sequence[UnitSpec]) -> str:
+def _gradients(plan: MemoryPlan, units: Sequence[UnitSpec]) -> str:
     if plan.deferred:
-        nbytes = plan.compute.nbytes * sum(unit.numel for unit in streamed)
+        nbytes = plan.compute.nbytes * sum(unit.numel for unit in units)
         return (
             f"all wait until their norm is known, {format_size(nbytes)} of pinned memory; "
             "updates are deferred to the next forward"

@@ -483,6 +483,7 @@ def test_plan_shows_deferred_updates_and_accumulation(model: Path) -> None:
     assert "steps of 6 × 32 tokens" in out
     assert re.search(r"gradients +all wait until their norm is known, [\d.]+ [KM]iB", out)
     assert "deferred to the next forward" in re.sub(r"\s+", " ", out)
+    assert re.search(r"tokens/s; without clipping and skipping, the same plan takes \d", out)
     code, out, _ = call("plan", "--model", str(model), *flags)
     assert "deferred" not in out
 
