@@ -108,6 +108,24 @@ class MachineProfile:
         return math.pow(share, len(rivals.intersection(busy)) / len(rivals))
 
     @cached_property
+    def shared(self) -> MachineProfile:
+        """This machine as a step finds it on average: every lane beside half of its rivals."""
+        left = {lane: math.sqrt(self.contention.get(lane, 1.0)) for lane in Lane}
+        compute = left[Lane.COMPUTE]
+        return replace(
+            self,
+            h2d=self.h2d * left[Lane.H2D],
+            d2h=self.d2h * left[Lane.D2H],
+            flops=self.flops * compute,
+            update=self.update * left[Lane.CPU],
+            gpu_copy=self.gpu_copy * compute,
+            nvme_read=self.nvme_read * left[Lane.NVME_READ],
+            nvme_write=self.nvme_write * left[Lane.NVME_WRITE],
+            points=tuple(replace(point, rate=point.rate * compute) for point in self.points),
+            contention={},
+        )
+
+    @cached_property
     def products(self) -> ProductRates:
         """FLOP/s of products by kind and size."""
         return ProductRates(self.flops, self.points)

@@ -38,6 +38,7 @@ class Bound:
     """
 
     def __init__(self, spec: ModelSpec, base: MemoryPlan, profile: MachineProfile) -> None:
+        profile = profile.shared
         self._spec, self._base, self._profile = spec, base, profile
         self._layers, layer = len(spec.layers), spec.layers[0]
         self._layer, self._micro = layer.numel, base.micro_batches

@@ -107,7 +107,7 @@ def measure_lanes(device: torch.device, sizes: LaneSizes, threads: int) -> LaneR
         h2d=h2d,
         d2h=d2h,
         update=rates[Lane.CPU],
-        launch=everything[Lane.COMPUTE].gap,
+        launch=alone[Lane.COMPUTE].gap,
         handover=everything[Lane.CPU].gap,
         shares={lane: min(1.0, everything[lane].rate / rate) for lane, rate in rates.items()},
     )
@@ -124,7 +124,7 @@ class _Work:
 
 @dataclass(frozen=True, slots=True)
 class _Measured:
-    """Amount of work per second while at work, and mean seconds between tasks."""
+    """Amount of work per second while at work, and median seconds between tasks."""
 
     rate: float
     gap: float
@@ -190,7 +190,7 @@ def _within(spans: list[Span], amount: float, start: float, stop: float) -> _Mea
     gaps = [max(0.0, after.started - before.stopped) for before, after in pairwise(inside)]
     return _Measured(
         amount * len(inside) / sum(s.seconds for s in inside),
-        statistics.mean(gaps) if gaps else 0.0,
+        statistics.median(gaps) if gaps else 0.0,
     )
 
 

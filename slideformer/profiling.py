@@ -169,6 +169,6 @@ def _sources(sizes: ProfileSizes, threads: int, nvme: bool) -> dict[str, str]:
         "gpu_copy": "measured: AdamW on the GPU, bytes read and written",
         "nvme_read": disk,
         "nvme_write": disk,
-        "launch": "measured: between layers while all lanes work",
+        "launch": "measured: between layers",
         "handover": "measured: between CPU updates while all lanes work",
     }

@@ -131,7 +131,8 @@ def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
         tier, nbytes = wanted[place]
         if tier is Tier.NVME:
             raise GraphError(
-                f"{first.get(place, '')}{place} is on NVMe, which run() has no store for"
+                f"{first.get(place, '')}{place} is on NVMe, which run() has no store for; give it "
+                "another tier, or train by such a graph with sf.Engine"
             )
         side = "GPU" if tier is Tier.GPU and device == "cuda" else "host"
         used[side] += -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT

@@ -68,14 +68,14 @@ def _tables(machine: Machine) -> list[Table]:
 
     def row(name: str, rate: float, unit: str, lane: Lane | None = None) -> None:
         left = share.get(lane, 1.0) if lane is not None else 1.0
-        beside = "" if left == 1.0 else f"{rate * left:,.1f} {unit}"
-        rates.add_row(name, f"{rate:,.1f} {unit}", beside)
+        beside = "" if left == 1.0 else f"{rate * left:.3g} {unit}"
+        rates.add_row(name, f"{rate:.3g} {unit}", beside)
 
     row("copies up", profile.h2d / 1e9, "GB/s", Lane.H2D)
     row("copies down", profile.d2h / 1e9, "GB/s", Lane.D2H)
     row("updates on the CPU", profile.update / 1e9, "G parameters/s", Lane.CPU)
     row("host memory", profile.host_copy / 1e9, "GB/s")
-    row("GPU memory", profile.gpu_copy / 1e9, "GB/s")
+    row("GPU memory", profile.gpu_copy / 1e12, "TB/s")
     row("layers, forward", profile.flops / 1e12, "TFLOP/s", Lane.COMPUTE)
     if not machine.sources["nvme_read"].startswith("assumed"):
         row("NVMe, reading", profile.nvme_read / 1e9, "GB/s", Lane.NVME_READ)

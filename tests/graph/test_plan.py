@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from slideformer.graph.plan import Compute, MachineProfile
+from slideformer.graph.rates import RatePoint
 from slideformer.graph.tasks import Cost, Lane, Product, ProductKind, Task, TaskKind
 from tests.support.specs import small_plan
 
@@ -59,6 +62,18 @@ def test_lanes_slow_each_other_down() -> None:
     assert profile.speed(cpu, {cpu, up, down}) == pytest.approx(0.49)
     assert profile.speed(compute, {compute, cpu}) == pytest.approx(0.5)
     assert profile.speed(down, set(Lane)) == 1.0
+
+
+def test_a_shared_machine_has_lost_half_of_what_it_can_lose() -> None:
+    points = (RatePoint(ProductKind.FORWARD, 8, 8, 100.0),)
+    contention = {Lane.COMPUTE: 0.81, Lane.H2D: 0.64, Lane.CPU: 0.25, Lane.NVME_READ: 0.49}
+    shared = replace(PROFILE, points=points, contention=contention).shared
+    assert shared.flops == pytest.approx(0.9e12)
+    assert shared.products.rate(ProductKind.FORWARD, 8, 8) == pytest.approx(90.0)
+    assert (shared.h2d, shared.d2h) == (pytest.approx(0.8e9), 2e9)
+    assert (shared.update, shared.nvme_read) == (pytest.approx(0.5e8), pytest.approx(0.7e6))
+    assert shared.contention == {}
+    assert PROFILE.shared == PROFILE
 
 
 def test_sizes_of_a_step() -> None:
