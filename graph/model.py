@@ -101,6 +101,12 @@ class UnitSpec:
         """Elements of the operands with two axes that multiply a token, once each in forward."""
         return sum(int(o.share * o.numel) for o in self.operands if len(o.shape) == 2)
 
+    @cached_property
+    def token_share(self) -> Fraction:
+        """Share of the tokens that its largest matrices multiply at once: experts take some."""
+        matrices = [o for o in self.operands if len(o.shape) == 2]
+        return max(matrices, key=lambda o: o.numel).share
+
 
 @dataclass(frozen=True, slots=True)
 class Lora:
@@ -135,6 +141,8 @@ class ModelSpec:
     """Distinct sliding-window lengths of its layers."""
     balanced: int = 0
     """Experts of a layer where a loss balances their load, else 0."""
+    output_norms: bool = False
+    """Whether norms follow the projections that add to the stream; backward makes those again."""
     softcapped: bool = False
     """Whether the scores of its attention are capped, which flash attention cannot do."""
     ropes: int = 1

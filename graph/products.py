@@ -13,11 +13,15 @@ ATTENTION_BACKWARD = 2.5
 def forward_products(
     spec: ModelSpec, unit: UnitSpec, rows: int, seq_len: int
 ) -> tuple[Product, ...]:
-    """One layer's forward: 2 FLOPs per weight and token, and 2·S²·H·D a row for attention."""
+    """One layer's forward: 2 FLOPs per weight and token, and 2·S²·H·D a row for attention.
+
+    Of experts, the weights that a token uses count, and as tokens those that one expert gets.
+    """
     tokens = rows * seq_len
     attention = 2 * seq_len * seq_len * spec.heads * spec.head_dim * rows
+    at_once = max(1, int(unit.token_share * tokens))
     return (
-        Product(ProductKind.FORWARD, 2 * unit.matrix_numel * tokens, tokens, spec.hidden),
+        Product(ProductKind.FORWARD, 2 * unit.matrix_numel * tokens, at_once, spec.hidden),
         Product(ProductKind.ATTENTION, attention, seq_len, spec.head_dim),
     )
 
@@ -29,7 +33,7 @@ def backward_products(
 
     Of a frozen layer, backward is the gradient of its input alone.
     Recompute leaves the down projection out, and from what is ``kept`` only attention is computed
-    again, if that.
+    again, if that. Norms of outputs need those outputs, so these are made again in any case.
     """
     tokens = plan.micro_tokens
     forward, attention = forward_products(spec, unit, plan.micro_rows, plan.seq_len)
@@ -39,14 +43,17 @@ def backward_products(
         ATTENTION_BACKWARD if kept and keeps_attention(spec, plan) else ATTENTION_BACKWARD + 1
     )
     again = 0 if kept else forward.flops - 2 * spec.hidden * spec.intermediate * tokens
+    if spec.output_norms:
+        outputs = spec.heads * spec.head_dim + spec.intermediate
+        again += 2 * spec.hidden * outputs * tokens
     found = (
-        Product(ProductKind.FORWARD, again, tokens, spec.hidden),
-        Product(gradient, (2 - unit.frozen) * forward.flops, tokens, spec.hidden),
+        Product(ProductKind.FORWARD, again, forward.tokens, spec.hidden),
+        Product(gradient, (2 - unit.frozen) * forward.flops, forward.tokens, spec.hidden),
         Product(
             ProductKind.ATTENTION, round(attended * attention.flops), plan.seq_len, spec.head_dim
         ),
     )
-    return found[1:] if kept else found
+    return found if again else found[1:]
 
 
 def head_products(

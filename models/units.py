@@ -63,6 +63,7 @@ def model_spec(config: PretrainedConfig) -> ModelSpec:
         units=tuple(units),
         windows=tuple(sorted({window for window in decoder.windows if window is not None})),
         balanced=_balanced(decoder),
+        output_norms=decoder.output_norms,
         softcapped=decoder.softcap is not None,
         ropes=len(decoder.rope_kinds),
     )

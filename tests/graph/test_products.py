@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
+from slideformer.graph.model import ParamGroup, UnitKind, layout_unit
 from slideformer.graph.products import backward_products, forward_products, head_products
 from slideformer.graph.tasks import Product, ProductKind
 from tests.support.specs import small_plan, small_spec
@@ -42,6 +44,23 @@ def test_kept_activations_spare_the_recompute() -> None:
     )
     packed = backward_products(SPEC, LAYER, replace(plan, packed=True), kept=True)
     assert packed[1].flops == attention * 7 // 2
+
+
+def test_norms_of_outputs_need_the_outputs_again() -> None:
+    plan = small_plan(rows=3, micro_rows=3, seq_len=5)
+    outputs = 2 * (4 * 4 + 4 * 8) * 15
+    spec = replace(SPEC, output_norms=True)
+    for kept, made in ((False, 2 * (WEIGHTS - 4 * 8) * 15), (True, 0)):
+        again = backward_products(spec, LAYER, plan, kept=kept)[0]
+        assert again == Product(ProductKind.FORWARD, made + outputs, 15, 4)
+
+
+def test_experts_count_by_what_a_token_uses() -> None:
+    matrices = ParamGroup("gate_up.weight", (("w", (80, 4)),), True, Fraction(2, 8))
+    dense = ParamGroup("o.weight", (("o", (4, 4)),), True)
+    unit = layout_unit("L00", UnitKind.LAYER, [dense, matrices])
+    product, _ = forward_products(SPEC, unit, rows=3, seq_len=8)
+    assert product == Product(ProductKind.FORWARD, 2 * (16 + 80 * 4 // 4) * 24, 6, 4)
 
 
 def test_gradients_of_several_micro_batches_are_sums() -> None:
