@@ -11,6 +11,9 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Cost, Task, TaskKind
 from slideformer.graph.verify import verify
 
+CHUNK_ALIGNMENT = 256
+"""Bytes to whose multiples chunks begin, as copies and kernels like it."""
+
 _Item = TypeVar("_Item", Task, Buffer, Slot)
 
 
@@ -51,6 +54,42 @@ class GraphBuilder:
         buffer = Buffer(name, nbytes, tier, role, slot, offset, carried)
         self._buffers[name] = self._new(self._buffers, buffer)
         return name
+
+    def chunks(
+        self,
+        name: str,
+        nbytes: int,
+        most: int,
+        tier: Tier,
+        *,
+        role: Role = Role.OTHER,
+        slot: str = "",
+        offset: int = 0,
+        carried: bool = False,
+    ) -> list[str]:
+        """Declare ``nbytes`` bytes as nearly equal buffers of at most ``most``; returns the names.
+
+        They are called NAME.c0, NAME.c1, … and begin at multiples of 256 bytes; in a slot they lie
+        one after another from ``offset`` on. Tasks on different chunks need not wait for each
+        other. Raises `GraphError` if ``most`` is less than 256.
+        """
+        if most < CHUNK_ALIGNMENT:
+            raise GraphError(f"chunks of {name} are of at most {most} bytes; give 256 or more")
+        most -= most % CHUNK_ALIGNMENT
+        pieces = max(1, -(-nbytes // most))
+        step = max(1, -(-nbytes // (pieces * CHUNK_ALIGNMENT))) * CHUNK_ALIGNMENT
+        return [
+            self.buffer(
+                f"{name}.c{number}",
+                min(step, nbytes - begin),
+                tier,
+                role=role,
+                slot=slot,
+                offset=offset + begin if slot else 0,
+                carried=carried,
+            )
+            for number, begin in enumerate(range(0, max(nbytes, 1), step))
+        ]
 
     def task(
         self,

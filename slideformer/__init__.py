@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from slideformer.graph.serialise import to_json as to_json
     from slideformer.graph.tasks import Cost as Cost
     from slideformer.graph.tasks import Lane as Lane
+    from slideformer.graph.tasks import Product as Product
+    from slideformer.graph.tasks import ProductKind as ProductKind
     from slideformer.graph.tasks import TaskKind as TaskKind
     from slideformer.models.data.byte_tokenizer import save_byte_tokenizer as save_byte_tokenizer
     from slideformer.running import run as run
@@ -55,6 +57,8 @@ _EXPORTS = {
     "Lane": "slideformer.graph.tasks",
     "MachineProfile": "slideformer.graph.plan",
     "Policy": "slideformer.runtime.policies",
+    "Product": "slideformer.graph.tasks",
+    "ProductKind": "slideformer.graph.tasks",
     "Role": "slideformer.graph.buffers",
     "SlideFormerError": "slideformer.graph.errors",
     "TaskGraph": "slideformer.graph.graph",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import doctest
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from slideformer.graph import builder as module
 from slideformer.graph.buffers import Tier
@@ -48,6 +50,30 @@ def test_tasks_keep_program_order_and_their_settings() -> None:
     assert (first.op, first.reads, first.args) == ("later", ("x",), {})
     assert (second.op, second.cost.flops, second.args) == ("other", 3, {"unit": "L00"})
     assert graph.edges.predecessors == ((), (0,))
+
+
+@given(st.integers(0, 10_000), st.integers(256, 3000), st.sampled_from(["", "s"]))
+def test_chunks_are_nearly_equal_and_cover_all(nbytes: int, most: int, slot: str) -> None:
+    builder = GraphBuilder()
+    if slot:
+        builder.slot(slot, Tier.GPU, 20_000)
+    names = builder.chunks("w", nbytes, most, Tier.GPU, slot=slot, offset=512 * bool(slot))
+    assert names == [f"w.c{i}" for i in range(len(names))]
+    buffers = [builder.build().buffers[name] for name in names]
+    assert sum(b.nbytes for b in buffers) == nbytes
+    assert len(buffers) == max(1, -(-nbytes // (most - most % 256)))
+    assert all(b.nbytes <= most for b in buffers)
+    assert all(b.nbytes == buffers[0].nbytes for b in buffers[:-1])
+    if slot:
+        assert [b.offset for b in buffers] == [
+            512 + i * buffers[0].nbytes for i in range(len(names))
+        ]
+        assert all(b.offset % 256 == 0 for b in buffers)
+
+
+def test_chunks_that_are_too_small_are_refused() -> None:
+    with pytest.raises(GraphError, match="chunks of w are of at most 100 bytes; give 256 or more"):
+        GraphBuilder().chunks("w", 1000, 100, Tier.CPU)
 
 
 def test_a_build_verifies() -> None:
