@@ -26,6 +26,20 @@ def forward_products(
     )
 
 
+def model_flops(spec: ModelSpec, seq_len: int) -> float:
+    """FLOPs that training takes for each token of a row of one document, recompute left out.
+
+    Forward once, backward the same for the gradients of inputs and again for those of weights,
+    which what is frozen has none of (Chowdhery et al., PaLM, arXiv 2204.02311, appendix B, with
+    attention below the diagonal only).
+    """
+    total = (3.0 - spec.head.frozen) * 2 * spec.vocab * spec.hidden
+    for unit in spec.layers:
+        weights, attention = forward_products(spec, unit, 1, seq_len)
+        total += ((3 - unit.frozen) * weights.flops + 3 * attention.flops) / seq_len
+    return total
+
+
 def backward_products(
     spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: bool
 ) -> tuple[Product, ...]:

@@ -191,6 +191,10 @@ class Config(EngineConfig):
     """Steps between two lines of progress."""
     trace: Location | None = None
     """Folder for a step's graph, ``step.json``, and when the last steps ran, ``trace.json``."""
+    tensorboard: Location | None = None
+    """Folder for TensorBoard's event files, written while the run trains."""
+    wandb: str | None = Field(default=None, min_length=1)
+    """Project of Weights & Biases to log to."""
 
     @model_validator(mode="after")
     def _agree(self) -> Self:
@@ -239,7 +243,8 @@ CHANGEABLE = (
     *("model", "data", "validation", "output"),
     *("gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit", "nvme_checksums"),
     *("device", "policy", "window", "threads"),
-    *("checkpoint_every", "keep_checkpoints", "patience", "log_every", "trace"),
+    *("checkpoint_every", "keep_checkpoints", "patience"),
+    *("log_every", "trace", "tensorboard", "wandb"),
 )
 """Settings that a resumed run may have otherwise: where things lie, and what it shows."""
 

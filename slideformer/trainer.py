@@ -53,6 +53,7 @@ from slideformer.run_reports import (
 )
 from slideformer.schedule import Schedule, learning_rates
 from slideformer.traces import make_folder, write_trace
+from slideformer.trackers import with_trackers
 from slideformer.validating import Validation
 
 if TYPE_CHECKING:
@@ -115,6 +116,7 @@ class Trainer:
             KeyboardInterrupt: see above, or Ctrl-C before the first step.
         """
         config, checkpoint = self.config, self._checkpoint
+        reports = with_trackers(config, progress)
         checkpoints = RunCheckpoints(config.output, config.keep_checkpoints)
         if checkpoint is None:
             check_output(config.output)
@@ -127,7 +129,7 @@ class Trainer:
         checkpoints.clean()
         for source in (*config.data, *config.validation):
             check_source(source)  # finds a missing file before the model is planned
-        run = _Run(config, spec, load_tokenizer(config.model), progress, self._schedule, checkpoint)
+        run = _Run(config, spec, load_tokenizer(config.model), reports, self._schedule, checkpoint)
         try:
             engine = Engine(config, checkpoint=checkpoint, on_plan=run.prepare)
             with Interrupt(f"a checkpoint, and the model to {config.output}") as interrupt:
@@ -145,8 +147,7 @@ class Trainer:
                         checkpoints.close()
                         engine.close()
         finally:
-            if progress is not None:
-                progress.finish()
+            reports.finish()
         if config.trace is not None:
             write_trace(config.trace, engine.graph, engine.timeline())
         return run.result(checkpoints.last)
@@ -160,7 +161,7 @@ class _Run:
         config: Config,
         spec: ModelSpec,
         tokenizer: PreTrainedTokenizerFast,
-        progress: Progress | None,
+        progress: Progress,
         schedule: Schedule | None,
         start: Checkpoint | None,
     ) -> None:
@@ -203,8 +204,7 @@ class _Run:
             self._go_on(self._start)
         if config.trace is not None:
             make_folder(config.trace)
-        if self._progress is not None:
-            self._progress.start(RunStart(config, self._spec, plan, steps, self._done))
+        self._progress.start(RunStart(config, self._spec, plan, steps, self._done))
 
     def _go_on(self, start: Checkpoint) -> None:
         """Continue the data where the checkpoint's run was; refuse what is not that run's."""
@@ -307,8 +307,7 @@ class _Run:
         self.metrics.append(metrics)
         if checkpoints.begun == handle.number:
             self._complete(checkpoints)
-        if self._progress is not None:
-            self._progress.step(metrics)
+        self._progress.step(metrics)
 
     def _position(self) -> dict[str, object]:
         """Where the run is in its data and its schedule, for a checkpoint."""

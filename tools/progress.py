@@ -1,7 +1,7 @@
 """Shows a training run: the plan, then a progress bar, or plain lines where nobody watches.
 
 A bar where stderr is a terminal; otherwise one log line every ``log_every`` steps. Memory is what
-the process uses now: on the GPU allocated and reserved, on the host PSS.
+the process uses now: on the GPU allocated and reserved, on the host PSS, on NVMe its files.
 """
 
 from __future__ import annotations
@@ -25,6 +25,10 @@ from rich.progress import (
 from rich.table import Column
 
 from slideformer.config import format_size
+from slideformer.graph.buffers import Tier
+from slideformer.graph.products import model_flops
+from slideformer.planning import device_for
+from slideformer.profiles import cached_machine
 from slideformer.run_reports import RunStart, StepMetrics
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
@@ -52,6 +56,7 @@ class ConsoleProgress:
         self._skipped = 0
         self._loss = Smoothed()
         self._recent: deque[StepMetrics] = deque(maxlen=_SPEED_STEPS)
+        self._peak = 0.0
         self._memory = _Memory()
 
     def start(self, run: RunStart) -> None:
@@ -60,6 +65,10 @@ class ConsoleProgress:
         if run.config.device == "cpu" or not torch.cuda.is_available():
             self._console.print("No GPU is used: what is planned for it lies in host memory, too.")
         self._every, self._steps = run.config.log_every, run.steps
+        machine = cached_machine(device_for(run.config).type)
+        if machine is not None:
+            self._peak = machine.profile.flops / model_flops(run.spec, run.config.seq_len)
+        self._memory.nvme = run.plan.peaks.get(Tier.NVME, 0)
         if self._console.is_terminal:
             self._bar = Progress(
                 TextColumn("step"),
@@ -87,7 +96,8 @@ class ConsoleProgress:
             f"loss {metrics.loss:.3f} ({smoothed:.3f})",
             f"norm {metrics.gradient_norm:.3g}",
             *([f"{self._skipped} skipped"] if self._skipped else []),
-            f"{self._speed()} tokens/s",
+            f"lr {metrics.lr:.3g}",
+            self._speed(),
             self._memory.text(),
         ]
         if self._bar is not None:
@@ -108,8 +118,13 @@ class ConsoleProgress:
             self._bar = None
 
     def _speed(self) -> str:
+        """Tokens per second, and as a share of what the machine was measured to compute."""
         seconds = sum(m.seconds for m in self._recent)
-        return f"{sum(m.tokens for m in self._recent) / seconds:,.0f}" if seconds else "–"
+        if not seconds:
+            return "– tokens/s"
+        speed = sum(m.tokens for m in self._recent) / seconds
+        share = f" ({speed / self._peak:.0%} of peak)" if self._peak else ""
+        return f"{speed:,.0f} tokens/s{share}"
 
     def _remaining(self, step: int) -> str:
         if not self._recent:
@@ -123,11 +138,12 @@ class _Memory:
     """The memory in use, in a few words; the host's is read as seldom as its cost demands."""
 
     def __init__(self) -> None:
+        self.nvme = 0
         self._host = ""
         self._next = 0.0
 
     def text(self) -> str:
-        """What the process uses on the GPU, if it does, and on the host."""
+        """What the process uses on the GPU and on NVMe, if it does, and on the host."""
         now = time.perf_counter()
         if now >= self._next:
             try:
@@ -136,7 +152,8 @@ class _Memory:
                 self._host = ""
             took = time.perf_counter() - now
             self._next = now + max(_HOST_INTERVAL, took / _HOST_SHARE)
-        return "  ".join(part for part in (_gpu_text(), self._host) if part)
+        nvme = f"nvme {format_size(self.nvme)}" if self.nvme else ""
+        return "  ".join(part for part in (_gpu_text(), self._host, nvme) if part)
 
 
 def _gpu_text() -> str:

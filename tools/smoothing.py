@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 SMOOTHING = 0.95
 
 
@@ -13,7 +15,9 @@ class Smoothed:
         self._weight = 0.0
 
     def add(self, value: float) -> float:
-        """The average with one more value."""
+        """The average with one more value; one that is not finite is passed over."""
+        if not math.isfinite(value):
+            return self._sum / self._weight if self._weight else math.nan
         self._sum = SMOOTHING * self._sum + (1 - SMOOTHING) * value
         self._weight = SMOOTHING * self._weight + (1 - SMOOTHING)
         return self._sum / self._weight

@@ -6,7 +6,12 @@ from dataclasses import replace
 from fractions import Fraction
 
 from slideformer.graph.model import ParamGroup, UnitKind, layout_unit
-from slideformer.graph.products import backward_products, forward_products, head_products
+from slideformer.graph.products import (
+    backward_products,
+    forward_products,
+    head_products,
+    model_flops,
+)
 from slideformer.graph.tasks import Product, ProductKind
 from tests.support.specs import small_plan, small_spec
 
@@ -74,3 +79,10 @@ def test_the_output_matrix() -> None:
     assert head_products(SPEC, plan, vocab_rows=2, products=3) == (
         Product(ProductKind.HEAD, 3 * 2 * 2 * 4 * 16, 4, 4),
     )
+
+
+def test_training_takes_six_flops_a_weight_and_twelve_a_pair_below_the_diagonal() -> None:
+    spec, seq_len = small_spec(), 64
+    matrices = sum(unit.matrix_numel for unit in spec.layers) + spec.vocab * spec.hidden
+    attention = 12 * len(spec.layers) * spec.heads * spec.head_dim * seq_len / 2
+    assert model_flops(spec, seq_len) == 6 * matrices + attention

@@ -125,6 +125,8 @@ def test_defaults() -> None:
         "patience": None,
         "log_every": 1,
         "trace": None,
+        "tensorboard": None,
+        "wandb": None,
         "schedule": "constant",
         "warmup_steps": 0,
         "min_lr": 0.0,

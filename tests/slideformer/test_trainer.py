@@ -460,7 +460,7 @@ def test_a_skipped_step_is_told(
     spoil(monkeypatch, {1})
     config = changed(config, skip_nonfinite=True, micro_batch=2, compute="fp32")
     screen = io.StringIO()
-    Trainer(config).train(ConsoleProgress(Console(file=screen, force_terminal=True, width=160)))
+    Trainer(config).train(ConsoleProgress(Console(file=screen, force_terminal=True, width=220)))
     lines = (config.output / METRICS_FILE).read_text().splitlines()
     metrics = [json.loads(line, parse_constant=pytest.fail) for line in lines]
     assert [each["skipped"] for each in metrics] == [False, True, False, False]

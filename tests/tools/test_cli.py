@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from typer.testing import CliRunner
 
 from slideformer.config import Config, load_config
 from slideformer.config_problems import flag_name
+from slideformer.graph.machines import load_machine
 from slideformer.run_reports import CONFIG_FILE
 from slideformer.tools.cli import app
 from slideformer.tools.progress import ConsoleProgress
@@ -90,7 +92,7 @@ def test_train_prints_the_plan_and_progress_to_stderr_and_the_result_to_stdout(r
     assert err.index("Plan: llama") < err.index("step 2/3") < err.index("step 3/3")
     assert "step 1/3" not in err
     assert re.search(
-        r"step 2/3  loss \d\.\d{3} \(\d\.\d{3}\)  norm \S+  [\d,]+ tokens/s  .*host \d", err
+        r"step 2/3  loss \d\.\d{3} \(\d\.\d{3}\)  norm \S+  lr \S+  [\d,]+ tokens/s  .*host \d", err
     )
     assert (output / "model.safetensors.index.json").is_file()
 
@@ -164,6 +166,8 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "patience": 8,
         "log_every": 4,
         "trace": "t",
+        "tensorboard": "b",
+        "wandb": "project",
         "schedule": "wsd",
         "warmup_steps": 2,
         "min_lr": 1e-5,
@@ -210,7 +214,7 @@ def test_help_describes_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     assert code == 0
     for name in FLAGS:
         assert flag_name(name) in out
-    assert "Rows per optimizer step. Default: 8." in out
+    assert "puts together. Default: 8." in out
 
 
 @pytest.mark.parametrize(
@@ -502,9 +506,24 @@ def test_a_terminal_gets_a_bar(model: Path, tmp_path: Path) -> None:
     data, output = write_text(tmp_path / "text.txt"), tmp_path / "out"
     config = load_config(None, {**settings, "model": model, "data": data, "output": output})
     screen = io.StringIO()
-    console = Console(file=screen, force_terminal=True, width=160)
+    console = Console(file=screen, force_terminal=True, width=220)
     Trainer(config).train(ConsoleProgress(console))
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", screen.getvalue())
     assert "Plan: llama" in text
     last = [line for line in text.splitlines() if "3/3" in line][-1]
-    assert re.search(r"loss \d\.\d{3} \(\d\.\d{3}\)  norm \S+  [\d,]+ tokens/s +host \d", last)
+    assert re.search(
+        r"loss \d\.\d{3} \(\d\.\d{3}\)  norm \S+  lr \S+  [\d,]+ tokens/s +host \d", last
+    )
+
+
+def test_on_a_measured_machine_the_speed_is_a_share_of_its_peak(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from slideformer.tools import progress
+
+    profile = replace(load_machine("a100").profile, flops=1e9)
+    machine = replace(load_machine("a100"), profile=profile)
+    monkeypatch.setattr(progress, "cached_machine", lambda _: machine)
+    code, _, err = call(*run.arguments())
+    assert code == 0, err
+    assert re.search(r"step 3/3 .* [\d,]+ tokens/s \(\d+% of peak\)  ", err)
