@@ -33,6 +33,11 @@ CASES: list[tuple[int, str, dict[str, Any], float | None]] = [
     (2, "qwen2", {}, None),
     (2, "qwen3-biases", {"tied": True}, MAX_NORM),
     (8, "mistral", {"num_hidden_layers": 1}, MAX_NORM),
+    (2, "phi3-partial", {}, MAX_NORM),
+    (2, "gemma2", {"tied": True}, MAX_NORM),
+    (2, "gemma3_text-biases", {}, MAX_NORM),
+    (2, "mixtral", {"tied": True}, MAX_NORM),
+    (2, "qwen3_moe-normalised", {}, MAX_NORM),
 ]
 
 

@@ -13,12 +13,14 @@ from slideformer.models.data.batches import Batch
 from tests.models.tiny import by_stored_name
 from tests.slideformer.test_engine_parity import train
 from tests.support.engines import (
+    ROWS,
     SEQ_LEN,
     Weights,
     config_for,
     engine_with,
     make_batch,
     too_far,
+    weights_of,
     write_model,
 )
 
@@ -64,6 +66,18 @@ def test_training_equals_transformers_with_router_logits(
     folder = write_model(tmp_path / "model", variant, **settings, **BALANCED)
     expected, weights = reference(folder, BATCHES)
     losses, _, ours = train(folder, BATCHES, lr=LR, **plan)
+    assert losses == pytest.approx(expected, rel=1e-5)
+    assert too_far(ours, weights) == []
+
+
+def test_accumulated_batches_are_balanced_together(tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", "mixtral", **BALANCED)
+    batches = [make_batch(seed, rows=2 * ROWS) for seed in range(4)]
+    expected, weights = reference(folder, batches)
+    with engine_with(config_for(folder, lr=LR, accumulate=2)) as engine:
+        assert engine.plan.micro_batches == 4
+        losses = [engine.step(batch).loss() for batch in batches]
+        ours = weights_of(engine)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert too_far(ours, weights) == []
 

@@ -126,6 +126,7 @@ def drawn_b(monkeypatch: pytest.MonkeyPatch) -> None:
         ("qwen3", SOME, {"tied": True}, {"vocab_chunks": 3, "offloaded": 2, "window": 3}),
         ("phi3", ALL, {}, {"kept": 2, "offloaded": 1}),
         ("gemma2", ALL, {"tied": True}, {"chunk_numel": 300}),
+        ("mixtral", ALL, {}, {"kept": 1, "offloaded": 2}),  # of whose experts there are none
     ],
 )
 def test_adapters_train_as_in_plain_pytorch(
