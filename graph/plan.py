@@ -66,9 +66,8 @@ class MachineProfile:
     ``launch`` is the least that a task takes, in seconds, and ``handover`` what lies between two
     tasks of a host lane. ``points`` are measured rates of products; ``contention`` is the share of
     its rate that a lane keeps while all its `RIVALS` work. ``gpu_overhead`` and ``host_overhead``
-    are bytes beside everything planned: CUDA context (0.8 GiB on an H100), library workspaces and
-    what the allocator holds between temporaries (up to 1 GiB there), and the interpreter with its
-    libraries. ``direct_storage`` says that the GPU and NVMe exchange bytes by themselves (GPUDirect
+    are bytes beside everything planned: CUDA context with its modules (0.77 to 0.82 GiB on an H100)
+    and library workspaces, and the interpreter with its libraries. ``direct_storage`` says that the GPU and NVMe exchange bytes by themselves (GPUDirect
     Storage).
     """
 
@@ -85,7 +84,7 @@ class MachineProfile:
     handover: float = 250e-6
     points: tuple[RatePoint, ...] = ()
     contention: Mapping[Lane, float] = field(default_factory=dict)
-    gpu_overhead: int = 1900 << 20
+    gpu_overhead: int = 960 << 20
     host_overhead: int = 2 << 30
     direct_storage: bool = False
     widths: Mapping[Lane, int] = field(default_factory=dict)

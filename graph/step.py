@@ -11,7 +11,10 @@ updates are in ``step_update.py``, saves and checkpoints in ``step_save.py``.
 
 from __future__ import annotations
 
-from slideformer.graph.buffers import Role, Tier
+from collections.abc import Sequence
+from dataclasses import replace
+
+from slideformer.graph.buffers import Role, Slot, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.placing import place_weights
@@ -27,6 +30,21 @@ from slideformer.graph.tasks import Cost, Product, TaskKind
 def compile_step(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
     """The graph of one optimizer step: forward, backward and every update."""
     return _write_step(spec, plan).build()
+
+
+def park_gradients(graph: TaskGraph, slots: Sequence[int]) -> TaskGraph:
+    """The graph of a step with its parked gradients, in program order, in the slots numbered so.
+
+    It is what `compile_step` makes of the same plan with ``gradient_slot``.
+    """
+    buffers, declared = dict(graph.buffers), dict(graph.slots)
+    parked = [buffer for name, buffer in graph.buffers.items() if name.startswith("gh.")]
+    for number, buffer in zip(slots, parked, strict=True):
+        name = f"gh.{number}"
+        buffers[buffer.name] = replace(buffer, slot=name)
+        nbytes = max(buffer.nbytes, declared[name].nbytes if name in declared else 0)
+        declared[name] = Slot(name, buffer.tier, nbytes)
+    return replace(graph, buffers=buffers, slots=declared)
 
 
 def compile_evaluation(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:

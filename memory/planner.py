@@ -5,7 +5,9 @@ Everything is computed before anything is allocated.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from slideformer.graph.errors import BudgetError
@@ -17,6 +19,7 @@ from slideformer.graph.step import (
     compile_evaluation,
     compile_save,
     compile_step,
+    park_gradients,
 )
 from slideformer.memory.lattice import WINDOWS
 from slideformer.memory.needs import MIN_GRADIENT_SLOTS, peaks
@@ -35,12 +38,26 @@ _UNBOUNDED = 1 << 62
 def make_plan(request: PlanRequest) -> MemoryPlan:
     """The plan for ``request``; raises `BudgetError` with the least budgets that would work."""
     lattice = Lattice(request)
-    found = lattice.solve(request.budgets)
-    if found is None:
-        raise _refusal(request, lattice)
-    plan = _assign_gradients(request, found)
-    step = request.predict(compile_step(request.spec, plan), STEPS)
-    return replace(plan, peaks=peaks(request, plan), step_seconds=step.seconds)
+    with _collector_off():
+        found = lattice.solve(request.budgets)
+        if found is None:
+            raise _refusal(request, lattice)
+        graph = compile_step(request.spec, found.plan)
+        plan = _assign_gradients(request, found, graph)
+        step = request.predict(park_gradients(graph, plan.gradient_slot), STEPS)
+        return replace(plan, peaks=peaks(request, plan), step_seconds=step.seconds)
+
+
+@contextmanager
+def _collector_off() -> Iterator[None]:
+    """Graphs have no cycles to collect, and looking for some takes as long as compiling them."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
@@ -49,7 +66,7 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
     return [compile_graph(spec, plan) for compile_graph in compilers]
 
 
-def _assign_gradients(request: PlanRequest, found: Solution) -> MemoryPlan:
+def _assign_gradients(request: PlanRequest, found: Solution, graph: TaskGraph) -> MemoryPlan:
     """Park as many gradients at once as the host budget allows; deferred, all of them.
 
     Each chunk takes, in program order, the slot that a simulated step frees first.
@@ -62,7 +79,6 @@ def _assign_gradients(request: PlanRequest, found: Solution) -> MemoryPlan:
         count = found.gradients
     if count == found.gradients:  # each in a place of its own
         return replace(plan, gradient_slots=count, gradient_slot=tuple(range(count)))
-    graph = compile_step(request.spec, plan)
     stops = request.predict(graph, 1).stops
     free = [0.0] * count
     slots: list[int] = []

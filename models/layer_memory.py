@@ -133,3 +133,13 @@ def workspace_bytes(
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
     fixed = mask + scores + pieces + 12 * 2**20
     return elements * dtype_bytes + tokens * (4 * rows + rope) + fixed
+
+
+def allocator_slack(workspace: int) -> int:
+    """Bytes that PyTorch's allocator may hold beyond the most temporaries that exist at once.
+
+    Blocks of temporaries of one size do not all serve those of another. On an H100 that came to
+    between 0.05 and 1.2 of the workspace, the less the smaller that was, and never to more than
+    1.22 GiB (``docs/benchmarks.md``, reserved against allocated memory).
+    """
+    return min(9 * workspace // 10, 1250 << 20)

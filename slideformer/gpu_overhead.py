@@ -13,7 +13,7 @@ import torch
 from slideformer.graph.errors import DeviceError
 from slideformer.models.families import decoder_config
 from slideformer.models.head import head_workspace_bytes
-from slideformer.models.layer_memory import workspace_bytes
+from slideformer.models.layer_memory import allocator_slack, workspace_bytes
 from slideformer.product_rates import layer_config
 from slideformer.stand_in import Arithmetic, StandIn
 
@@ -71,5 +71,6 @@ def _hold(connection: Connection, index: int) -> None:
         head_workspace_bytes(_VOCAB, tokens // 2, tokens, 2) + tokens * _WIDTH * 2,
     )
     reserved = torch.cuda.memory_reserved(device)
-    connection.send((reserved, max(0, reserved - asked - workspace)))
+    planned = workspace + allocator_slack(workspace)
+    connection.send((reserved, max(0, reserved - asked - planned)))
     connection.recv()

@@ -28,7 +28,7 @@ from slideformer.memory.planner import make_plan
 from slideformer.memory.request import PlanRequest, Prediction
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
-from slideformer.models.layer_memory import workspace_bytes
+from slideformer.models.layer_memory import allocator_slack, workspace_bytes
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
 from slideformer.profiles import announce, cached_machine
@@ -110,7 +110,8 @@ def plan_for(
         )
         layers += tokens * size * inner  # a projection's inner products and their gradient
         head = head_workspace_bytes(vocab_rows, tile, tokens, size)
-        return max(layers, head + tokens * spec.hidden * size)
+        most = max(layers, head + tokens * spec.hidden * size)
+        return most + (allocator_slack(most) if profile.gpu_overhead else 0)
 
     def predict(graph: TaskGraph, steps: int) -> Prediction:
         """Simulate under a policy of the same kind."""

@@ -34,8 +34,8 @@ from slideformer.profiles import machine_key
 _MOST_WALKED = 32 << 30
 """Bytes of host memory to update at most; touching them takes two seconds."""
 
-ALLOCATOR_SLACK = 1100 << 20
-"""Least bytes to keep free for what PyTorch's allocator holds between temporaries."""
+LIBRARY_NBYTES = 160 << 20
+"""Least bytes to keep free for workspaces of CUDA's libraries and what the allocator rounds up."""
 
 _LEAST_GAP = 1e-6
 """Seconds below which a hand-over is not told from nothing."""
@@ -137,7 +137,7 @@ def measure_machine(
         handover=max(lanes.handover, _LEAST_GAP),
         points=points,
         contention=shares,
-        gpu_overhead=context + max(slack, ALLOCATOR_SLACK) if cuda else generic.gpu_overhead,
+        gpu_overhead=context + max(slack, LIBRARY_NBYTES) if cuda else generic.gpu_overhead,
     )
     total = torch.cuda.mem_get_info(device)[1] if cuda else available_host_memory()
     return Machine(

@@ -7,6 +7,13 @@ from collections import deque
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.placing import SlotPool, place_weights
@@ -115,3 +122,47 @@ def test_an_open_pool_grows_to_the_most_in_use(takes: list[bool]) -> None:
             pool.release(in_use.pop(0))
     assert len(pool.names()) == most
     assert set(in_use) <= set(pool.names())
+
+
+class PoolAgainstQueue(RuleBasedStateMachine):
+    """Whatever is taken and given back: no slot is taken twice, the longest idle comes first."""
+
+    @initialize(size=st.none() | st.integers(0, 4))
+    def begin(self, size: int | None) -> None:
+        """A pool of that many slots, or one that grows."""
+        self.pool, self.size = SlotPool("x", size), size
+        self.idle = deque(f"x.{i}" for i in range(size or 0))
+        self.taken: list[str] = []
+        self.most = 0
+
+    @rule()
+    def acquire(self) -> None:
+        """Take a slot, which works if one is idle or the pool grows."""
+        if not self.idle and self.size is not None:
+            with pytest.raises(BudgetError, match=f"all {self.size} x slots"):
+                self.pool.acquire()
+            return
+        slot = self.pool.acquire()
+        assert slot not in self.taken
+        assert slot == (self.idle.popleft() if self.idle else f"x.{self.most}")
+        self.taken.append(slot)
+        self.most = max(self.most, len(self.taken))
+
+    @precondition(lambda self: self.taken)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """Give any slot back."""
+        slot = data.draw(st.sampled_from(self.taken))
+        self.taken.remove(slot)
+        self.idle.append(slot)
+        self.pool.release(slot)
+
+    @invariant()
+    def names_are_all_slots(self) -> None:
+        """A fixed pool has its size, a growing one the most that were taken at once."""
+        count = self.most if self.size is None else self.size
+        assert self.pool.names() == [f"x.{i}" for i in range(count)]
+        assert sorted([*self.taken, *self.idle]) == sorted(self.pool.names())
+
+
+TestPoolAgainstQueue = PoolAgainstQueue.TestCase

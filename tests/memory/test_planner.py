@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
+from slideformer.graph.step import compile_step, park_gradients
 from slideformer.memory import lattice as lattice_module
 from slideformer.memory.needs import MIN_GRADIENT_SLOTS
 from slideformer.memory.planner import make_plan, plan_graphs
@@ -92,6 +93,13 @@ def test_each_gradient_takes_the_slot_that_is_free_first() -> None:
     for name, slot in zip(names, plan.gradient_slot, strict=True):
         assert free[slot] == min(free.values())
         free[slot] = stops[name.replace("gh.", "update.", 1)]
+
+
+def test_gradients_are_parked_in_a_graph_as_the_compiler_would() -> None:
+    request = tight(request_for(compute=Compute.FP32), 1)
+    plan = make_plan(request)
+    draft = compile_step(request.spec, replace(plan, gradient_slots=0, gradient_slot=()))
+    assert park_gradients(draft, plan.gradient_slot) == compile_step(request.spec, plan)
 
 
 def starved(*, nvme: int = UNBOUNDED, compute: Compute = Compute.BF16) -> tuple[PlanRequest, int]:
