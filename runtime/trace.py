@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.core import Finished
 
@@ -88,20 +89,22 @@ class Timeline:
 
 
 class Trace:
-    """Collects spans as tasks finish; keeps those of the last ``keep`` instances."""
+    """Collects spans as tasks finish; keeps those of the last ``keep`` instances of each graph."""
 
     def __init__(self, keep: int = 8) -> None:
         self._keep = keep
         self._spans: dict[int, list[Span]] = {}
+        self._graphs: dict[int, TaskGraph] = {}
 
     def record(self, event: Finished) -> None:
         """Take note of a finished task."""
         run = event.run
-        number = run.instance.number
+        number, graph = run.instance.number, run.instance.graph
         if number not in self._spans:
-            self._spans[number] = []
-            for old in sorted(self._spans)[: -self._keep]:
-                del self._spans[old]
+            self._spans[number], self._graphs[number] = [], graph
+            alike = [other for other, of in self._graphs.items() if of is graph]
+            for old in sorted(alike)[: -self._keep]:
+                del self._spans[old], self._graphs[old]
         if number in self._spans:  # else it is older than all that are kept
             span = Span(run.task.name, number, run.task.lane, event.started, event.stopped)
             self._spans[number].append(span)

@@ -74,6 +74,16 @@ def test_a_trace_keeps_the_last_instances(numbers: list[int], keep: int) -> None
     assert kept.count(newest) == numbers.count(newest), "of the newest nothing is lost"
 
 
+def test_many_instances_of_one_graph_do_not_push_another_out() -> None:
+    trace = Trace(keep=2)
+    other = TaskGraph("h", (TASK,), {}, {})
+    for number in range(9):
+        graph = other if number < 3 else GRAPH
+        run = TaskRun(Instance(number, graph), 0, TASK, 0)
+        trace.record(Finished(run, 0.0, 1.0))
+    assert [span.instance for span in trace.timeline().spans] == [1, 2, 7, 8]
+
+
 def test_a_span_carries_what_happened() -> None:
     trace = Trace()
     trace.record(finished(3, 1.5, 4.0))

@@ -79,6 +79,17 @@ def test_the_step_may_lie_where_the_run_was_told_to_trace(tmp_path: Path) -> Non
     assert read_run(run).step is not None
 
 
+def test_a_trace_that_is_not_whole_is_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = write_run(tmp_path / "run")
+    text = (run / "trace.json").read_text()
+    (run / "trace.json").write_text(text[: len(text) // 2])
+    assert read_run(run).step is None
+    assert "trace.json: not a trace of this program" in caplog.text
+    assert "the page shows no step" in caplog.text
+
+
 def test_long_runs_are_thinned() -> None:
     found = {curve["title"]: curve["series"] for curve in curves(metrics_of(9000))}
     (rates,) = found["learning rate"]

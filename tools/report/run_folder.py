@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from slideformer.config import Config, load_config
-from slideformer.graph.errors import DataError
+from slideformer.graph.errors import DataError, SlideFormerError
 from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, PLAN_FILE
 from slideformer.simulation import GraphTimeline
 from slideformer.tools.graph_cli import read_graph
 from slideformer.tools.view_cli import read_trace
 from slideformer.traces import GRAPH_FILE, TRACE_FILE
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -31,7 +34,8 @@ def read_run(folder: Path) -> RunFolder:
     """What is in an output folder of ``slideformer train``, or in one of its checkpoints.
 
     A step is taken from there, or from the folder that the run's setting ``trace`` names. Raises
-    DataError for a folder without metrics, and for what is there and cannot be read.
+    DataError for a folder without metrics, and for what is there and cannot be read; a trace that
+    is not whole is left out with a warning.
     """
     metrics = _metrics(folder / METRICS_FILE)
     settings = folder / CONFIG_FILE
@@ -93,5 +97,8 @@ def _step(folders: list[Path]) -> GraphTimeline | None:
     for folder in folders:
         graph, trace = folder / GRAPH_FILE, folder / TRACE_FILE
         if graph.is_file() and trace.is_file():
-            return read_trace(trace, read_graph(graph))
+            try:
+                return read_trace(trace, read_graph(graph))
+            except SlideFormerError as error:
+                logger.warning("%s; the page shows no step", error)
     return None
