@@ -67,8 +67,8 @@ class MachineProfile:
     tasks of a host lane. ``points`` are measured rates of products; ``contention`` is the share of
     its rate that a lane keeps while all its `RIVALS` work. ``gpu_overhead`` and ``host_overhead``
     are bytes beside everything planned: CUDA context with its modules (0.77 to 0.82 GiB on an H100)
-    and library workspaces, and the interpreter with its libraries. ``direct_storage`` says that the GPU and NVMe exchange bytes by themselves (GPUDirect
-    Storage).
+    and library workspaces, and the interpreter with its libraries. ``direct_storage`` says that the
+    GPU and NVMe exchange bytes by themselves (GPUDirect Storage).
     """
 
     name: str = "generic"

@@ -132,6 +132,8 @@ def _knobs(request: PlanRequest) -> Iterator[str]:
     if request.window is not None and request.window > min(WINDOWS):
         smaller.append("--window")
     yield f"A smaller {', '.join(smaller[:-1])} or {smaller[-1]} needs less."
+    if request.deferred:
+        yield "Without --max-grad-norm and --skip-nonfinite, gradients need not all wait at once."
     if not request.budgets.nvme:
         yield "With --nvme FOLDER, optimizer state waits there and not on the host."
 

@@ -172,3 +172,6 @@ def test_a_refusal_says_what_was_asked_for_and_what_would_help() -> None:
     assert "with --cpu-memory" in message, "neither alone would do"
     assert "A smaller --batch-size, --accumulate, --seq-len or --micro-batch needs less." in message
     assert "--nvme FOLDER" in message
+    assert "--max-grad-norm" not in message
+    with pytest.raises(BudgetError, match="Without --max-grad-norm and --skip-nonfinite, grad"):
+        make_plan(request_for(budgets=Budgets(4 * MIB, 6 * MIB), deferred=True))

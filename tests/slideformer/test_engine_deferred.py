@@ -42,11 +42,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {}),
     "qwen3, tied": ("qwen3-biases", {"tied": True}),
     "mistral, windowed": ("mistral", {}),
-    "phi3": ("phi3", {"num_hidden_layers": 2}),
-    "mixtral": ("mixtral", {"num_hidden_layers": 2}),
-    "qwen3-moe, tied": ("qwen3_moe", {"tied": True, "num_hidden_layers": 2}),
-    "gemma2": ("gemma2", {"num_hidden_layers": 2}),
-    "gemma3, tied": ("gemma3_text", {"tied": True, "num_hidden_layers": 2}),
 }
 
 
