@@ -6,6 +6,7 @@ Measured in a process of its own, so that what others use there does not count.
 from __future__ import annotations
 
 import multiprocessing
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 import torch
@@ -73,4 +74,5 @@ def _hold(connection: Connection, index: int) -> None:
     reserved = torch.cuda.memory_reserved(device)
     planned = workspace + allocator_slack(workspace)
     connection.send((reserved, max(0, reserved - asked - planned)))
-    connection.recv()
+    with suppress(EOFError):  # who asked has left
+        connection.recv()

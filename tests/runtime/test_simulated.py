@@ -114,6 +114,27 @@ def test_times_keep_every_order(
             assert sum(s.started <= instant < s.stopped for s in on_lane) <= width
 
 
+@given(
+    task_graphs(),
+    names,
+    st.dictionaries(st.sampled_from(Lane), st.floats(0.1, 1.0)),
+    st.integers(1, 2),
+)
+def test_rivals_stretch_tasks_within_bounds_and_break_no_order(
+    graph: TaskGraph, name: str, contention: dict[Lane, float], instances: int
+) -> None:
+    profile = MachineProfile(contention=contention)
+    timeline = simulate(graph, make_policy(name), profile, instances)
+    by_key = {(span.instance, span.task): span for span in timeline.spans}
+    spans = [by_key[i, task.name] for i in range(instances) for task in graph.tasks]
+    for earlier, later in conflicts([graph] * instances):
+        assert spans[earlier].stopped <= spans[later].started
+    for span, task in zip(spans, graph.tasks * instances, strict=True):
+        alone = profile.seconds(task)
+        slowest = alone / contention.get(task.lane, 1.0)
+        assert alone * (1 - 1e-9) - 1e-9 <= span.seconds <= slowest * (1 + 1e-9) + 1e-9
+
+
 @given(task_graphs(), names, widths)
 def test_the_makespan_has_its_lower_bounds(
     graph: TaskGraph, name: str, wide: dict[Lane, int]

@@ -23,7 +23,7 @@ from slideformer.models.units import model_spec
 from slideformer.planning import profile_for
 from slideformer.product_rates import ProductSizes, layer_config, measure_products
 from slideformer.profiles import cached_machine, machine_key, store_machine
-from slideformer.profiling import ProfileSizes, measure_machine, sizes_for
+from slideformer.profiling import ALLOCATOR_SLACK, ProfileSizes, measure_machine, sizes_for
 from slideformer.stand_in import Arithmetic, plan_of
 
 CPU = torch.device("cpu")
@@ -110,6 +110,14 @@ def test_sizes_grow_no_further_than_time_or_memory_allows(monkeypatch: pytest.Mo
         return [point], 0.0
 
     assert len(list(product_rates._growing(CPU, large, [1, 2, 3, 4], 2.5))) == 2
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_measured_too() -> None:
+    machine = measure_machine(torch.device("cuda", torch.cuda.current_device()), SIZES)
+    assert machine.profile.contention.keys() == {Lane.COMPUTE, Lane.H2D, Lane.D2H, Lane.CPU}
+    assert machine.profile.gpu_overhead >= ALLOCATOR_SLACK + (100 << 20), "a context takes more"
+    assert machine.measured["device"] == torch.cuda.get_device_name()
 
 
 def test_a_profile_is_kept_for_this_machine_alone(
