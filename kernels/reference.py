@@ -3,13 +3,14 @@
 They run wherever PyTorch runs and serve CPU tensors in production. Arithmetic is FP32, results are
 rounded once to the dtype of the input (RMSNorm may round twice, as Hugging Face does). They
 allocate FP32 temporaries freely and make no claim to speed. Arguments are checked by the public
-functions in ``rms_norm.py``, ``rope.py``, ``swiglu.py``, ``cross_entropy.py`` and ``routed.py``,
-whose docstrings hold the formulas.
+functions in ``rms_norm.py``, ``rope.py``, ``swiglu.py``, ``cross_entropy.py``, ``routed.py`` and
+``grouped.py``, whose docstrings hold the formulas.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -176,3 +177,28 @@ def gather_sum(
 def row_products(left: Tensor, right: Tensor) -> Tensor:
     """See :func:`slideformer.kernels.routed.row_products`."""
     return (left.float() * right.float()).sum(-1)
+
+
+def grouped_product(rows: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
+    """See :func:`slideformer.kernels.grouped.grouped_product`."""
+    out = rows.new_empty(len(rows), matrices.shape[2])
+    for group, part in _groups(ends):
+        torch.mm(rows[part], matrices[group], out=out[part])
+    return out
+
+
+def grouped_gradient_(
+    out: Tensor, left: Tensor, right: Tensor, ends: Tensor, accumulate: bool
+) -> None:
+    """See :func:`slideformer.kernels.grouped.grouped_gradient_`."""
+    for group, part in _groups(ends):
+        product = left[part].float().T @ right[part].float()
+        out[group].add_(product) if accumulate else out[group].copy_(product)
+
+
+def _groups(ends: Tensor) -> Iterator[tuple[int, slice]]:
+    """Each group and its rows."""
+    start = 0
+    for group, end in enumerate(ends.tolist()):
+        yield group, slice(start, end)
+        start = end

@@ -16,11 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slideformer.kernels.grouped import grouped_product
 from slideformer.kernels.routed import gather_sum, row_products
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
 from slideformer.models.balance import Balance
 from slideformer.models.decoder import DecoderConfig, Experts
-from slideformer.models.grouped import grouped_product
 from slideformer.models.projections import Gradients, Operands, linear, norm, norm_backward
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.fused_attention import Saved
-from slideformer.models.grouped import grouped_piece_bytes
 from slideformer.models.softcapped import softcapped_workspace
 
 
@@ -102,19 +101,15 @@ def workspace_bytes(
     mlp_peak = tokens * (held + h) + tile * (h + 2 * i + i)
     if cfg.output_norms:
         mlp_peak += tile * 2 * h  # the down projection before and after its norm
-    pieces = 0
+    routing = 0
     if cfg.experts is not None:
-        k, e, width = cfg.experts.chosen, cfg.experts.count, cfg.experts.width
+        k, e = cfg.experts.chosen, cfg.experts.count
         # Copied rows and what the experts make of them, or the activation before.
         forward_peak = max(forward_peak, tile * max(k * h + 2 * i, 2 * 2 * i, i + k * h))
         # Middle; of a tile the normed middle, rows, gate and up, gradients of outputs, activation
         # and its gradient.
         mlp_peak = tokens * (held + h) + tile * (h + k * h + 2 * i + k * h + 2 * i)
-        routed = 5 * 8 * k + 4 * 4 * k + 5 * 4 * e  # places and weights; probabilities
-        pieces = tile * routed + max(
-            grouped_piece_bytes(e, 2 * width, h, dtype_bytes),
-            grouped_piece_bytes(e, h, width, dtype_bytes),
-        )
+        routing = tile * (5 * 8 * k + 4 * 4 * k + 5 * 4 * e)  # places, weights; probabilities
     attention_peak = tokens * (
         held
         + q  # gradient of attended
@@ -131,7 +126,7 @@ def workspace_bytes(
     scores = softcapped_workspace(cfg.heads, seq_len) if capped else 0
     rope = 2 * 4 * cfg.rotary_dim if packed else 0  # tables by token
     # PyTorch's allocator leaves up to 1 MiB unused at the end of a block; 12 are live at the peak.
-    fixed = mask + scores + pieces + 12 * 2**20
+    fixed = mask + scores + routing + 12 * 2**20
     return elements * dtype_bytes + tokens * (4 * rows + rope) + fixed
 
 

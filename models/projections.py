@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from slideformer.kernels.grouped import grouped_gradient_
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.gradients import product_, store_
-from slideformer.models.grouped import grouped_gradient_
 from slideformer.models.low_rank import LowRank, adapters_of
 
 Operands = Mapping[str, Tensor]
@@ -44,7 +44,7 @@ class Gradients(NamedTuple):
             self.vector(f"{name}.bias", d_out.sum(0, dtype=torch.float32))
 
     def grouped(self, name: str, d_out: Tensor, inputs: Tensor, ends: Tensor) -> None:
-        """Gradients of a matrix per group of rows; see ``grouped.py``."""
+        """Gradients of a matrix per group of rows; see ``kernels/grouped.py``."""
         if f"{name}.weight" in self.slots:
             stacked = self.slots[f"{name}.weight"]
             out = stacked.view(len(ends), -1, stacked.shape[1])

@@ -15,6 +15,7 @@ from triton.compiler import ASTSource
 
 from slideformer.kernels import (
     cross_entropy_triton,
+    grouped_triton,
     rms_norm_triton,
     rope_triton,
     routed_triton,
@@ -24,11 +25,12 @@ from slideformer.kernels import (
 
 TYPES = {
     "*bf16": "x residual weight total y dy residual_grad dx dact gate_up act logits"
-    " values out left right",
+    " values out left right gradient",
     "*fp32": "rstd dweight_shares cos sin running_max running_sum target_logit lse"
     " weights products",
     "*fp64": "shares",
     "*i64": "targets places",
+    "*i32": "ends",
     "fp32": "eps scale softcap smoothing spread z_loss",
 }
 TYPE_OF = {name: kind for kind, names in TYPES.items() for name in names.split()}
@@ -66,6 +68,11 @@ CASES = {
         4,
         {**_PLAIN, "z_loss": None, "BLOCK": 2048},
     ),
+    "grouped_gradient": (
+        grouped_triton._gradient_kernel,
+        8,
+        {"ACCUMULATE": False, "WIDEN": False, "ROWS": 64, "TILE": 128},
+    ),
     "gather_sum": (routed_triton._gather_sum_kernel, 4, {"EACH": 8, "BLOCK": 1024}),
     "row_products": (routed_triton._row_products_kernel, 4, {"BLOCK": 1024}),
     "softmax_grad form": (cross_entropy_triton._gradient_kernel, 4, {"BLOCK": 2048}),
@@ -96,6 +103,7 @@ def main() -> None:
         facts[case] = {
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4|cp\.async\.cg", ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4", ptx)),
+            "tensor_cores": len(re.findall(r"wgmma\.mma_async", ptx)),
             "prefetches": len(re.findall(r"cp\.async\.cg", ptx)),
         }
     json.dump(facts, sys.stdout)

@@ -32,12 +32,16 @@ def facts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, int]]
 
 
 def test_every_kernel_moves_16_bytes_at_once(facts: dict[str, dict[str, int]]) -> None:
-    assert len(facts) == 19
+    assert len(facts) == 20
     for case, counts in facts.items():
         assert counts["wide_loads"] > 0, case
         # These store no more than three numbers a row.
         few = case.startswith("lse") or case in ("row_products", "squares")
         assert counts["wide_stores"] > 0 or few, case
+
+
+def test_grouped_gradients_run_on_tensor_cores(facts: dict[str, dict[str, int]]) -> None:
+    assert facts["grouped_gradient"]["tensor_cores"] > 0
 
 
 def test_the_norm_backward_prefetches_its_next_rows(facts: dict[str, dict[str, int]]) -> None:
