@@ -254,3 +254,17 @@ def test_the_digest_is_that_of_the_tokens(
     other = TokenDataset.from_file(write(tmp_path / "c.jsonl", TEXTS[1:]), tokenizer, 64)
     assert one.parts[0].tokens.digest == same.parts[0].tokens.digest
     assert one.parts[0].tokens.digest != other.parts[0].tokens.digest
+
+
+def test_a_run_goes_on_with_the_same_contents_only(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    state = BatchStream(
+        TokenDataset.from_file(write(tmp_path / "a.jsonl"), tokenizer, 64), 2, seed=0
+    ).state_dict()
+    moved = TokenDataset.from_file(write(tmp_path / "moved.jsonl"), tokenizer, 64)
+    BatchStream(moved, 2, seed=0).load_state_dict(state)
+    swapped = write(tmp_path / "b.jsonl", [*TEXTS[1:], TEXTS[0]])  # as many of everything
+    stream = BatchStream(TokenDataset.from_file(swapped, tokenizer, 64), 2, seed=0)
+    with pytest.raises(DataError, match=r"the saved run had contents \d+, this one has \d+; resum"):
+        stream.load_state_dict(state)
