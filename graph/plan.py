@@ -161,6 +161,8 @@ class MemoryPlan:
     ``gradient_slots`` pinned slots, the i-th gradient chunk of the step in slot
     ``gradient_slot[i]`` (empty: each in a place of its own, as in a draft).
 
+    The optimizer keeps ``moments`` of each element: AdamW two, Lion one.
+
     The weights and optimizer state of the ``resident`` units stay on the GPU, which also updates
     them. The last ``kept`` layers keep their activations on the GPU from forward to backward,
     ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
@@ -190,6 +192,7 @@ class MemoryPlan:
     staging_slots: int
     packed: bool = False
     deferred: bool = False
+    moments: int = 2
     resident: frozenset[str] = frozenset()
     kept: int = 0
     spilled: int = 0

@@ -37,17 +37,17 @@ from slideformer.graph.step_nvme import HI, LO, MOMENTS, RINGS, StoredState
 from slideformer.graph.tasks import Cost, TaskKind
 
 STATE_NBYTES = 10
-"""Bytes per element beside the master's upper half: its lower half (2) and two moments (4 + 4)."""
+"""AdamW's bytes per element beside the master's upper half: its lower half and two moments."""
 
 
-def state_nbytes(unit: UnitSpec, compute: Compute) -> int:
-    """The same for a unit that may be frozen: it has no moments, and in BF16 the upper half does.
+def state_nbytes(unit: UnitSpec, plan: MemoryPlan) -> int:
+    """The same by a plan: a frozen unit has no moments, and in BF16 the upper half does.
 
     What the upper half leaves out of a frozen weight is neither computed with nor changed.
     """
     if not unit.frozen:
-        return STATE_NBYTES
-    return 0 if compute is Compute.BF16 else 2
+        return 2 + 4 * plan.moments
+    return 0 if plan.compute is Compute.BF16 else 2
 
 
 class StepMemory:
@@ -147,7 +147,7 @@ class StepMemory:
     def state(self, chunk: Chunk) -> list[str]:
         """Lower halves and moments of a chunk, as far as it has them and they are not on NVMe."""
         unit = self.spec.unit(chunk.unit)
-        size = state_nbytes(unit, self.plan.compute)
+        size = state_nbytes(unit, self.plan)
         size -= 8 * self.stored.has(MOMENTS, unit.name) + 2 * self.stored.has(LO, unit.name)
         return [self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)] if size else []
 

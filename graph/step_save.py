@@ -20,10 +20,10 @@ STATE_PARTS = {"hi": 2, "lo": 2, "m": 4, "v": 4}
 """The arrays of a unit's state, in the order of a checkpoint's files, and bytes per element."""
 
 
-def state_parts(unit: UnitSpec, compute: Compute) -> tuple[str, ...]:
+def state_parts(unit: UnitSpec, compute: Compute, moments: int) -> tuple[str, ...]:
     """The arrays that a unit has: a frozen one no moments, nor in BF16 a lower half."""
     if not unit.frozen:
-        return tuple(STATE_PARTS)
+        return tuple(STATE_PARTS)[: 2 + moments]
     return ("hi",) if compute is Compute.BF16 else ("hi", "lo")
 
 
@@ -38,7 +38,9 @@ def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         chunks = memory.chunks[unit.name]
         weights = [name for c in chunks for name in memory.owned(c)]
         weights += memory.stored.read_master(unit)
-        halves = [part for part in state_parts(unit, plan.compute) if part in ("hi", "lo")]
+        halves = [
+            part for part in state_parts(unit, plan.compute, plan.moments) if part in ("hi", "lo")
+        ]
         if memory.resident(unit.name):
             weights = [_bring_down(memory, unit, "save", halves)]
         memory.task(
@@ -58,7 +60,7 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue
-        nbytes = sum(STATE_PARTS[part] for part in state_parts(unit, plan.compute))
+        nbytes = sum(STATE_PARTS[part] for part in state_parts(unit, plan.compute, plan.moments))
         for chunk in memory.chunks[unit.name]:
             memory.task(
                 f"save.{unit.name}.{chunk.label}",
@@ -74,7 +76,7 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
 
 
 def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
-    has = state_parts(unit, memory.plan.compute)
+    has = state_parts(unit, memory.plan.compute, memory.plan.moments)
     for trip, names in _TRIPS:
         parts = [part for part in names if part in has]
         if not parts:

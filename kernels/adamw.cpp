@@ -24,6 +24,13 @@
 // inv_sqrt_bias2 = 1 / sqrt(1 - beta2^t); the host computes the constants in double. Subtracting
 // decay * w instead of multiplying by 1 - decay keeps decays that are small beside one ulp of 1.
 //
+// Lion (Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023, algorithm 2) has
+// no v: where its array is null, step_size = lr and
+//
+//     c  = fma(beta1, m, fma(comp1, g, fma(beta1_lo, m, comp1_lo * g)))
+//     w' = w - fma(step_size, sign(c), decay * w)        sign(c) is 0 for zeros and for a NaN
+//     m' = fma(beta2, m, fma(comp2, g, fma(beta2_lo, m, comp2_lo * g)))
+//
 // Elements are independent, so neither threads nor chunks nor vector width can change a result.
 // The arrays of a call must not overlap. No function allocates memory or throws.
 
@@ -99,13 +106,42 @@ Range my_share(int64_t begin, int64_t end) {
     return {from < begin ? begin : from, to > end ? end : to};
 }
 
+inline float load_master(uint16_t hi, int16_t lo) {
+    return bit_cast<float>((uint32_t(hi) << 16) + uint32_t(int32_t(lo)));
+}
+
+inline void store_master(float value, uint16_t& hi, int16_t& lo) {
+    const uint32_t bits = bit_cast<uint32_t>(value);
+    const uint32_t high = (bits + 0x8000u) >> 16;
+    const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
+    hi = uint16_t(nan ? 0x7FC0u : high);
+    lo = int16_t(nan ? 0u : bits - (high << 16));
+}
+
+template <class Grad>
+void lion_elements(uint16_t* __restrict hi, int16_t* __restrict lo, float* __restrict m_array,
+                   const Grad* __restrict grad, int64_t n, float step_size, float decay,
+                   const Constants k) {
+    for (int64_t i = 0; i < n; ++i) {
+        const float g = to_float(grad[i]) * k.grad_scale;
+        const float w = load_master(hi[i], lo[i]);
+        const float m = m_array[i];
+        const float c = __builtin_fmaf(
+            k.beta1, m, __builtin_fmaf(k.comp1, g, __builtin_fmaf(k.beta1_lo, m, k.comp1_lo * g)));
+        const float sign = float(c > 0.0f) - float(c < 0.0f);
+        store_master(w - __builtin_fmaf(step_size, sign, decay * w), hi[i], lo[i]);
+        m_array[i] = __builtin_fmaf(
+            k.beta2, m, __builtin_fmaf(k.comp2, g, __builtin_fmaf(k.beta2_lo, m, k.comp2_lo * g)));
+    }
+}
+
 template <class Grad>
 void update_elements(uint16_t* __restrict hi, int16_t* __restrict lo, float* __restrict m_array,
                      float* __restrict v_array, const Grad* __restrict grad, int64_t n,
                      float step_size, float decay, const Constants k) {
     for (int64_t i = 0; i < n; ++i) {
         const float g = to_float(grad[i]) * k.grad_scale;
-        const float w = bit_cast<float>((uint32_t(hi[i]) << 16) + uint32_t(int32_t(lo[i])));
+        const float w = load_master(hi[i], lo[i]);
         float m = m_array[i];
         float v = v_array[i];
 
@@ -116,19 +152,13 @@ void update_elements(uint16_t* __restrict hi, int16_t* __restrict lo, float* __r
         v = __builtin_fmaf(
             k.beta2, v, __builtin_fmaf(p, g, __builtin_fmaf(k.beta2_lo, v, r * g)));
         const float d = __builtin_fmaf(__builtin_sqrtf(v), k.inv_sqrt_bias2, k.eps);
-        const float updated = w - __builtin_fmaf(step_size, m / d, decay * w);
-
-        const uint32_t bits = bit_cast<uint32_t>(updated);
-        const uint32_t high = (bits + 0x8000u) >> 16;
-        const bool nan = (bits & 0x7FFFFFFFu) > 0x7F800000u;
-        hi[i] = uint16_t(nan ? 0x7FC0u : high);
-        lo[i] = int16_t(nan ? 0u : bits - (high << 16));
+        store_master(w - __builtin_fmaf(step_size, m / d, decay * w), hi[i], lo[i]);
         m_array[i] = m;
         v_array[i] = v;
     }
 }
 
-// The master weights and moments of one call.
+// The master weights and moments of one call; v is null for Lion.
 struct State {
     uint16_t* hi;
     int16_t* lo;
@@ -139,8 +169,11 @@ struct State {
     template <class Grad>
     void update(int64_t first, const Grad* grad, int64_t n, float step_size, float decay,
                 const Constants& constants) const {
-        update_elements(hi + first, lo + first, m + first, v + first, grad, n, step_size, decay,
-                        constants);
+        if (v)
+            update_elements(hi + first, lo + first, m + first, v + first, grad, n, step_size, decay,
+                            constants);
+        else
+            lion_elements(hi + first, lo + first, m + first, grad, n, step_size, decay, constants);
     }
 };
 

@@ -1,4 +1,6 @@
-"""AdamW on the CPU for split FP32 masters (see ``split``), one pass and one call per task.
+"""AdamW and Lion on the CPU for split FP32 masters (see ``split``), one pass and one call per task.
+
+Settings of the class `Lion` choose that; then there is no second moment, and ``v`` is of length 0.
 
 The state of ``n`` parameters is four contiguous 1-D CPU tensors: ``hi`` and ``lo`` int16 (the
 master), ``m`` and ``v`` float32 (the moments). Gradients are bfloat16 or float32. ``adamw.cpp``
@@ -9,7 +11,8 @@ once for the process, with a warning.
 Gradients are multiplied by ``AdamW.grad_scale`` as they are read. Decides nothing about when to
 update or how to scale, and does not schedule learning rates.
 
-Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2.
+Source: Loshchilov & Hutter, "Decoupled Weight Decay Regularization", ICLR 2019, algorithm 2;
+Chen et al., "Symbolic Discovery of Optimization Algorithms", NeurIPS 2023, algorithm 2.
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from slideformer.kernels.adamw_checks import (
 )
 from slideformer.kernels.adamw_reference import (
     AdamW,
+    Lion,
     Segment,
     adamw_reference,
     adamw_rows_reference,
@@ -45,6 +49,7 @@ __all__ = [
     "FALLBACK_BUILD",
     "AdamW",
     "Kernels",
+    "Lion",
     "Segment",
     "adamw_reference",
     "adamw_rows",
@@ -130,7 +135,8 @@ def adamw_update(
             leave the range; ``threads`` is below 1.
     """
     n = hi.numel()
-    check_state(hi, lo, m, v, threads)
+    lion = isinstance(hyper, Lion)
+    check_state(hi, lo, m, v, threads, second=not lion)
     check_tensor("grad", grad, GRADIENTS, n)
     previous = 0
     for segment in segments:
@@ -146,7 +152,9 @@ def adamw_update(
         row.begin, row.end = segment.begin, segment.end
         row.step_size, row.decay = _rates(segment.lr, segment.weight_decay, hyper)
     library.adamw_dense(
-        *_pointers(hi, lo, m, v, grad),
+        *_pointers(hi, lo, m),
+        None if lion else v.data_ptr(),
+        grad.data_ptr(),
         grad.dtype == torch.float32,
         table,
         len(segments),
@@ -195,14 +203,17 @@ def adamw_rows(
         ValueError: A tensor is on another device, strided or of another size, an index is out of
             range or out of order, or ``threads`` is below 1.
     """
-    check_state(hi, lo, m, v, threads)
+    lion = isinstance(hyper, Lion)
+    check_state(hi, lo, m, v, threads, second=not lion)
     check_rows(hi.numel(), rows, starts, order, dx, dense_grad)
     library = (kernels or default_kernels()).library
     if library is None:
         return adamw_rows_reference(hi, lo, m, v, rows, starts, order, dx, dense_grad, hyper)
     sums = torch.empty(len(rows), dtype=torch.float64)
     total: float = library.adamw_rows(
-        *_pointers(hi, lo, m, v, rows, starts, order),
+        *_pointers(hi, lo, m),
+        None if lion else v.data_ptr(),
+        *_pointers(rows, starts, order),
         len(rows),
         dx.data_ptr(),
         dx.dtype == torch.float32,
@@ -293,6 +304,8 @@ def _declare(library: ctypes.CDLL) -> None:
 
 def _rates(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float, float]:
     """``step_size`` and ``decay`` of adamw.cpp."""
+    if isinstance(hyper, Lion):
+        return lr, lr * weight_decay
     return lr / (1 - hyper.beta1**hyper.step), lr * weight_decay
 
 

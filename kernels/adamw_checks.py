@@ -18,16 +18,21 @@ def check_threads(threads: int) -> None:
         raise ValueError(f"threads is {threads}; it must be at least 1")
 
 
-def check_state(hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, threads: int) -> None:
-    """Refuse a master and moments that are not n elements each, and fewer threads than one."""
+def check_state(
+    hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, threads: int, *, second: bool = True
+) -> None:
+    """Refuse a master and moments that are not n elements each, and fewer threads than one.
+
+    Without a ``second`` moment ``v`` is to have none.
+    """
     n = hi.numel()
     for name, tensor, dtype in (
         ("hi", hi, torch.int16),
         ("lo", lo, torch.int16),
         ("m", m, torch.float32),
-        ("v", v, torch.float32),
     ):
         check_tensor(name, tensor, (dtype,), n)
+    check_tensor("v", v, (torch.float32,), n if second else 0)
     check_threads(threads)
 
 

@@ -1,4 +1,4 @@
-"""AdamW on the GPU for units whose split FP32 masters and moments stay there.
+"""AdamW and Lion on the GPU for units whose split FP32 masters and moments stay there.
 
 The same update as ``adamw.adamw_update`` and ``adamw.adamw_rows``, with the same bits for every
 finite input: the order of operations at the head of ``adamw.cpp``, each rounded once, subnormals
@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slideformer.kernels.adamw import AdamW, Segment, _constants, _rates
+from slideformer.kernels.adamw import AdamW, Lion, Segment, _constants, _rates
 from slideformer.kernels.adamw_checks import GRADIENTS
 from slideformer.kernels.triton_support import triton_enabled
 
@@ -52,7 +52,7 @@ def adamw_update_gpu(
             overlap or leave the range.
     """
     n = hi.numel()
-    state = _check_state(hi, lo, m, v)
+    state = _check_state(hi, lo, m, v, hyper)
     _check("grad", grad, GRADIENTS, (n,), hi)
     _check("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
     previous = 0
@@ -108,7 +108,7 @@ def adamw_rows_gpu(
         ValueError: A tensor is not on the GPU of ``hi``, strided or of another size.
     """
     n = hi.numel()
-    state = _check_state(hi, lo, m, v)
+    state = _check_state(hi, lo, m, v, hyper)
     table = (counts, rows, starts, order, dx, dense_grad, squares)
     _check_table(*table, hi)
     if dx.shape[1] == 0 or n % dx.shape[1]:
@@ -171,17 +171,18 @@ def _all_constants(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float,
 
 
 def _check_state(
-    hi: Tensor, lo: Tensor, m: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The four tensors, unless they are not the state of n parameters on a GPU."""
+    hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, hyper: AdamW
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The tensors, unless they are not the state of n parameters on a GPU; for Lion without v."""
     if not triton_enabled(hi):
         raise ValueError(f"hi is on {hi.device}; it must be on a GPU (adamw serves the CPU)")
     shape = (hi.numel(),)
     _check("hi", hi, (torch.int16,), shape, hi)
     _check("lo", lo, (torch.int16,), shape, hi)
     _check("m", m, (torch.float32,), shape, hi)
-    _check("v", v, (torch.float32,), shape, hi)
-    return hi, lo, m, v
+    lion = isinstance(hyper, Lion)
+    _check("v", v, (torch.float32,), (0,) if lion else shape, hi)
+    return hi, lo, m, None if lion else v
 
 
 def _check(

@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch: its settings, and the formula in float64, rounded once a stored value.
+"""AdamW and Lion in plain PyTorch: settings, and formulas in float64, rounded once a stored value.
 
 Serves as the reference of the compiled kernels and in their place where there is no compiler. Its
 bits differ from theirs: those round after every operation.
@@ -51,6 +51,14 @@ class AdamW:
 
 
 @dataclass(frozen=True, slots=True)
+class Lion(AdamW):
+    """The settings of a step of Lion: those of AdamW, of which ``eps`` has no part.
+
+    Its state has no second moment: ``v`` is of length 0.
+    """
+
+
+@dataclass(frozen=True, slots=True)
 class Segment:
     """Elements ``[begin, end)`` of a call's tensors, with their learning rate and weight decay."""
 
@@ -76,7 +84,7 @@ def adamw_reference(
     for segment in segments:
         for begin in range(segment.begin, segment.end, _CHUNK):
             part = slice(begin, min(begin + _CHUNK, segment.end))
-            state = (hi[part], lo[part], m[part], v[part])
+            state = (hi[part], lo[part], m[part], v[part] if len(v) else v)
             _update(*state, grad[part], segment.lr, segment.weight_decay, hyper)
 
 
@@ -100,8 +108,9 @@ def adamw_rows_reference(
         return math.nan
     for part in _blocks(rows, hidden):
         listed = rows[part]
-        matrices = [x.view(-1, hidden) for x in (hi, lo, m, v)]
-        state = hi_rows, lo_rows, m_rows, v_rows = [x[listed] for x in matrices]
+        matrices = [x.view(-1, hidden) for x in (hi, lo, m, v) if len(x)]  # Lion has no v
+        state = hi_rows, lo_rows, m_rows, *seconds = [x[listed] for x in matrices]
+        v_rows = seconds[0] if seconds else v
         grad = _row_gradient(part, rows, starts, order, dx, dense_grad)
         _update(hi_rows, lo_rows, m_rows, v_rows, grad, hyper.lr, hyper.weight_decay, hyper)
         for matrix, updated in zip(matrices, state, strict=True):
@@ -149,9 +158,16 @@ def _update(
     weight_decay: float,
     hyper: AdamW,
 ) -> None:
-    """One AdamW step of contiguous elements, in place."""
+    """One step of contiguous elements, in place."""
     g = (grad.float() * hyper.grad_scale).double()
     first = hyper.beta1 * m.double() + (1 - hyper.beta1) * g
+    if isinstance(hyper, Lion):
+        master = torch.empty_like(m)
+        join_master(hi, lo, master)
+        w = master.double() * (1 - lr * weight_decay) - lr * first.sign().nan_to_num(0.0)
+        m.copy_(hyper.beta2 * m.double() + (1 - hyper.beta2) * g)
+        split_master(w.float(), hi, lo)
+        return
     second = hyper.beta2 * v.double() + (1 - hyper.beta2) * g * g
     denominator = (second / (1 - hyper.beta2**hyper.step)).sqrt() + hyper.eps
     master = torch.empty_like(m)

@@ -34,7 +34,7 @@ def _update(
     hi: tl.tensor,
     lo: tl.tensor,
     m: tl.tensor,
-    v: tl.tensor,
+    v: tl.tensor | None,
     at: tl.tensor,
     mask: tl.tensor | None,
     g: tl.tensor,
@@ -56,16 +56,23 @@ def _update(
     high = tl.load(hi + at, mask=mask).to(tl.int32)
     low = tl.load(lo + at, mask=mask).to(tl.int32)
     first = tl.load(m + at, mask=mask)
-    second = tl.load(v + at, mask=mask)
     w = ((high << 16) + low).to(tl.float32, bitcast=True)
     g = g * grad_scale
 
-    first = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
-    p = comp2 * g
-    r = tl.fma(comp2_lo, g, tl.fma(comp2, g, -p))
-    second = tl.fma(beta2, second, tl.fma(p, g, tl.fma(beta2_lo, second, r * g)))
-    d = tl.fma(tl.sqrt_rn(second), inv_sqrt_bias2, eps)
-    w -= tl.fma(step_size, tl.div_rn(first, d), decay * w)
+    mixed = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
+    if v is None:  # Lion
+        sign = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
+        w -= tl.fma(step_size, sign, decay * w)
+        first = tl.fma(beta2, first, tl.fma(comp2, g, tl.fma(beta2_lo, first, comp2_lo * g)))
+    else:
+        first = mixed
+        second = tl.load(v + at, mask=mask)
+        p = comp2 * g
+        r = tl.fma(comp2_lo, g, tl.fma(comp2, g, -p))
+        second = tl.fma(beta2, second, tl.fma(p, g, tl.fma(beta2_lo, second, r * g)))
+        d = tl.fma(tl.sqrt_rn(second), inv_sqrt_bias2, eps)
+        w -= tl.fma(step_size, tl.div_rn(first, d), decay * w)
+        tl.store(v + at, second, mask=mask)
 
     bits = w.to(tl.int32, bitcast=True)
     high = (bits + 0x8000) >> 16
@@ -74,7 +81,6 @@ def _update(
     tl.store(hi + at, tl.where(nan, 0x7FC0, high).to(tl.int16), mask=mask)
     tl.store(lo + at, tl.where(nan, 0, low).to(tl.int16), mask=mask)
     tl.store(m + at, first, mask=mask)
-    tl.store(v + at, second, mask=mask)
 
 
 @_jit_any_range
@@ -82,7 +88,7 @@ def _range_kernel(
     hi: tl.tensor,
     lo: tl.tensor,
     m: tl.tensor,
-    v: tl.tensor,
+    v: tl.tensor | None,
     grad: tl.tensor,
     norm: tl.tensor,
     begin: tl.tensor,
@@ -190,7 +196,7 @@ def _rows_kernel(
     hi: tl.tensor,
     lo: tl.tensor,
     m: tl.tensor,
-    v: tl.tensor,
+    v: tl.tensor | None,
     counts: tl.tensor,
     rows: tl.tensor,
     starts: tl.tensor,
@@ -234,7 +240,7 @@ def _rows_kernel(
 
 
 def update_range(
-    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor, Tensor, Tensor | None],
     grad: Tensor,
     norm: Tensor,
     begin: int,
@@ -257,7 +263,7 @@ def update_range(
 
 
 def update_rows(
-    state: tuple[Tensor, Tensor, Tensor, Tensor],
+    state: tuple[Tensor, Tensor, Tensor, Tensor | None],
     counts: Tensor,
     rows: Tensor,
     starts: Tensor,

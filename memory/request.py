@@ -28,7 +28,7 @@ class PlanRequest:
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, under
     the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and ``window``
-    fix what is otherwise chosen; ``packed`` and ``deferred`` are those of the plan.
+    fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of the plan.
     """
 
     spec: ModelSpec
@@ -44,4 +44,5 @@ class PlanRequest:
     head_tile: int | None = None
     window: int | None = None
     packed: bool = False
+    moments: int = 2
     deferred: bool = False

@@ -25,7 +25,7 @@ class Chunks:
     """
 
     def __init__(self, spec: ModelSpec, base: MemoryPlan) -> None:
-        self._compute = base.compute
+        self._base = base
         cut = {
             unit.name: chunk_unit(spec, unit, base.chunk_numel, base.vocab_chunks)
             for unit in spec.units
@@ -70,7 +70,7 @@ class Chunks:
 
     def at_rest(self, unit: UnitSpec) -> int:
         """Bytes of a unit's weights and state, wherever they are."""
-        return aligned(2 * unit.numel) + aligned(state_nbytes(unit, self._compute) * unit.numel)
+        return aligned(2 * unit.numel) + aligned(state_nbytes(unit, self._base) * unit.numel)
 
     def staged(self, first: Ints, head: Ints) -> Ints:
         """Chunks of gradients that go down, with those of the output matrix where ``head``."""
@@ -86,7 +86,7 @@ class Chunks:
 
     def travelling(self, numel: Number) -> Number:
         """Bytes of a gradient chunk on its way."""
-        return self._compute.nbytes * numel + CHECK_NBYTES
+        return self._base.compute.nbytes * numel + CHECK_NBYTES
 
 
 def _suffixes(values: Sequence[int], join: Callable[[Sequence[int]], int]) -> Ints:

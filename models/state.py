@@ -1,4 +1,4 @@
-"""The state of a unit: its split master and its AdamW moments, as typed views of its memory."""
+"""The state of a unit: its split master and its moments, as typed views of its memory."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from slideformer.graph.model import UnitSpec
-from slideformer.graph.step_memory import STATE_NBYTES
 from slideformer.graph.step_nvme import HI, LO, MOMENTS
 
 STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
@@ -19,7 +18,8 @@ STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": t
 class UnitState:
     """``hi``, ``lo`` int16 [n] (see ``kernels/split.py``) and ``m``, ``v`` FP32 [n].
 
-    What lies on NVMe is of length 0 here; `with_extent` puts in what was read.
+    What the unit does not have, as Lion no ``v``, is of length 0, and so is what lies on NVMe;
+    `with_extent` puts in what was read from there.
     """
 
     hi: Tensor
@@ -39,11 +39,11 @@ class UnitState:
         hi = nothing if hi is None else hi
         state = nothing if state is None else state
         assert hi.numel() in (0, 2 * n)
-        assert state.numel() in (0, 2 * n, STATE_NBYTES * n)
-        moments = max(state.numel() - 2 * n, 0) // 2
-        lo = state.numel() - 2 * moments
+        assert state.numel() in (0, 2 * n, 6 * n, 10 * n)
+        moments = max(state.numel() - 2 * n, 0)
+        first = min(moments, 4 * n)
         # The wider ones come first, for their alignment.
-        m, v, low = state.split([moments, moments, lo])
+        m, v, low = state.split([first, moments - first, state.numel() - moments])
         return cls(
             hi.view(torch.int16),
             low.view(torch.int16),

@@ -63,6 +63,7 @@ class CheckpointInfo(BaseModel):
     plan: str
     model: dict[str, str | int]
     frozen: tuple[str, ...] = ()
+    moments: int = 2
     lora: dict[str, Any] | None = None
     base: str = ""
     training: dict[str, Any] = {}
@@ -84,6 +85,7 @@ class CheckpointInfo(BaseModel):
             plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
             model=model_identity(spec),
             frozen=_frozen(spec),
+            moments=plan.moments,
             lora=None if spec.lora is None else asdict(spec.lora),
         )
 
@@ -106,7 +108,7 @@ class PendingCheckpoint:
         self.output = output.absolute()
         self._info = info.model_copy(update={"base": str(model.absolute())})
         self._skipped = skipped
-        sizes = file_sizes(spec, Compute(str(info.numerics["compute"])))
+        sizes = file_sizes(spec, Compute(str(info.numerics["compute"])), info.moments)
         self._nbytes = sum(sizes.values())
         self._done: Future[None] | None = None
         check_room(self.output, self._nbytes)
@@ -211,9 +213,18 @@ class Checkpoint:
         dtype: torch.dtype = getattr(torch, self.info.stored)
         return dtype
 
-    def check_model(self, spec: ModelSpec) -> None:
-        """Raise `CheckpointError` unless it is of that model, with the same units frozen."""
+    def check_model(self, spec: ModelSpec, moments: int) -> None:
+        """Raise `CheckpointError` unless it is of that model, with the same units frozen.
+
+        And with as many ``moments`` of each parameter.
+        """
         self._check_identity(spec)
+        if self.info.moments != moments:
+            found, wanted = ("lion" if n == 1 else "adamw" for n in (self.info.moments, moments))
+            raise CheckpointError(
+                f"{self.folder / MANIFEST}: the checkpoint is of the optimizer {found}, the "
+                f"settings ask for {wanted}; resume with the same"
+            )
         if set(self.info.frozen) != set(_frozen(spec)):
             found, wanted = (",".join(x) or "none" for x in (self.info.frozen, _frozen(spec)))
             raise CheckpointError(
@@ -291,10 +302,11 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
         return len(self._spec.units)
 
 
-def file_sizes(spec: ModelSpec, compute: Compute) -> dict[str, int]:
+def file_sizes(spec: ModelSpec, compute: Compute, moments: int) -> dict[str, int]:
     """Bytes of the file of each unit in a checkpoint, by name."""
     return {
-        _file(unit): sum(STATE_PARTS[part] for part in state_parts(unit, compute)) * unit.numel
+        _file(unit): unit.numel
+        * sum(STATE_PARTS[part] for part in state_parts(unit, compute, moments))
         for unit in spec.saved_units
     }
 

@@ -75,16 +75,18 @@ class EngineConfig(BaseModel):
     """Tokens per row; longer documents are cut, shorter ones padded."""
     packing: bool = Field(default=False, strict=True)
     """Whether a row holds as many documents as fit; none sees another."""
+    optimizer: Literal["adamw", "lion"] = "adamw"
+    """Rule of the update; Lion keeps one moment instead of two and wants a lower ``lr``."""
     lr: Number = Field(default=1e-5, ge=0)
     """Learning rate."""
     beta1: Number = Field(default=0.9, ge=0, lt=1)
-    """Decay of AdamW's first moment."""
-    beta2: Number = Field(default=0.999, ge=0, lt=1)
-    """Decay of AdamW's second moment."""
+    """Decay of AdamW's first moment; share of the moment in the direction that Lion takes."""
+    beta2: Number | None = Field(default=None, ge=0, lt=1)
+    """Decay of AdamW's second moment, 0.999 if not given, or of Lion's only one, 0.99."""
     eps: Number = Field(default=1e-8, gt=0)
     """Term added to AdamW's denominator."""
     weight_decay: Number = Field(default=0.0, ge=0)
-    """AdamW's decoupled weight decay, on matrices; norms and biases have none."""
+    """Decoupled weight decay, on matrices; norms and biases have none."""
     lora: LoraBlock = None
     """Adapters to train instead of the model's parameters: in the YAML file only."""
     parameter_groups: Groups = ()
@@ -118,6 +120,11 @@ class EngineConfig(BaseModel):
         return self.batch_size * self.accumulate
 
     @property
+    def moments(self) -> int:
+        """FP32 numbers that the optimizer keeps of each parameter."""
+        return 1 if self.optimizer == "lion" else 2
+
+    @property
     def deferred(self) -> bool:
         """Whether no unit is updated before all gradients of its step are known."""
         return self.max_grad_norm is not None or self.skip_nonfinite
@@ -129,6 +136,15 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"micro_batch is {self.micro_batch}, which does not divide batch_size "
                 f"{self.batch_size}; use one of {', '.join(map(str, divisors))} or leave it out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _fits_nvme(self) -> Self:
+        if self.optimizer == "lion" and self.nvme:
+            raise ValueError(
+                "optimizer is lion and nvme is set, but only the state of adamw can be on NVMe; "
+                "leave one of them out"
             )
         return self
 

@@ -49,6 +49,7 @@ from slideformer.models.layouts import fill_constants
 from slideformer.models.rotary import rope_tables
 from slideformer.models.tables import model_bindings
 from slideformer.numerics import numerics_of
+from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, real_part, shared_places, stand_ins
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
 from slideformer.run_memory import RunMemory
@@ -92,7 +93,7 @@ class Engine:
         self._hf_config = initial or read_model_config(config.model)
         self.spec = spec_for(self._hf_config, config)
         if checkpoint is not None:
-            checkpoint.check_model(self.spec)
+            checkpoint.check_model(self.spec, config.moments)
         if initial is None and (checkpoint is None or self.spec.lora is not None):
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
@@ -175,14 +176,7 @@ class Engine:
         if lr is not None and not (math.isfinite(lr) and lr >= 0):
             raise ConfigError(f"lr is {lr} for this step; give a finite number, 0 or more")
         batch.check((config.step_rows, config.seq_len), self.spec.vocab, packed=self.plan.packed)
-        optimizer = AdamW(
-            lr=config.lr if lr is None else lr,
-            beta1=config.beta1,
-            beta2=config.beta2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-            step=self._steps + 1,
-        )
+        optimizer = optimizer_step(config, lr, self._steps + 1)
         ids = batch.input_ids.reshape(-1)
         used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
         handle = self._run(0, self._steps + 1, batch, StepResults(), used, optimizer)

@@ -134,6 +134,7 @@ def plan_for(
             head_tile=_chosen(numerics, "head_tile"),
             window=config.window,
             packed=config.packing,
+            moments=config.moments,
             deferred=config.deferred,
         )
     )

@@ -77,9 +77,10 @@ class RunCheckpoints:
                 "output, or remove them"
             )
 
-    def check_room(self, spec: ModelSpec, compute: Compute) -> None:
+    def check_room(self, spec: ModelSpec, compute: Compute, moments: int) -> None:
         """Raise `CheckpointError` unless there is room for one."""
-        check_room(self.folder / _PREFIX, sum(file_sizes(spec, compute).values()))
+        sizes = file_sizes(spec, compute, moments)
+        check_room(self.folder / _PREFIX, sum(sizes.values()))
 
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed."""

@@ -125,7 +125,7 @@ class Trainer:
             check_resumed_output(config, checkpoint)
         spec = spec_for(read_model_config(config.model), config)
         if config.checkpoint_every is not None:
-            checkpoints.check_room(spec, Compute(config.compute))
+            checkpoints.check_room(spec, Compute(config.compute), config.moments)
         checkpoints.clean()
         for source in (*config.data, *config.validation):
             check_source(source)  # finds a missing file before the model is planned

@@ -71,9 +71,7 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
     if plan.resident:
         table.add_row("  resident", _resident(spec, plan))
     if at_rest or stored:
-        table.add_row(
-            "  masters, moments", f"{format_size(at_rest)} on the host, updated there by AdamW"
-        )
+        table.add_row("  masters, moments", f"{format_size(at_rest)} on the host, updated there")
     if frozen:
         table.add_row("  frozen", f"{format_size(_at_rest(plan, frozen))} on the host")
     if stored:
@@ -118,7 +116,7 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
 
 def _at_rest(plan: MemoryPlan, units: Iterable[UnitSpec]) -> int:
     """Bytes of weights, and of trained units masters and moments."""
-    return sum((2 + state_nbytes(unit, plan.compute)) * unit.numel for unit in units)
+    return sum((2 + state_nbytes(unit, plan)) * unit.numel for unit in units)
 
 
 def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:

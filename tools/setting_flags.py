@@ -24,7 +24,7 @@ FLAGS = tuple(name for name in Config.model_fields if name not in _FLAGLESS)
 
 PLANNED = (
     *("model", "gpu_memory", "cpu_memory", "nvme", "nvme_memory", "nvme_write_limit"),
-    *("batch_size", "accumulate", "seq_len"),
+    *("batch_size", "accumulate", "seq_len", "optimizer"),
     *("packing", "compute", "policy", "micro_batch", "window"),
     *("max_grad_norm", "skip_nonfinite"),
 )

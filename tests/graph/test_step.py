@@ -78,21 +78,22 @@ def tiled(buffers: Iterable[Buffer]) -> dict[str, int]:
     return reached
 
 
-def whole_state(spec: ModelSpec, compute: Compute) -> dict[str, int]:
+def whole_state(spec: ModelSpec, plan: MemoryPlan) -> dict[str, int]:
     """Bytes of all masters and optimizer state, less what frozen units do without."""
-    frozen = 2 if compute is Compute.FP32 else 0
+    frozen = 2 if plan.compute is Compute.FP32 else 0
+    trained = 2 + 4 * plan.moments
     return {
         f"{kind}.{unit.name}": size * unit.numel
         for unit in spec.units
-        for kind, size in (("hi", 2), ("state", frozen if unit.frozen else 10))
+        for kind, size in (("hi", 2), ("state", frozen if unit.frozen else trained))
         if size
     }
 
 
-def trained_state(spec: ModelSpec) -> dict[str, int]:
+def trained_state(spec: ModelSpec, plan: MemoryPlan) -> dict[str, int]:
     """The same of trained units alone."""
     trained = {unit.name for unit in spec.units if not unit.frozen}
-    whole = whole_state(spec, Compute.BF16)
+    whole = whole_state(spec, plan)
     return {place: n for place, n in whole.items() if place.partition(".")[2] in trained}
 
 
@@ -117,8 +118,8 @@ def test_every_element_is_updated_exactly_once(case: Case) -> None:
     # Idle rows and used rows are complements: the former tile the embedding like any unit's update,
     # one task has all of the latter.
     others = [task for task in graph.tasks if is_update(task) and task not in used]
-    assert tiled(b for t in others for b in owned(graph, t.writes)) == trained_state(spec)
-    embed = {place: n for place, n in trained_state(spec).items() if place.endswith(".embed")}
+    assert tiled(b for t in others for b in owned(graph, t.writes)) == trained_state(spec, plan)
+    embed = {place: n for place, n in trained_state(spec, plan).items() if place.endswith(".embed")}
     assert tiled(b for t in used for b in owned(graph, t.writes)) == embed
     assert len(used) == (not spec.embed.frozen)
     for task in graph.tasks:
@@ -139,7 +140,10 @@ def test_an_update_is_told_the_elements_that_it_owns(case: Case) -> None:
         his = [b for b in owned(graph, task.writes) if b.place == f"hi.{unit}"]
         states = [b for b in owned(graph, task.writes) if b.place == f"state.{unit}"]
         assert (his[0].offset, his[-1].stop) == (2 * begin, 2 * end)
-        assert (states[0].offset, states[-1].stop) == (10 * begin, 10 * end)
+        assert (states[0].offset, states[-1].stop) == (
+            (2 + 4 * plan.moments) * begin,
+            (2 + 4 * plan.moments) * end,
+        )
         squares = [graph.buffers[name] for name in task.writes if name.startswith("square.")]
         assert len(squares) == (not plan.deferred)
         assert len(task.writes) == len(his) + len(states) + len(squares)
@@ -297,7 +301,7 @@ def test_a_save_reads_every_byte_of_the_masters(case: Case) -> None:
     saves = [task for task in graph.tasks if task.kind is TaskKind.SAVE]
     assert [task.args["unit"] for task in saves] == [unit.name for unit in spec.units]
     read = [b for task in graph.tasks for b in owned(graph, task.reads)]
-    assert tiled(read) == whole_state(spec, plan.compute)
+    assert tiled(read) == whole_state(spec, plan)
     for task in saves:
         unit = spec.unit(str(task.args["unit"]))
         if unit.name in plan.resident:  # brought down first
@@ -318,7 +322,7 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
     assert list(dict.fromkeys(task.args["unit"] for task in saves)) == [
         unit.name for unit in reversed(spec.units)
     ]
-    whole = whole_state(spec, plan.compute)
+    whole = whole_state(spec, plan)
     assert sum(task.cost.nbytes for task in saves) == sum(whole.values())
     streamed = [b for task in saves for b in owned(graph, task.reads)]
     assert tiled(streamed) == {
@@ -328,7 +332,8 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
     }
     for name in plan.resident:  # comes down in three trips through the place that a save has
         trips = [task for task in graph.tasks if task.args["unit"] == name]
-        parts = ["hi"] if spec.unit(name).frozen else ["hi,lo", "m", "v"]
+        moments = ["m", "v"][: plan.moments]
+        parts = ["hi"] if spec.unit(name).frozen else ["hi,lo", *moments]
         assert [task.kind for task in trips] == [TaskKind.D2H, TaskKind.SAVE] * len(parts)
         for down, save in zip(trips[::2], trips[1::2], strict=True):
             assert down.writes == save.reads

@@ -29,6 +29,7 @@ from torch import Tensor
 from slideformer.kernels import triton_support
 from slideformer.kernels.adamw import (
     AdamW,
+    Lion,
     Segment,
     adamw_reference,
     adamw_rows,
@@ -594,7 +595,7 @@ def test_wrong_arguments_are_refused(device: torch.device) -> None:
     with pytest.raises(TypeError, match="m is"):
         update(state=[hi, lo, m.double(), v])
     with pytest.raises(TypeError, match="norm is"):
-        update(norm=norm.double())
+        update(norm=norm.half())
     with pytest.raises(ValueError, match="norm has shape"):
         update(norm=torch.ones(2, device=device))
     with pytest.raises(ValueError, match="lo has shape"):
@@ -743,3 +744,47 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
 
 if __name__ == "__main__":
     json.dump(compile_for_hopper(), sys.stdout)
+
+
+# Lion
+
+LION = Lion(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3, grad_scale=0.7)
+
+
+def lion_state(n: int, make: torch.Generator, device: torch.device) -> tuple[State, State]:
+    """A state without a second moment, on the CPU and on the device."""
+    hi, lo, m, v = training_state(n, make)
+    m[::7] = 0.0
+    return copies((hi, lo, m, v[:0])), copies((hi, lo, m, v[:0]), device)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_lion_gives_the_bits_of_the_cpu(dtype: torch.dtype, device: torch.device) -> None:
+    make, n = torch.Generator().manual_seed(11), 5000
+    expected, found = lion_state(n, make, device)
+    start = copies(expected)
+    norm = torch.ones((), device=device)
+    segments = [Segment(0, 1500, 1e-3, 0.0), Segment(1500, n - 3, 2e-3, 0.1)]
+    for step in range(1, 4):
+        values = torch.randn(n, generator=make) * 1e-3
+        values[::14] = 0.0
+        grad, hyper = values.to(dtype), replace(LION, step=step)
+        adamw_update(*expected, grad, segments, hyper, 2)
+        adamw_update_gpu(*found, grad.to(device), norm, segments, hyper)
+    assert_same_bits(found, expected)
+    assert not torch.equal(expected[0], start[0])
+    adamw_update_gpu(*found, grad.to(device), norm * math.inf, segments, LION)
+    assert_same_bits(found, expected)
+
+
+def test_lion_gives_rows_the_bits_of_the_cpu(device: torch.device) -> None:
+    make, hidden, n = torch.Generator().manual_seed(12), 40, 4000
+    expected, found = lion_state(n, make, device)
+    rows, starts = torch.tensor([1, 4, 99]), torch.tensor([0, 2, 2, 3])
+    order, dx = torch.tensor([2, 0, 1]), torch.randn(3, hidden, generator=make).bfloat16()
+    dense = torch.randn(n, generator=make).bfloat16()
+    adamw_rows(*expected, rows, starts, order, dx, dense, LION, 1)
+    squares = torch.empty(3, dtype=torch.float64, device=device)
+    table = (torch.tensor([3]), rows, starts, order, dx, dense)
+    adamw_rows_gpu(*found, *(x.to(device) for x in table), squares, LION)
+    assert_same_bits(found, expected)

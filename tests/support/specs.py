@@ -143,5 +143,6 @@ def draft_plans(draw: st.DrawFn, spec: ModelSpec) -> MemoryPlan:
         resident=draw(st.frozensets(units)) if compute is Compute.BF16 else frozenset(),
         kept=kept,
         spilled=draw(st.integers(0, len(spec.layers) - kept)),
+        moments=draw(st.integers(1, 2)),
         deferred=draw(st.booleans()),
     )

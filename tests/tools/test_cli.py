@@ -149,6 +149,7 @@ def test_every_setting_is_a_flag(monkeypatch: pytest.MonkeyPatch) -> None:
         "lr": 1e-3,
         "beta1": 0.5,
         "beta2": 0.6,
+        "optimizer": "adamw",
         "eps": 1e-6,
         "weight_decay": 0.1,
         "device": "cuda",
