@@ -65,7 +65,8 @@ def checkpoint_bench(
         timed(engine, step, WARM_UP)
         alone = statistics.median(timed(engine, step, steps) for _ in range(3))
         saving, durable = with_checkpoint(engine, step, steps, folder)
-        nbytes = sum(file_sizes(engine.spec, engine.plan.compute).values())
+        sizes = file_sizes(engine.spec, engine.plan.compute, engine.plan.moments)
+        nbytes = sum(sizes.values())
     rates.append(disk_rates(folder, parse_size(plain), threads)["write"])
     report(nbytes, alone / steps, saving - alone, durable, rates)
 
