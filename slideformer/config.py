@@ -272,15 +272,31 @@ def load_config(path: Path | str | None, overrides: Mapping[str, object]) -> Con
     not given. A flag for ``steps`` replaces the file's ``epochs`` and the other way round. Raises
     ``ConfigError``.
     """
+    return parse_config(_text_of(path), str(path), overrides)
+
+
+def load_engine_config(path: Path | str | None, overrides: Mapping[str, object]) -> EngineConfig:
+    """What an engine needs of such a file and flags; the settings of a run are not looked at.
+
+    Raises ``ConfigError``.
+    """
+    settings = parse_yaml(_text_of(path), str(path))
+    of_runs = Config.model_fields.keys() - EngineConfig.model_fields.keys()
+    needed = {name: value for name, value in settings.items() if name not in of_runs}
+    given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
+    sources = dict.fromkeys(needed, str(path)) | {name: flag_name(name) for name in given}
+    return EngineConfig.model_validate({**needed, **given}, context=sources)
+
+
+def _text_of(path: Path | str | None) -> bytes:
     if path is None:
-        return parse_config("", "", overrides)
+        return b""
     try:
-        content = Path(path).read_bytes()
+        return Path(path).read_bytes()
     except OSError as error:
         raise ConfigError(
             f"{path}: cannot be read: {error.strerror}; check the path given as --config"
         ) from None
-    return parse_config(content, str(path), overrides)
 
 
 def parse_config(text: str | bytes, source: str, overrides: Mapping[str, object]) -> Config:

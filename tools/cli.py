@@ -14,8 +14,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from slideformer.config import CHANGEABLE, EngineConfig, load_config
-from slideformer.config_problems import flag_name
+from slideformer.config import CHANGEABLE, load_config, load_engine_config
 from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (
@@ -151,19 +150,23 @@ def merge(
 
 
 @app.command()
-@settings_as_flags(PLANNED, required=["model"])
-def plan(**settings: Any) -> None:
+@settings_as_flags(PLANNED)
+def plan(
+    config: Path | None = typer.Option(
+        None, "--config", metavar="run.yaml", help="Settings of a run; flags override them."
+    ),
+    **settings: Any,
+) -> None:
     """Print what would live where, and the predicted peaks, without allocating any of it.
 
     Needs no GPU: give the budget of the one meant with --gpu-memory.
     """
-    given = {name: value for name, value in settings.items() if value not in (None, [])}
-    config = EngineConfig.model_validate(given, context={name: flag_name(name) for name in given})
+    wanted = load_engine_config(config, settings)
     from slideformer.planning import plan_run
     from slideformer.tools.plan_report import print_plan
 
-    spec, planned = plan_run(config)
-    print_plan(Console(highlight=False), config, spec, planned)
+    spec, planned = plan_run(wanted)
+    print_plan(Console(highlight=False), wanted, spec, planned)
 
 
 app.command()(profile)

@@ -31,15 +31,11 @@ PLANNED = (
 """Settings that decide a plan."""
 
 
-def settings_as_flags(
-    names: Iterable[str], required: Iterable[str] = ()
-) -> Callable[[Command], Command]:
+def settings_as_flags(names: Iterable[str]) -> Callable[[Command], Command]:
     """Give a command one flag for each named setting of ``Config``, beside its own parameters.
 
-    The command receives them as keyword arguments, None where a flag was not given. Flags of
-    ``required`` settings must be given; others may come from elsewhere.
+    The command receives them as keyword arguments, None where a flag was not given.
     """
-    must = frozenset(required)
 
     def add(command: Command) -> Command:
         own = [
@@ -47,7 +43,7 @@ def settings_as_flags(
             for parameter in inspect.signature(command, eval_str=True).parameters.values()
             if parameter.kind is not inspect.Parameter.VAR_KEYWORD
         ]
-        flags = [_flag(name, Config.model_fields[name], name in must) for name in names]
+        flags = [_flag(name, Config.model_fields[name]) for name in names]
         signature = inspect.Signature([*own, *flags])
         command.__signature__ = signature  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in signature.parameters.values()}
@@ -60,19 +56,18 @@ _METAVARS = {Path: "PATH", int: "SIZE", float: "NUMBER", str: "NAME"}
 """What stands for the value of a flag that is read as text."""
 
 
-def _flag(name: str, field: FieldInfo, required: bool) -> inspect.Parameter:
+def _flag(name: str, field: FieldInfo) -> inspect.Parameter:
     """The parameter of one setting; values are checked, and sizes read, by ``Config`` itself."""
     kind, metavar = _parsed_as(field)
     option = typer.Option(
-        ... if required else None,
+        None,
         flag_name(name) + (f"/--no-{name.replace('_', '-')}" if kind is bool else ""),
         help=_help(field),
         metavar=metavar,
         show_default=False,
     )
-    annotation = kind if required else kind | None
     return inspect.Parameter(
-        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation
+        name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=kind | None
     )
 
 

@@ -223,7 +223,6 @@ def test_help_describes_the_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         (["train", "--batchsize", "2"], "--batchsize"),
         (["train", "--steps", "many"], "--steps"),
-        (["plan"], "--model"),
         (["fly"], "fly"),
     ],
 )
@@ -491,6 +490,24 @@ def test_plan_shows_deferred_updates_and_accumulation(model: Path) -> None:
     assert re.search(r"tokens/s; without clipping and skipping, the same plan takes \d", out)
     code, out, _ = call("plan", "--model", str(model), *flags)
     assert "deferred" not in out
+
+
+def test_plan_of_a_run_from_its_file(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        f"model: {model}\ndata: missing.txt\nsteps: 3\nlora: {{rank: 2, alpha: 4}}\n"
+        f"batch_size: 2\nseq_len: {SEQ_LEN}\ngpu_memory: 2GiB\n"
+    )
+    code, out, err = call("plan", "--config", str(path), "--batch-size=4")
+    assert code == 0, err
+    assert "steps of 4 × 32 tokens in BF16" in out
+    assert re.search(r"in 3 layers, [\d,]+ of them trained", out)
+    assert re.search(r"resident +.*adapters of 3 layers", out)
+    path.write_text("modle: x\n")
+    code, _, err = call("plan", "--config", str(path))
+    assert code == 1
+    assert "unknown setting 'modle'; did you mean 'model'?" in err
+    assert "model is not set; give it as --model or in the YAML file" in err
 
 
 def test_plan_refuses_as_train_does(model: Path) -> None:
