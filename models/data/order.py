@@ -34,6 +34,8 @@ def epoch_rows(rows: int, weight: float, seed: int, part: int, epoch: int) -> ND
     if not rows:
         return np.empty(0, dtype=np.int64)
     count = max(1, round(weight * rows))
+    if count == rows:  # a whole round, so its order does not matter
+        return np.arange(rows)
     number, at = divmod(epoch * count, rows)
     taken: list[NDArray[np.int64]] = []
     while count > 0:
