@@ -104,7 +104,8 @@ class RunMemory:
     def saved_masters(self) -> dict[str, tuple[Tensor, Tensor]]:
         """The same as the graph of a save leaves them: resident units pass through one place."""
         found = self.masters()
-        for name in self._plan.resident:
+        saved = (unit.name for unit in self._spec.saved_units)
+        for name in self._plan.resident.intersection(saved):
             sizes = [len(half) for half in found[name]]
             staged = self.arenas.place("saved")[: 2 * sum(sizes)]
             hi, lo = staged.view(torch.int16).split(sizes)
