@@ -87,8 +87,9 @@ def train(
         weights = {}
         for name in engine._memory.states:
             state = engine._memory.whole(name)
-            joined = torch.empty(len(state.hi))
-            join_master(state.hi.cpu(), state.lo.cpu(), joined)
+            hi, lo = state.hi.cpu(), state.lo.cpu()
+            joined = torch.empty(len(hi))
+            join_master(hi, lo if len(lo) else torch.zeros_like(hi), joined)
             weights[name] = joined
     monkeypatch.undo()
     return losses, weights
@@ -122,6 +123,40 @@ def test_placement_does_not_change_a_bit_of_deferred_updates(
     assert loose == overlapped != losses
     for name, value in expected.items():
         assert torch.equal(unclipped[name], value), name
+
+
+TRAINED: dict[str, dict[str, Any]] = {
+    "groups": {
+        "weight_decay": 0.1,
+        "parameter_groups": [
+            {"pattern": "*.[qv]_proj.weight", "lr_scale": 0.5, "weight_decay": 0.0},
+            {"pattern": "model.embed_tokens.weight", "lr": 2e-3},
+        ],
+    },
+    "frozen": {
+        "parameter_groups": [
+            {"pattern": pattern, "frozen": True}
+            for pattern in ("model.embed_tokens.*", "model.layers.0.*", "*.k_proj.*", "*norm.*")
+        ]
+    },
+    "lion": {"optimizer": "lion", "lr": 1e-4},
+    "lora": {"lora": {"rank": 8, "alpha": 16}},
+}
+
+
+@pytest.mark.usefixtures("deterministic")
+@pytest.mark.parametrize("name", TRAINED)
+def test_placement_does_not_change_a_bit_of_other_ways_to_train(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = TRAINED[name]
+    losses, weights = train(checkpoint, monkeypatch, PLACEMENTS[0], **settings)
+    assert losses != train(checkpoint, monkeypatch, PLACEMENTS[0])[0]
+    for placement in PLACEMENTS[1:]:
+        again, others = train(checkpoint, monkeypatch, placement, **settings)
+        assert again == losses, placement
+        for unit, value in weights.items():
+            assert torch.equal(others[unit], value), (placement, unit)
 
 
 @pytest.mark.usefixtures("deterministic")

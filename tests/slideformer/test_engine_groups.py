@@ -18,6 +18,8 @@ from tests.support.engines import (
     engine_with,
     make_batch,
     state_of,
+    stored_weights,
+    tolerance,
     too_far,
     train_reference,
     weights_of,
@@ -58,6 +60,48 @@ def test_training_by_groups_equals_plain_pytorch(tied: bool, tmp_path: Path) -> 
     without = train_reference(folder, BATCHES, lr=LR, weight_decay=DECAY)
     grouped = {name for name in weights if rates(name)}
     assert grouped <= {line.split(":")[0] for line in too_far(weights, without.weights)}
+
+
+MIXED: list[dict[str, Any]] = [
+    {"pattern": "model.layers.0.*", "frozen": True},
+    {"pattern": "*.1.*norm.weight", "frozen": True},
+    {"pattern": "*[qv]_proj.weight", "lr_scale": 2, "weight_decay": 0.0},
+    {"pattern": "model.norm.weight", "lr": 2e-3},
+]
+
+
+@pytest.mark.parametrize(
+    "variant", ["mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3_text", "mixtral"]
+)
+def test_twenty_steps_in_every_family(variant: str, tmp_path: Path) -> None:
+    """Rates by name, frozen layers and frozen parts of others, all at once."""
+    folder = write_model(tmp_path / "model", variant)
+    start = stored_weights(folder)
+
+    def group_of(name: str) -> dict[str, Any]:
+        return next((g for g in MIXED if fnmatchcase(name, g["pattern"])), {})
+
+    def own(name: str) -> dict[str, float]:
+        group = group_of(name)
+        found = {"lr": group.get("lr", LR * group.get("lr_scale", 1.0))}
+        return found | {k: group[k] for k in ("weight_decay",) if k in group}
+
+    frozen = {name for name in start if group_of(name).get("frozen")}
+    batches = [make_batch(seed) for seed in range(20)]
+    reference = train_reference(
+        folder, batches, lr=LR, weight_decay=DECAY, groups=own, frozen=frozen
+    )
+    groups = [g for g in MIXED if any(group_of(name) is g for name in start)]
+    config = config_for(folder, lr=LR, weight_decay=DECAY, parameter_groups=groups)
+    with engine_with(config, offloaded=2) as engine:
+        norms = [engine.step(batch).gradient_norm() for batch in batches]
+        weights = weights_of(engine)
+    assert norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(weights, reference.weights) == []
+    assert set(different(weights, start)) == start.keys() - frozen
+    for name in reference.with_gradient:
+        moved = float((reference.weights[name] - start[name]).norm())
+        assert moved >= 100 * tolerance(reference.weights[name]), name
 
 
 @pytest.mark.parametrize("tied", [False, True])
