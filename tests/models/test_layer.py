@@ -259,13 +259,16 @@ def test_scaled_rotation_uses_its_transpose_in_backward() -> None:
     assert_small(case.errors(1, 2, 12, torch.float32), 1e-5)
 
 
-def test_interpreted_gpu_kernels_accept_the_layers_strides(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["qwen3", "phi3-partial", "gemma2", "qwen3_moe"])
+def test_interpreted_gpu_kernels_accept_the_layers_strides(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The Triton kernels reject some views that the plain ones take."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("Triton compiles its kernels in this process")
     pytest.importorskip("triton")
     monkeypatch.setattr(triton_support, "interpret", True)
-    case = Case.make(make_config("qwen3"), torch.float32)
+    case = Case.make(make_config(name), torch.float32)
     assert_small(case.errors(2, 1, 5, torch.float32), 1e-5)
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from slideformer.checkpointing import Checkpoint
 from slideformer.engine import Engine
@@ -25,6 +24,7 @@ from tests.support.engines import (
     config_for,
     different,
     engine_with,
+    load_model,
     make_batch,
     state_of,
     stored_weights,
@@ -55,7 +55,7 @@ class Adapted(nn.Module):
 
 def adapted_model(folder: Path, adapters: Weights, scale: float) -> tuple[Any, Weights]:
     """The transformers model with these adapters in it, and its parameters of them by our names."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)
     model.requires_grad_(requires_grad=False)
     parameters: Weights = {}
     for key, a in adapters.items():

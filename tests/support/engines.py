@@ -35,6 +35,14 @@ ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
 Weights = dict[str, Tensor]
 
 
+def load_model(folder: Path) -> Any:
+    """A checkpoint as plain transformers reads it, in FP32; its SDPA may leave caps of scores out."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if getattr(model.config, "attn_logit_softcapping", None):
+        model.set_attn_implementation("eager")
+    return model
+
+
 def write_model(folder: Path, variant: str = "llama", **settings: Any) -> Path:
     """A tiny checkpoint in FP32 of one of the variants of ``tests/models/tiny.py``."""
     return save(tiny_model(tiny_config(variant, **settings)), folder, torch.float32)
@@ -162,7 +170,7 @@ def different(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> list[st
 
 def stored_weights(folder: Path) -> Weights:
     """The parameters of a checkpoint as plain transformers reads them, in FP32."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)
     return _weights(model)
 
 
@@ -196,7 +204,7 @@ def train_reference(
     does ``skipped``: steps without an update. ``smoothing`` of labels and ``z`` loss are beside
     cross-entropy.
     """
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)
     for name, parameter in model.named_parameters():
         stored = by_stored_name(model.config, {name: parameter.detach()})
         parameter.requires_grad_(not stored.keys() <= set(frozen))
@@ -240,7 +248,7 @@ def _weights(model: Any) -> Weights:
 
 def reference_loss(folder: Path, batch: Batch) -> float:
     """Mean loss per target token of a checkpoint."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load_model(folder)
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 
