@@ -36,7 +36,7 @@ Weights = dict[str, Tensor]
 
 
 def load_model(folder: Path) -> Any:
-    """A checkpoint as plain transformers reads it, in FP32; its SDPA may leave caps of scores out."""
+    """A checkpoint as plain transformers reads it, in FP32; its SDPA may leave caps out."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     if getattr(model.config, "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")
