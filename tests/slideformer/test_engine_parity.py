@@ -13,6 +13,7 @@ from tests.support.engines import (
     Weights,
     check_moved,
     config_for,
+    different,
     engine_with,
     make_batch,
     reference_loss,
@@ -178,6 +179,21 @@ def test_a_padding_token_inside_a_row_gets_no_gradient_from_the_look_up(
     _, norms, weights = train(folder, batches)
     assert norms == pytest.approx(reference.norms, rel=1e-5)
     assert too_far(weights, reference.weights) == []
+
+
+@pytest.mark.parametrize("variant", ["phi3-partial", "gemma2", "mixtral", "qwen3_moe"])
+def test_trained_weights_are_saved_for_transformers(variant: str, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "model", variant, tied=True)
+    with engine_with(config_for(folder, lr=LR)) as engine:
+        for batch in BATCHES[:2]:
+            engine.step(batch)
+        evaluated = engine.evaluate(BATCHES[2]).loss()
+        saved = engine.save(tmp_path / "out")
+        weights = weights_of(engine)
+    stored = stored_weights(saved)
+    assert different(weights, stored) == []
+    assert len(different(stored, stored_weights(folder))) == len(stored)
+    assert reference_loss(saved, BATCHES[2]) == pytest.approx(evaluated, rel=1e-5)
 
 
 @pytest.mark.parametrize("vocab_chunks", [1, 3])
