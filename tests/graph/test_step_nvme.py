@@ -40,6 +40,7 @@ def cases(draw: st.DrawFn) -> Case:
     bf16 = plan.compute is Compute.BF16
     return spec, replace(
         plan,
+        moments=2,  # of the optimizers only AdamW has its state on NVMe
         nvme_moments=draw(layers),
         nvme_lo=draw(layers) if bf16 else 0,
         nvme_hi=draw(layers) if bf16 else 0,
