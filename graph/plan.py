@@ -33,6 +33,10 @@ class Compute(StrEnum):
         return 2 if self is Compute.BF16 else 4
 
 
+UNLIMITED = 1 << 62
+"""The budget of memory that has no end, as that of a host which is not at hand."""
+
+
 @dataclass(frozen=True, slots=True)
 class Budgets:
     """Most bytes that may be used: of the GPU (with context), the host (all processes), NVMe.

@@ -13,7 +13,7 @@ from dataclasses import replace
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, MemoryPlan
+from slideformer.graph.plan import UNLIMITED, Budgets, MemoryPlan
 from slideformer.graph.step import (
     compile_checkpoint,
     compile_evaluation,
@@ -31,8 +31,6 @@ STEPS = 3
 """Simulated steps: the first fills the pipeline, and the time between the others' ends counts."""
 
 _MIB = 1 << 20
-
-_UNBOUNDED = 1 << 62
 
 
 def make_plan(request: PlanRequest) -> MemoryPlan:
@@ -95,18 +93,20 @@ def _refusal(request: PlanRequest, lattice: Lattice) -> BudgetError:
     budgets, room = request.budgets, nvme_room(request.budgets)
     ways = [*_ways(lattice, budgets)]
     if not ways and budgets.gpu is not None:
-        least = lattice.least_gpu(replace(budgets, host=_UNBOUNDED))
+        least = lattice.least_gpu(replace(budgets, host=UNLIMITED))
         assert least is not None, "a host without end holds every plan"
         gpu = _mib(least)
         host = lattice.least_host(replace(budgets, gpu=gpu * _MIB))
         assert host is not None, "this GPU holds a plan"
         ways.append(f"--gpu-memory {gpu}MiB with --cpu-memory {_mib(host)}MiB")
-    on_gpu = "" if budgets.gpu is None else f"{budgets.gpu >> 20} MiB of GPU memory and "
-    on_nvme = f" and {room >> 20} MiB of NVMe" if room else ""
+    places = [] if budgets.gpu is None else [f"{budgets.gpu >> 20} MiB of GPU memory"]
+    if budgets.host < UNLIMITED:
+        places.append(f"{budgets.host >> 20} MiB of host memory")
+    if room:
+        places.append(f"{room >> 20} MiB of NVMe")
     return BudgetError(
-        f"no plan fits {on_gpu}{budgets.host >> 20} MiB of host memory{on_nvme} for {request.rows} "
-        f"rows of {request.seq_len} tokens; the least that works is {' or '.join(ways)}. "
-        f"{' '.join(_knobs(request))}"
+        f"no plan fits {' and '.join(places)} for {request.rows} rows of {request.seq_len} tokens; "
+        f"the least that works is {' or '.join(ways)}. {' '.join(_knobs(request))}"
     )
 
 

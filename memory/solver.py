@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from slideformer.graph.plan import Budgets, MemoryPlan
+from slideformer.graph.plan import UNLIMITED, Budgets, MemoryPlan
 from slideformer.memory.bound import Bound, Seconds
 from slideformer.memory.lattice import (
     Counts,
@@ -33,8 +33,6 @@ from slideformer.memory.request import PlanRequest
 
 GRID = 0.005
 """Relative distance of what is told apart: less time does not pay for more memory."""
-
-_UNBOUNDED = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ class Lattice:
         found: list[int] = []
         for base in self._bases:
             point, need = self._within_gpu(base, budgets)
-            stored = base.fewest_stored(point, need - budgets.host, _UNBOUNDED)
+            stored = base.fewest_stored(point, need - budgets.host, UNLIMITED)
             possible = point._replace(stored=stored).at(stored >= 0)
             found += _least(base.on_nvme(possible).nbytes)
         return min(found, default=None)

@@ -235,9 +235,16 @@ class Config(EngineConfig):
             raise ConfigError(
                 f"patience is {self.patience}, but evaluate_every is not set; give both or neither"
             )
+        for name in ("nvme_memory", "nvme_write_limit"):
+            if (size := getattr(self, name)) is not None and not self.nvme:
+                raise ConfigError(
+                    f"{name} is {format_size(size)}, but nvme is not set; name a folder with "
+                    f"--nvme, or leave {name} out"
+                )
         if self.min_lr > self.lr:
             raise ConfigError(
-                f"min_lr is {self.min_lr}, above lr {self.lr}, from which a schedule goes down"
+                f"min_lr is {self.min_lr}, above lr {self.lr}, from which a schedule goes down; "
+                "lower it"
             )
         if self.min_lr and self.schedule == "constant":
             raise ConfigError(

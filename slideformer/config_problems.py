@@ -26,12 +26,14 @@ def describe(model: type[BaseModel], problem: ErrorDetails, sources: Mapping[str
         return f"{prefix}unknown setting {name!r}; {hint}"
     if kind == "value_error":
         return f"{prefix}{name}: {problem['ctx']['error']}"
-    limit = re.sub(r"^(Input|String|Tuple)", "it", problem["msg"])
+    limit = re.sub(r"^(Input|String|Tuple)", "it", problem["msg"]).replace(
+        "a valid tuple", "a list"
+    )
     field = model.model_fields[name]
     if field.is_required():
         hint = "; it has no default"
     elif field.default is None:
-        hint = "; leave it out to have it chosen"
+        hint = "; it can be left out"
     else:
         hint = f"; the default is {field.default}"
     return f"{prefix}{name} is {problem['input']!r}: {limit}{hint}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import BeforeValidator, Field
+from pydantic.fields import FieldInfo
 
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.sources import Source, parse_sources
@@ -85,6 +86,11 @@ def _sources(value: Any) -> Any:
 
 def _several(value: Any) -> Any:
     return [value] if isinstance(value, str | Path) else value
+
+
+def is_size(field: FieldInfo) -> bool:
+    """Whether a setting's value is a number of bytes."""
+    return any(isinstance(m, BeforeValidator) and m.func is _budget for m in field.metadata)
 
 
 Budget = Annotated[int | None, BeforeValidator(_budget)]

@@ -89,5 +89,6 @@ def _read(section: type[S], value: Any, where: str) -> S:
         message = f"unknown name {problem['loc'][0]!r}"
     else:
         limit = problem["msg"].replace("Input", "it", 1).replace("String", "it", 1)
+        limit = limit.replace("a valid tuple", "a list")
         message = f"{problem['loc'][0]} is {problem['input']!r}: {limit}"
     raise ValueError(f"{where}{message}; the names are {names}")

@@ -14,6 +14,7 @@ from slideformer.graph.errors import ConfigError
 from slideformer.graph.machines import Machine, write_machine
 from slideformer.graph.tasks import Lane, ProductKind
 from slideformer.tools.console import stderr_console
+from slideformer.tools.graph_cli import write_file
 
 
 def profile(
@@ -35,6 +36,11 @@ def profile(
     from slideformer.profiles import store_machine
     from slideformer.profiling import measure_machine, sizes_for
 
+    if output is not None and not output.absolute().parent.is_dir():
+        raise ConfigError(
+            f"{output}: cannot be written: there is no folder {output.parent}; give another path "
+            "as --output"
+        )
     where = torch_device(device)
     sizes = sizes_for(where)
     bar = Progress(
@@ -56,10 +62,7 @@ def profile(
     kept = store_machine(where.type, machine)
     console.print(f"kept in {kept}; plan, train and simulate use it from now on", soft_wrap=True)
     if output is not None:
-        try:
-            output.write_text(write_machine(machine), encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(f"{output}: cannot be written: {error.strerror}") from None
+        write_file(output, write_machine(machine))
 
 
 def _tables(machine: Machine) -> list[Table]:

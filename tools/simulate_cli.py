@@ -12,6 +12,7 @@ from rich.table import Table
 
 from slideformer.config import format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.plan import UNLIMITED
 from slideformer.graph.tasks import Lane
 from slideformer.profiles import cached_machine
 from slideformer.simulation import GraphTimeline, compare_policies
@@ -109,7 +110,7 @@ def _memory(step: flags.PlannedStep) -> Table:
 
 
 def _budget(nbytes: int | None, shown: bool = True) -> str:
-    if nbytes == flags.UNLIMITED:
+    if nbytes == UNLIMITED:
         return "unlimited"
     if nbytes is None:
         return "of the host's" if shown else ""

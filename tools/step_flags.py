@@ -14,15 +14,12 @@ import typer
 from slideformer.config import EngineConfig
 from slideformer.config_problems import flag_name
 from slideformer.graph.machines import Machine, load_machine
-from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.graph.plan import UNLIMITED, Budgets, MachineProfile, MemoryPlan
 from slideformer.profiles import announce, cached_machine
 from slideformer.tools.setting_flags import PLANNED
 
 if TYPE_CHECKING:
     from slideformer.graph.graph import TaskGraph
-
-UNLIMITED = 1 << 62
-"""Host budget of a machine that is not at hand, unless one is given."""
 
 Model = Annotated[
     Path | None, typer.Option(help="Checkpoint folder; its config.json is enough.", metavar="DIR")

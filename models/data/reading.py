@@ -136,7 +136,7 @@ def open_file(path: Path) -> BufferedReader:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise DataError(f"{path}: there is no such file") from None
+        raise DataError(f"{path}: there is no such file; check the path") from None
     except IsADirectoryError:
         raise DataError(
             f"{path}: is a directory; name a .jsonl, .json or .txt file, or a "

@@ -238,13 +238,14 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"batch_size": True}, "batch_size is True: it should be a valid integer"),
         ({"batch_size": 8.0}, "batch_size is 8.0: it should be a valid integer"),
         ({"seq_len": 1}, "seq_len is 1: it should be greater than or equal to 2"),
-        ({"steps": 0}, "equal to 1; leave it out to have it chosen"),
+        ({"steps": 0}, "equal to 1; it can be left out"),
+        ({"max_grad_norm": 0}, "max_grad_norm is 0: it should be greater than 0; it can be left"),
         ({"lr": -1e-5}, "lr is -1e-05: it should be greater than or equal to 0"),
         ({"lr": float("inf")}, "lr is inf: it should be a finite number"),
         ({"lr": float("nan")}, "lr is nan: it should be"),
         ({"lr": "fast"}, "lr is 'fast': it should be a valid number"),
         ({"lr": True}, "lr: True is not a number; write it like 1e-5"),
-        ({"beta2": 1.0}, "beta2 is 1.0: it should be less than 1; leave it out to have it chosen"),
+        ({"beta2": 1.0}, "beta2 is 1.0: it should be less than 1; it can be left out"),
         ({"optimizer": "lion", "nvme": "disk"}, "only the state of adamw can be on NVMe; leave"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd': it should be 'adamw' or 'lion'"),
         ({"eps": 0}, "eps is 0: it should be greater than 0"),
@@ -252,7 +253,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"device": "tpu"}, "device is 'tpu': it should be 'auto', 'cuda' or 'cpu'"),
         ({"compute": "fp16"}, "compute is 'fp16': it should be 'bf16' or 'fp32'"),
         ({"policy": ""}, "policy is '': it should have at least 1 character"),
-        ({"window": 1}, "window is 1: it should be greater than or equal to 2; leave it out"),
+        ({"window": 1}, "window is 1: it should be greater than or equal to 2; it can be left"),
         ({"deterministic": "yes"}, "deterministic is 'yes': it should be a valid boolean"),
         ({"gpu_memory": "24G"}, "gpu_memory: '24G' is not a size; write it like 24GiB"),
         ({"cpu_memory": 100}, "cpu_memory: 100 is 100 B, below the least budget of 1.00 MiB"),
@@ -315,6 +316,13 @@ def test_every_problem_has_its_line_and_its_source(tmp_path: Path) -> None:
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:
     path = write(tmp_path, text)
     assert complaint(path).startswith(f"{path}{words}")
+
+
+@pytest.mark.parametrize("name", ["nvme_memory", "nvme_write_limit"])
+def test_limits_of_nvme_need_a_folder(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{name} is 2.00 GiB, but nvme is not set; name a fol"):
+        Config(**REQUIRED, **{name: "2GiB"})
+    assert getattr(Config(**REQUIRED, nvme="disk", **{name: "2GiB"}), name) == 2 << 30
 
 
 def test_an_empty_file_sets_nothing(tmp_path: Path) -> None:

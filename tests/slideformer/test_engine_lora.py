@@ -247,6 +247,7 @@ def test_a_resumed_run_has_the_same_bits_and_exports_its_adapters(tmp_path: Path
         ({"alpha": 8}, "lora: rank is not set; the names are rank, alpha, target_modules"),
         ({"rank": 0, "alpha": 8}, "lora: rank is 0: it should be greater than or equal to 1"),
         ({"rank": 8, "alpha": 8, "dropout": 0.1}, "lora: unknown name 'dropout'; the names are"),
+        ({**ALL, "target_modules": "q_proj"}, "target_modules is 'q_proj': it should be a list"),
         (8, "lora: 8 is not 'name: value' pairs"),
         ({**ALL, "target_modules": ["qproj"]}, "target_modules has 'qproj', but the layers of"),
     ],

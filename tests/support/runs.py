@@ -43,6 +43,7 @@ def write_run(folder: Path, steps: int = 30, **settings: Any) -> Path:
         "version": 1,
         "window": 3,
         "deferred": False,
+        "workspace": 3 << 20,
         "peaks": {"gpu": 3 << 30},
         "resident": ["head"],
     }

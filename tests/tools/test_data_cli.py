@@ -47,4 +47,4 @@ def test_errors_are_one_line(model: Path, tmp_path: Path) -> None:
     path = str(tmp_path / "none.jsonl")
     done = CliRunner().invoke(app, ["data", "stats", path, "--model", str(model)])
     assert (done.exit_code, done.stdout) == (1, "")
-    assert done.stderr == f"error: {path}: there is no such file\n"
+    assert done.stderr == f"error: {path}: there is no such file; check the path\n"

@@ -60,6 +60,11 @@ def test_what_cannot_be_measured_is_refused(cli: CliRunner, tmp_path: Path) -> N
     done = cli.invoke(app, ["profile", "--device", "tpu"])
     assert done.exit_code == 1
     assert "device is 'tpu'; use auto, cuda or cpu" in done.stderr
+    lost = tmp_path / "no" / "mine.json"
+    done = cli.invoke(app, ["profile", "--device", "cpu", "--output", str(lost)])
+    assert done.exit_code == 1
+    assert "profile  0" not in done.stderr, "refused before anything is measured"
+    assert f"there is no folder {lost.parent}" in done.stderr
     done = cli.invoke(app, ["profile", "--device", "cpu", "--nvme", str(tmp_path / "no")])
     assert done.exit_code == 1
     assert done.stderr.splitlines()[-1].startswith(f"error: {tmp_path / 'no'}: direct I/O")

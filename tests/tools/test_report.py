@@ -31,7 +31,7 @@ def call(*arguments: str | Path) -> str:
 
 
 def test_the_page_holds_curves_plan_settings_and_a_step(tmp_path: Path) -> None:
-    run, path = write_run(tmp_path / "<run>"), tmp_path / "page.html"
+    run, path = write_run(tmp_path / "<run>", gpu_memory="24GiB"), tmp_path / "page.html"
     assert call("report", run, "-o", path, "--machine", "a100") == f"wrote {path}\n"
     text = path.read_text()
     assert "<title>&lt;run&gt;</title>" in text
@@ -51,8 +51,15 @@ def test_the_page_holds_curves_plan_settings_and_a_step(tmp_path: Path) -> None:
     assert validation["x"] == [1, 30]
     assert set(drawn["tokens per second"][0]["y"]) == {2000}
     plan, settings = (dict(table["rows"]) for table in data["tables"])
-    assert plan == {"window": "3", "deferred": "False", "peak, gpu": "3.00 GiB", "resident": "head"}
+    assert plan == {
+        "window": "3",
+        "deferred": "False",
+        "workspace": "3.00 MiB",
+        "peak, gpu": "3.00 GiB",
+        "resident": "head",
+    }
     assert settings["lr"] == "0.0003"
+    assert settings["gpu_memory"] == "24.00 GiB"
     assert "<b>.jsonl" in settings["data"]
     assert "beta1" not in settings
     assert [world["name"] for world in embedded(text, "data")["worlds"]] == [

@@ -9,6 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+from slideformer.graph.errors import BudgetError
 from slideformer.simulation import simulate as simulate_graph
 from slideformer.tools import simulate_cli
 from slideformer.tools.step_flags import plan_step
@@ -55,3 +56,8 @@ def test_every_lane_and_tier_is_listed(printed: tuple[str, Path]) -> None:
     assert binding is not None
     assert re.search(rf"{binding[1]} .* {shares[0]}%", text)
     assert step.budgets.gpu == 2 << 30
+
+
+def test_a_refusal_does_not_speak_of_the_host_where_that_has_no_limit() -> None:
+    with pytest.raises(BudgetError, match=r"^no plan fits 1024 MiB of GPU memory for 8 rows"):
+        plan_step(None, "llama3-8b", "rtx4090", gpu_memory="1GiB")

@@ -14,6 +14,7 @@ from string import Template
 from typing import Any
 
 from slideformer.config import Config, format_size
+from slideformer.config_values import is_size
 from slideformer.graph.machines import Machine
 from slideformer.simulation import simulate
 from slideformer.tools.report.run_folder import RunFolder
@@ -133,6 +134,8 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
     for name, value in plan.items():
         if name == "peaks" and isinstance(value, dict):
             rows += [(f"peak, {tier}", format_size(size)) for tier, size in value.items()]
+        elif name == "workspace" and isinstance(value, int):
+            rows.append((name, format_size(value)))
         else:
             rows.append((name.replace("_", " "), _words(value)))
     return rows
@@ -141,12 +144,11 @@ def _plan_rows(plan: Mapping[str, Any]) -> list[tuple[str, str]]:
 def _settings(config: Config | None) -> list[tuple[str, str]]:
     if config is None:
         return []
-    defaults = {name: field.default for name, field in type(config).model_fields.items()}
     plain = config.model_dump(mode="json")
     return [
-        (name, _words(plain[name]))
-        for name, default in defaults.items()
-        if getattr(config, name) != default
+        (name, format_size(plain[name]) if is_size(field) and plain[name] else _words(plain[name]))
+        for name, field in type(config).model_fields.items()
+        if getattr(config, name) != field.default
     ]
 
 

@@ -94,7 +94,7 @@ def test_what_the_hub_does_not_give_is_said(hub: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", ["train.jsonl", "data/train.jsonl", "data/train.txt", "a/b/c"])
 def test_a_missing_file_is_not_looked_for_on_the_hub(hub: dict[str, Any], name: str) -> None:
     for look in (check_source, open_corpus):
-        with pytest.raises(DataError, match=f"^{name}: there is no such file$"):
+        with pytest.raises(DataError, match=f"^{name}: there is no such file; check the path$"):
             look(Source(Path(name)))
 
 
