@@ -8,7 +8,7 @@ places that a save has anyway: `saved` for units on the GPU, the staging slots f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.model import ModelSpec, UnitSpec
@@ -25,6 +25,11 @@ def state_parts(unit: UnitSpec, compute: Compute, moments: int) -> tuple[str, ..
     if not unit.frozen:
         return tuple(STATE_PARTS)[: 2 + moments]
     return ("hi",) if compute is Compute.BF16 else ("hi", "lo")
+
+
+def parts_nbytes(parts: Iterable[str]) -> int:
+    """Bytes per element of these arrays together."""
+    return sum(STATE_PARTS[part] for part in parts)
 
 
 _TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)))
@@ -60,7 +65,7 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue
-        nbytes = sum(STATE_PARTS[part] for part in state_parts(unit, plan.compute, plan.moments))
+        nbytes = parts_nbytes(state_parts(unit, plan.compute, plan.moments))
         for chunk in memory.chunks[unit.name]:
             memory.task(
                 f"save.{unit.name}.{chunk.label}",
@@ -86,14 +91,14 @@ def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
             TaskKind.SAVE,
             op="save_staged",
             reads=[_bring_down(memory, unit, trip, parts)],
-            cost=Cost(nbytes=sum(STATE_PARTS[part] for part in parts) * unit.numel),
+            cost=Cost(nbytes=parts_nbytes(parts) * unit.numel),
             unit=unit.name,
             parts=",".join(parts),
         )
 
 
 def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[str]) -> str:
-    nbytes = sum(STATE_PARTS[part] for part in parts) * unit.numel
+    nbytes = parts_nbytes(parts) * unit.numel
     assert nbytes <= 4 * unit.numel
     staged = memory.buffer(
         f"saved.{unit.name}.{trip}", nbytes, Tier.PINNED, Role.WEIGHT, slot="saved"

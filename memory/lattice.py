@@ -49,9 +49,9 @@ class Counts(NamedTuple):
     """Units that stay on the GPU: the embedding, which is due first in a step and ready last, and
     then the layers from the first on."""
     kept: Ints
-    """Last layers whose projections stay on the GPU until backward."""
+    """Last layers whose activations stay on the GPU until backward."""
     spilled: Ints
-    """Other layers whose projections wait in pinned memory."""
+    """Other layers whose activations wait in pinned memory."""
     offloaded: Ints
     """First layers whose boundaries wait in pinned memory."""
     stored: Ints

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from slideformer.graph.errors import CheckpointError
-from slideformer.graph.step_save import STATE_PARTS
+from slideformer.graph.step_save import STATE_PARTS, parts_nbytes
 from slideformer.graph.tasks import Task
 from slideformer.models.bindings import Binding, ModelMemory, Operation, Views
 from slideformer.models.context import CheckpointContext, SaveContext
@@ -89,7 +89,7 @@ def _write(task: Task, begin: int, parts: dict[str, Tensor]) -> Operation:
 def _parts(task: Task, view: Tensor) -> Iterator[tuple[str, Tensor]]:
     """The parts that lie one behind another in a place, each in its dtype."""
     names = str(task.args["parts"]).split(",")
-    numel = view.numel() // sum(STATE_PARTS[name] for name in names)
+    numel = view.numel() // parts_nbytes(names)
     for name, values in zip(
         names, view.split([numel * STATE_PARTS[name] for name in names]), strict=True
     ):

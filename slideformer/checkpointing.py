@@ -28,7 +28,7 @@ from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import CheckpointError, SlideFormerError
 from slideformer.graph.model import Lora, ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
-from slideformer.graph.step_save import STATE_PARTS, state_parts
+from slideformer.graph.step_save import STATE_PARTS, parts_nbytes, state_parts
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
@@ -305,8 +305,7 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
 def file_sizes(spec: ModelSpec, compute: Compute, moments: int) -> dict[str, int]:
     """Bytes of the file of each unit in a checkpoint, by name."""
     return {
-        _file(unit): unit.numel
-        * sum(STATE_PARTS[part] for part in state_parts(unit, compute, moments))
+        _file(unit): unit.numel * parts_nbytes(state_parts(unit, compute, moments))
         for unit in spec.saved_units
     }
 
@@ -340,4 +339,4 @@ def _file(unit: UnitSpec) -> str:
 def _offset(unit: UnitSpec, part: str) -> int:
     """Bytes before a part in a unit's file."""
     names = list(STATE_PARTS)
-    return sum(STATE_PARTS[name] for name in names[: names.index(part)]) * unit.numel
+    return parts_nbytes(names[: names.index(part)]) * unit.numel

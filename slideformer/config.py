@@ -141,9 +141,10 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _fits_nvme(self) -> Self:
-        if self.optimizer == "lion" and self.nvme:
+        if self.optimizer == "lion" and (self.nvme or self.nvme_memory):
+            name = "nvme" if self.nvme else "nvme_memory"
             raise ValueError(
-                "optimizer is lion and nvme is set, but only the state of adamw can be on NVMe; "
+                f"optimizer is lion and {name} is set, but only the state of adamw can be on NVMe; "
                 "leave one of them out"
             )
         return self

@@ -32,7 +32,7 @@ from slideformer.determinism import Determinism
 from slideformer.filling import fill
 from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
@@ -50,7 +50,7 @@ from slideformer.models.rotary import rope_tables
 from slideformer.models.tables import model_bindings
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
-from slideformer.phantom import phantom_budgets, real_part, shared_places, stand_ins
+from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
 from slideformer.run_memory import RunMemory
 from slideformer.runtime.cpu import CpuDevice
@@ -103,9 +103,9 @@ class Engine:
         budgets = budgets_for(config, self._device)
         kept = checkpoint.info.numerics if checkpoint else {}
         if phantom:
-            budgets = phantom_budgets(self.spec, budgets)
+            budgets = phantom_budgets(self.spec, budgets, Compute(config.compute), config.moments)
         self.plan = plan_for(self._hf_config, config, budgets, self._profile, kept)
-        layers = stand_ins(self.spec, self.plan) if phantom else {}
+        layers = phantom_layers(self.spec, self.plan) if phantom else {}
         if on_plan is not None:
             on_plan(self.plan)
         self._steps = checkpoint.info.step if checkpoint else 0

@@ -7,11 +7,12 @@ the real one and learns nothing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, MemoryPlan
-from slideformer.graph.step_memory import STATE_NBYTES
+from slideformer.graph.plan import Budgets, Compute, MemoryPlan
+from slideformer.graph.step_save import parts_nbytes, state_parts
 
 REAL_LAYERS = 2
 """Layers with memory of their own: with one, a layer's update would wait for its neighbour's."""
@@ -19,7 +20,7 @@ REAL_LAYERS = 2
 _KINDS = ("hi", "state")
 
 
-def stand_ins(spec: ModelSpec, plan: MemoryPlan) -> dict[str, str]:
+def phantom_layers(spec: ModelSpec, plan: MemoryPlan) -> dict[str, str]:
     """Layer → the layer in whose memory its state lies, for all streamed layers but the first."""
     streamed = [unit.name for unit in spec.layers if unit.name not in plan.resident]
     return {
@@ -34,9 +35,10 @@ def shared_places(layers: dict[str, str]) -> dict[str, str]:
     return {f"{kind}.{a}": f"{kind}.{b}" for a, b in layers.items() for kind in _KINDS}
 
 
-def spared_nbytes(spec: ModelSpec, layers: dict[str, str]) -> int:
-    """Bytes of host memory that the stand-ins spare."""
-    return sum((2 + STATE_NBYTES) * spec.unit(name).numel for name in layers)
+def spared_nbytes(spec: ModelSpec, layers: Iterable[str], compute: Compute, moments: int) -> int:
+    """Bytes of host memory that the phantom ``layers`` spare."""
+    units = [spec.unit(name) for name in layers]
+    return sum(unit.numel * parts_nbytes(state_parts(unit, compute, moments)) for unit in units)
 
 
 def real_part(spec: ModelSpec, layers: dict[str, str]) -> ModelSpec:
@@ -44,8 +46,8 @@ def real_part(spec: ModelSpec, layers: dict[str, str]) -> ModelSpec:
     return replace(spec, units=tuple(unit for unit in spec.units if unit.name not in layers))
 
 
-def phantom_budgets(spec: ModelSpec, budgets: Budgets) -> Budgets:
+def phantom_budgets(spec: ModelSpec, budgets: Budgets, compute: Compute, moments: int) -> Budgets:
     """``budgets`` with the host memory that a phantom run pretends to have if all is streamed."""
-    layers = spec.layers[REAL_LAYERS:]
-    spared = sum((2 + STATE_NBYTES) * unit.numel for unit in layers)
+    layers = [unit.name for unit in spec.layers[REAL_LAYERS:]]
+    spared = spared_nbytes(spec, layers, compute, moments)
     return replace(budgets, host=budgets.host + spared, nvme=0)

@@ -25,7 +25,7 @@ from slideformer.measure import (
     shape_config,
     torch_device,
 )
-from slideformer.phantom import spared_nbytes, stand_ins
+from slideformer.phantom import phantom_layers, spared_nbytes
 from slideformer.traces import write_trace
 
 
@@ -60,14 +60,16 @@ class Ours:
         config = EngineConfig(**{"model": "random", **settings, "device": self._device.type})
         self._engine = engine = Engine(config, initial=initial, phantom=phantom)
         spec = engine.spec
-        layers = stand_ins(spec, engine.plan) if phantom else {}
+        plan = engine.plan
+        layers = phantom_layers(spec, plan) if phantom else {}
+        spared = spared_nbytes(spec, layers, plan.compute, plan.moments)
         self._batches = random_batches(spec.vocab, config.step_rows, config.seq_len, 4)
         return {
             "build_seconds": time.perf_counter() - started,
             "parameters": spec.param_count,
             "layers": len(spec.layers),
             "hidden": spec.hidden,
-            "plan": plan_facts(engine.plan, spared_nbytes(spec, layers)),
+            "plan": plan_facts(plan, spared),
             "traffic": traffic(engine.graph),
         }
 

@@ -247,6 +247,7 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"lr": True}, "lr: True is not a number; write it like 1e-5"),
         ({"beta2": 1.0}, "beta2 is 1.0: it should be less than 1; it can be left out"),
         ({"optimizer": "lion", "nvme": "disk"}, "only the state of adamw can be on NVMe; leave"),
+        ({"optimizer": "lion", "nvme_memory": "2GiB"}, "optimizer is lion and nvme_memory is set"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd': it should be 'adamw' or 'lion'"),
         ({"eps": 0}, "eps is 0: it should be greater than 0"),
         ({"seed": 2**63}, "seed is 9223372036854775808: it should be less than"),

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS
-from slideformer.graph.plan import Budgets
+from slideformer.graph.plan import Budgets, Compute
 from slideformer.measure import random_batches
-from slideformer.phantom import REAL_LAYERS, phantom_budgets, spared_nbytes, stand_ins
-from slideformer.planning import plan_for, profile_for
+from slideformer.phantom import REAL_LAYERS, phantom_budgets, phantom_layers, spared_nbytes
+from slideformer.planning import plan_for, profile_for, spec_for
 from slideformer.tools.bench_rows import parse_row
 from tests.models.tiny import tiny_config
 
@@ -40,14 +41,14 @@ def test_a_phantom_step_is_the_real_one_in_less_memory() -> None:
         assert not real.plan.resident
         assert replace(phantom.plan, peaks={}) == replace(real.plan, peaks={})
         assert [t.name for t in phantom.graph.tasks] == [t.name for t in real.graph.tasks]
-        layers = stand_ins(phantom.spec, phantom.plan)
+        layers = phantom_layers(phantom.spec, phantom.plan)
         assert len(layers) == LAYERS - REAL_LAYERS
         allocated = [
             sum(engine._memory.arenas._layout.sizes.get(tier, 0) for tier in HOST_TIERS)
             for engine in (real, phantom)
         ]
         spared = allocated[0] - allocated[1]
-        expected = spared_nbytes(phantom.spec, layers)
+        expected = spared_nbytes(phantom.spec, layers, Compute.FP32, 2)
         assert expected <= spared < expected + 2 * 4096 * len(layers)
         for batch in random_batches(phantom.spec.vocab, 2, 16, 3):
             loss = phantom.step(batch).loss()
@@ -64,11 +65,25 @@ def test_its_budget_is_that_of_the_whole_model() -> None:
         spec, config = engine.spec, engine.config
         shape = engine._hf_config
     least = Budgets(1 << 30, 4 << 30)
-    more = phantom_budgets(spec, least)
+    more = phantom_budgets(spec, least, Compute.FP32, 2)
     layers = (LAYERS - REAL_LAYERS) * 12 * spec.layers[0].numel
     assert more == replace(least, host=least.host + layers)
     plan = plan_for(shape, config, more, profile_for(torch.device("cpu")))
     assert plan.peaks
+
+
+@pytest.mark.parametrize(
+    ("settings", "nbytes"),
+    [({}, 12), ({"optimizer": "lion"}, 8), ({"lora": {"rank": 2, "alpha": 2}}, 2)],
+)
+def test_it_pretends_to_have_what_its_layers_would_take(
+    settings: dict[str, Any], nbytes: int
+) -> None:
+    config = EngineConfig(model="none", compute="bf16", **settings)
+    spec = spec_for(tiny_config(num_hidden_layers=LAYERS), config)
+    least = Budgets(1 << 30, 4 << 30)
+    more = phantom_budgets(spec, least, Compute.BF16, config.moments)
+    assert more.host - least.host == (LAYERS - REAL_LAYERS) * nbytes * spec.layers[0].numel
 
 
 def test_the_benchmark_names_it() -> None:
