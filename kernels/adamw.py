@@ -247,7 +247,7 @@ def stream_rmw(
 
 
 def kernel_build() -> str:
-    """What decides the rounding of this process's kernels; part of the numerics key."""
+    """What decides the rounding of this process's kernels; part of a run's numerics."""
     return default_kernels().build
 
 

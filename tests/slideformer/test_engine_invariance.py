@@ -1,4 +1,4 @@
-"""Within one numerics key, trained weights are the same bits whatever lies or runs where and when.
+"""Within the same numerics, trained weights are the same bits whatever lies or runs where and when.
 
 The numerics are micro-batch, vocabulary chunks, head tile, packing, compute dtype and a clipping
 that bites. Hypothesis draws all the rest: policy, window, update chunks, offloaded boundaries, kept
