@@ -8,7 +8,6 @@ dashed and of the same colour. A curve has at least two rows.
 from __future__ import annotations
 
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from slideformer.config import parse_size
-from slideformer.graph.errors import ConfigError, SlideFormerError
+from slideformer.graph.errors import ConfigError
 from slideformer.tools.bench_rows import Row
+from slideformer.tools.console import run_alone
 
 _GIB = 1 << 30
 
@@ -125,12 +125,7 @@ def bench_plot(
 
 def main(arguments: Any = None) -> None:
     """Run it without the rest of the command line."""
-    app = typer.Typer(add_completion=False)
-    app.command()(bench_plot)
-    try:
-        app(arguments)
-    except SlideFormerError as error:
-        sys.exit(f"error: {error}")
+    run_alone(bench_plot, arguments)
 
 
 if __name__ == "__main__":

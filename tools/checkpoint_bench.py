@@ -9,10 +9,8 @@ the first. The plain loop of direct I/O writes in the same folder before and aft
 
 from __future__ import annotations
 
-import logging
 import shutil
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
@@ -24,9 +22,10 @@ import typer
 from slideformer.checkpointing import file_sizes
 from slideformer.config import EngineConfig, format_size, parse_size
 from slideformer.engine import Engine
-from slideformer.graph.errors import ConfigError, SlideFormerError
+from slideformer.graph.errors import ConfigError
 from slideformer.measure import random_batches, shape_config
 from slideformer.nvme_rates import disk_rates
+from slideformer.tools.console import run_alone
 
 WARM_UP = 3
 INTERVAL = 50
@@ -116,13 +115,7 @@ def report(nbytes: int, step: float, added: float, durable: float, rates: list[f
 
 def main(arguments: Any = None) -> None:
     """Run it without the rest of the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    app = typer.Typer(add_completion=False)
-    app.command()(checkpoint_bench)
-    try:
-        app(arguments)
-    except SlideFormerError as error:
-        sys.exit(f"error: {error}")
+    run_alone(checkpoint_bench, arguments)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,9 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import typer
 from rich.console import Console
@@ -98,3 +99,14 @@ def _lines(error: SlideFormerError) -> list[str]:
     if isinstance(error, ConfigError):
         return str(error).splitlines()
     return [" ".join(str(error).split())]
+
+
+def run_alone(command: Callable[..., None], arguments: Any = None) -> None:
+    """Run one command without the rest of the command line; its log goes to stderr."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
+    app = typer.Typer(add_completion=False)
+    app.command()(command)
+    try:
+        app(arguments)
+    except SlideFormerError as error:
+        sys.exit(f"error: {error}")

@@ -9,7 +9,6 @@ I/O runs in the same folder before and after.
 
 from __future__ import annotations
 
-import logging
 import sys
 import time
 from collections.abc import Iterable
@@ -21,11 +20,12 @@ import typer
 from slideformer.config import EngineConfig, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.errors import ConfigError, SlideFormerError
+from slideformer.graph.errors import ConfigError
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.tasks import Lane
 from slideformer.measure import random_batches, shape_config
 from slideformer.nvme_rates import disk_rates
+from slideformer.tools.console import run_alone
 
 LANES = (Lane.NVME_READ, Lane.NVME_WRITE)
 
@@ -132,13 +132,7 @@ def report(lanes: dict[str, float], plain: list[dict[str, float]]) -> None:
 
 def main(arguments: Any = None) -> None:
     """Run it without the rest of the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    app = typer.Typer(add_completion=False)
-    app.command()(nvme_bench)
-    try:
-        app(arguments)
-    except SlideFormerError as error:
-        sys.exit(f"error: {error}")
+    run_alone(nvme_bench, arguments)
 
 
 if __name__ == "__main__":

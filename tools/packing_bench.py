@@ -10,8 +10,6 @@ and runs after the other, so that both have the whole machine.
 
 from __future__ import annotations
 
-import logging
-import sys
 import time
 from typing import Annotated, Any
 
@@ -19,8 +17,8 @@ import typer
 
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
-from slideformer.graph.errors import SlideFormerError
 from slideformer.measure import log_normal_stream, shape_config
+from slideformer.tools.console import run_alone
 
 DOCUMENTS = 20_000
 WARM_UP = 2
@@ -80,13 +78,7 @@ def measure(shape: str, config: EngineConfig, steps: int, *, packing: bool) -> t
 
 def main(arguments: Any = None) -> None:
     """Run it without the rest of the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    app = typer.Typer(add_completion=False)
-    app.command()(packing_bench)
-    try:
-        app(arguments)
-    except SlideFormerError as error:
-        sys.exit(f"error: {error}")
+    run_alone(packing_bench, arguments)
 
 
 if __name__ == "__main__":
