@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
+from slideformer.graph.tasks import Lane
 from slideformer.memory.lattice import Counts
 from slideformer.memory.layout import Ints
 from slideformer.memory.nvme_needs import Sizes
@@ -81,6 +82,14 @@ class Bound:
 
     def seconds(self, point: Counts, stored: Sizes) -> Seconds:
         """The bound of every point, given what is on NVMe."""
+        work = np.broadcast_arrays(*self.work(point, stored).values())
+        lanes = np.sort(work, axis=0)
+        narrow = NARROW_LOSS if self._base.window < 3 else 0.0
+        bound: Seconds = (lanes[-1] + OVERLAP_LOSS * lanes[-2]) * (1 + narrow) + self._tasks
+        return bound
+
+    def work(self, point: Counts, stored: Sizes) -> dict[Lane, Seconds]:
+        """Seconds of work of every lane, and of what it waits for whatever the order."""
         spec, profile, size = self._spec, self._profile, self._base.compute.nbytes
         streamed = spec.param_count - self._resident[point.resident]
         updated = self._trained - self._resident_trained[point.resident]
@@ -89,20 +98,14 @@ class Bound:
         waiting = self._offloaded(point) + point.spilled * self._kept
         idle = self._forward * np.where((point.resident > 0) & spec.tied, 4, 1) + self._loss
         idle = idle * (not self._base.deferred)
-        lanes = np.sort(
-            np.broadcast_arrays(
-                self._compute(point) + self._exposed(point),
-                ((streamed + again) * size + waiting) / profile.h2d,
-                (updated * size + waiting) / profile.d2h,
-                np.where(updated > 0, updated / profile.update + idle, 0.0),
-                stored.read / profile.nvme_read,
-                stored.nbytes / profile.nvme_write,
-            ),
-            axis=0,
-        )
-        narrow = NARROW_LOSS if self._base.window < 3 else 0.0
-        bound: Seconds = (lanes[-1] + OVERLAP_LOSS * lanes[-2]) * (1 + narrow) + self._tasks
-        return bound
+        return {
+            Lane.COMPUTE: self._compute(point) + self._exposed(point),
+            Lane.H2D: ((streamed + again) * size + waiting) / profile.h2d,
+            Lane.D2H: (updated * size + waiting) / profile.d2h,
+            Lane.CPU: np.where(updated > 0, updated / profile.update + idle, 0.0),
+            Lane.NVME_READ: stored.read / profile.nvme_read,
+            Lane.NVME_WRITE: stored.nbytes / profile.nvme_write,
+        }
 
     def _compute(self, point: Counts) -> Seconds:
         """Seconds of work of the compute lane."""

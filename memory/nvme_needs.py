@@ -43,7 +43,7 @@ class Sizes(NamedTuple):
     nbytes: Ints
     read: Ints
 
-    def at(self, where: Ints) -> Sizes:
+    def at(self, where: int | Ints) -> Sizes:
         """Those that an index selects."""
         return Sizes(*(each[where] for each in self))
 

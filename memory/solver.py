@@ -8,7 +8,7 @@ cannot win are left out.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slideformer.graph.plan import UNLIMITED, Budgets, MemoryPlan
+from slideformer.graph.tasks import Lane
 from slideformer.memory.bound import Bound, Seconds
 from slideformer.memory.lattice import (
     Counts,
@@ -41,14 +42,16 @@ class Solution:
 
     Of two solutions the better one has the lower ``rank``: time and bytes on NVMe, both on the
     `GRID`; micro-batches, with which grows what the bound leaves out; bytes of memory if nothing
-    were moved to another tier; offloaded boundaries. ``seconds`` is its bound; ``spare_host`` bytes
-    of the host's budget are left over, and ``gradients`` in slots of ``gradient`` bytes could be
-    parked at once.
+    were moved to another tier; offloaded boundaries. ``seconds`` is its bound, ``work`` are those
+    of each lane, and ``nvme`` bytes are on NVMe. ``spare_host`` bytes of the host's budget are left
+    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once.
     """
 
     plan: MemoryPlan
     seconds: float
+    work: Mapping[Lane, float]
     rank: tuple[int, ...]
+    nvme: int
     spare_host: int
     gradients: int
     gradient: int
@@ -133,7 +136,11 @@ class Lattice:
         return Solution(
             plan=replace(plan, boundary_slots=int(needs.boundary_slots(chosen))),
             seconds=float(seconds[at]),
+            work={
+                lane: float(work) for lane, work in base.bound.work(chosen, sizes.at(at)).items()
+            },
             rank=(*rank[:2], base.plan.micro_batches, *rank[2:]),
+            nvme=int(sizes.nbytes[at]),
             spare_host=budgets.host - int(need[at]) + int(sizes.spared[at]),
             gradients=int(needs.gradients[chosen.resident]),
             gradient=int(needs.gradient[chosen.resident]),

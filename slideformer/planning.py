@@ -21,11 +21,11 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.model import Lora, ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
-from slideformer.graph.step import compile_step
 from slideformer.memory.gpu_io import direct_storage
 from slideformer.memory.limits import available_host_memory, free_nvme
-from slideformer.memory.planner import make_plan
-from slideformer.memory.request import PlanRequest, Prediction
+from slideformer.memory.planner import make_plan as make_plan
+from slideformer.memory.request import PlanRequest as PlanRequest
+from slideformer.memory.request import Prediction
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.head import head_workspace_bytes
 from slideformer.models.layer_memory import allocator_slack, workspace_bytes
@@ -35,20 +35,6 @@ from slideformer.profiles import announce, cached_machine
 from slideformer.runtime.nvme_files import stale_nbytes
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
-
-
-def plan_run(config: EngineConfig) -> tuple[ModelSpec, MemoryPlan]:
-    """The model's units and the plan that an engine of ``config`` would run by on this machine.
-
-    The model folder needs no more than its ``config.json``. Raises what `Engine` raises before it
-    allocates: `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`,
-    `UnsupportedModelError`.
-    """
-    hf_config = read_model_config(config.model)
-    device = device_for(config)
-    profile = profile_for(device, config.nvme)
-    plan = plan_for(hf_config, config, budgets_for(config, device), profile)
-    return spec_for(hf_config, config), plan
 
 
 def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
@@ -89,9 +75,23 @@ def plan_for(
 ) -> MemoryPlan:
     """The plan for a model under ``budgets`` on a machine of that ``profile``.
 
+    Raises what `plan_request` raises, and `BudgetError`.
+    """
+    return make_plan(plan_request(hf_config, config, budgets, profile, numerics))
+
+
+def plan_request(
+    hf_config: PretrainedConfig,
+    config: EngineConfig,
+    budgets: Budgets,
+    profile: MachineProfile,
+    numerics: Mapping[str, str | int] = MappingProxyType({}),
+) -> PlanRequest:
+    """What the planner is asked for.
+
     What ``numerics`` (`numerics_of`) of a run to be resumed hold of the plan's choices is kept.
     ``config.model`` is not opened, and the budgets and device of ``config`` are not looked at.
-    Raises `BudgetError`, `ConfigError` or `UnsupportedModelError`.
+    Raises `ConfigError` or `UnsupportedModelError`.
     """
     spec, decoder = spec_for(hf_config, config), decoder_config(hf_config)
     if config.seq_len > spec.max_positions:
@@ -119,24 +119,22 @@ def plan_for(
         stops = {span.task: span.stopped for span in timeline.instance(0).spans}
         return Prediction(timeline.step_seconds, stops)
 
-    return make_plan(
-        PlanRequest(
-            spec=spec,
-            rows=config.step_rows,
-            seq_len=config.seq_len,
-            compute=compute,
-            budgets=budgets,
-            profile=profile,
-            workspace=workspace,
-            predict=predict,
-            micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
-            vocab_chunks=_chosen(numerics, "vocab_chunks"),
-            head_tile=_chosen(numerics, "head_tile"),
-            window=config.window,
-            packed=config.packing,
-            moments=config.moments,
-            deferred=config.deferred,
-        )
+    return PlanRequest(
+        spec=spec,
+        rows=config.step_rows,
+        seq_len=config.seq_len,
+        compute=compute,
+        budgets=budgets,
+        profile=profile,
+        workspace=workspace,
+        predict=predict,
+        micro_rows=_chosen(numerics, "micro_rows") or config.micro_batch,
+        vocab_chunks=_chosen(numerics, "vocab_chunks"),
+        head_tile=_chosen(numerics, "head_tile"),
+        window=config.window,
+        packed=config.packing,
+        moments=config.moments,
+        deferred=config.deferred,
     )
 
 
@@ -198,8 +196,3 @@ def model_config(model: Path | None, shape: str | None) -> PretrainedConfig:
     if shape is not None and model is None:
         return shape_config(shape)
     raise ConfigError("give either --model, a checkpoint folder, or --shape, a named shape")
-
-
-def step_graph(hf_config: PretrainedConfig, plan: MemoryPlan) -> TaskGraph:
-    """The graph of a training step by ``plan``."""
-    return compile_step(model_spec(hf_config), plan)

@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
-from rich.console import Console
 from typer.core import TyperGroup
 
-from slideformer.config import CHANGEABLE, load_config, load_engine_config
+from slideformer.config import CHANGEABLE, load_config
 from slideformer.tools import view_cli as _view_cli  # noqa: F401  adds commands to `graph`
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.console import (
@@ -25,9 +24,10 @@ from slideformer.tools.console import (
 )
 from slideformer.tools.data_cli import data_app
 from slideformer.tools.graph_cli import graph_app
+from slideformer.tools.plan_cli import plan
 from slideformer.tools.profile_cli import profile
 from slideformer.tools.report_cli import report
-from slideformer.tools.setting_flags import FLAGS, PLANNED, settings_as_flags
+from slideformer.tools.setting_flags import FLAGS, settings_as_flags
 from slideformer.tools.simulate_cli import policies_app, simulate
 
 if TYPE_CHECKING:
@@ -149,26 +149,7 @@ def merge(
     print(f"saved {merge_adapters(adapter, output, model)}")
 
 
-@app.command()
-@settings_as_flags(PLANNED)
-def plan(
-    config: Path | None = typer.Option(
-        None, "--config", metavar="run.yaml", help="Settings of a run; flags override them."
-    ),
-    **settings: Any,
-) -> None:
-    """Print what would live where, and the predicted peaks, without allocating any of it.
-
-    Needs no GPU: give the budget of the one meant with --gpu-memory.
-    """
-    wanted = load_engine_config(config, settings)
-    from slideformer.planning import plan_run
-    from slideformer.tools.plan_report import print_plan
-
-    spec, planned = plan_run(wanted)
-    print_plan(Console(highlight=False), wanted, spec, planned)
-
-
+app.command()(plan)
 app.command()(profile)
 app.command()(report)
 app.command()(simulate)

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.machines import Machine
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
 from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
@@ -20,8 +21,18 @@ from slideformer.profiles import cached_machine
 from slideformer.simulation import simulate
 
 
-def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> None:
-    """Print the plan of ``spec`` under the budgets of ``config``."""
+def print_plan(
+    console: Console,
+    config: EngineConfig,
+    spec: ModelSpec,
+    plan: MemoryPlan,
+    budgets: Budgets | None = None,
+    machine: Machine | None = None,
+) -> None:
+    """Print the plan of ``spec``, made for ``config`` on this machine unless others are given."""
+    device = device_for(config)
+    known = machine or cached_machine(device.type)
+    profile = profile_for(device) if machine is None else machine.profile
     console.print(
         f"Plan: {spec.family}, {spec.param_count:,} parameters in {len(spec.layers)} layers"
         f"{_trained(spec)}; "
@@ -29,23 +40,24 @@ def print_plan(console: Console, config: EngineConfig, spec: ModelSpec, plan: Me
         soft_wrap=True,
     )
     console.print(_places(spec, plan))
-    console.print(_peaks(config, plan))
-    known = cached_machine(device_for(config).type)
+    console.print(_peaks(config, plan, budgets or budgets_for(config, device)))
     where = "a generic machine with a data-centre GPU, not for this one"
     console.print(
         f"Estimate for {where if known is None else known.title}: "
         f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s"
-        f"{_deferral(config, spec, plan)}",
+        f"{_deferral(config, spec, plan, profile)}",
         soft_wrap=True,
     )
 
 
-def _deferral(config: EngineConfig, spec: ModelSpec, plan: MemoryPlan) -> str:
+def _deferral(
+    config: EngineConfig, spec: ModelSpec, plan: MemoryPlan, profile: MachineProfile
+) -> str:
     """What waiting for the norm costs, by the same prediction."""
     if not plan.deferred:
         return ""
     graph = compile_step(spec, replace(plan, deferred=False))
-    seconds = simulate(graph, profile_for(device_for(config)), config.policy, 3).step_seconds
+    seconds = simulate(graph, profile, config.policy, 3).step_seconds
     return f"; without clipping and skipping, the same plan takes {_duration(seconds)}"
 
 
@@ -163,11 +175,10 @@ def _activations(spec: ModelSpec, plan: MemoryPlan) -> str:
     return ", ".join(part for part in parts if part)
 
 
-def _peaks(config: EngineConfig, plan: MemoryPlan) -> Table:
+def _peaks(config: EngineConfig, plan: MemoryPlan, budgets: Budgets) -> Table:
     table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
     host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
     pinned = plan.peaks.get(Tier.PINNED, 0)
-    budgets = budgets_for(config, device_for(config))
     free = {True: " (what is free)", False: ""}
     if budgets.gpu is None:
         table.add_row("gpu", format_size(plan.peaks[Tier.GPU]), "of the host's")

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from slideformer.config import EngineConfig
-from slideformer.config_problems import flag_name
+from slideformer.config import EngineConfig, load_engine_config
 from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import UNLIMITED, Budgets, MachineProfile, MemoryPlan
 from slideformer.profiles import announce, cached_machine
@@ -20,6 +19,7 @@ from slideformer.tools.setting_flags import PLANNED
 
 if TYPE_CHECKING:
     from slideformer.graph.graph import TaskGraph
+    from slideformer.planning import PlanRequest
 
 Model = Annotated[
     Path | None, typer.Option(help="Checkpoint folder; its config.json is enough.", metavar="DIR")
@@ -36,6 +36,15 @@ UNMEASURED = "h200"
 
 STEP = tuple(name for name in PLANNED if name != "model")
 """Settings that decide a step, beside its model."""
+
+
+@dataclass(frozen=True)
+class WantedStep:
+    """A step that is to be planned; without a ``machine``, for this one."""
+
+    config: EngineConfig
+    machine: Machine | None
+    request: PlanRequest
 
 
 @dataclass(frozen=True)
@@ -61,29 +70,49 @@ def chosen_machine(name: str | None) -> Machine:
 def plan_step(
     model: Path | None, shape: str | None, machine: str | None, **settings: Any
 ) -> PlannedStep:
-    """Plan and compile a step; ``settings`` are those of `EngineConfig`, None where not given.
+    """Plan and compile a step. Raises what `wanted_step` raises, and `BudgetError`."""
+    from slideformer.graph.step import compile_step
+    from slideformer.planning import make_plan
 
-    On a named machine the budgets default to its GPU's memory and to unlimited host memory. Raises
-    `ConfigError`, `BudgetError`, `CheckpointError` or `UnsupportedModelError`.
+    step = wanted_step(model, shape, machine, **settings)
+    request, plan = step.request, make_plan(step.request)
+    graph = compile_step(request.spec, plan)
+    return PlannedStep(step.config, step.machine, request.profile, request.budgets, plan, graph)
+
+
+def wanted_step(
+    model: Path | None,
+    shape: str | None,
+    machine: str | None,
+    file: Path | None = None,
+    **settings: Any,
+) -> WantedStep:
+    """The step that flags ask for; ``settings`` are those of `EngineConfig`, None where not given.
+
+    Flags override the settings of a run in ``file``, a shape its model. On a named machine the
+    budgets default to its GPU's memory and to unlimited host memory. A budget for a GPU where there
+    is none means one elsewhere, with a context beside the plan. Raises `ConfigError`,
+    `CheckpointError`, `DeviceError` or `UnsupportedModelError`.
     """
     known = load_machine(machine) if machine is not None else None
-    given = {name: value for name, value in settings.items() if value not in (None, [])}
-    config = EngineConfig.model_validate(
-        {"model": model or Path(shape or "."), "device": "auto", **given},
-        context={name: flag_name(name) for name in given},
-    )
+    named = model
+    if shape is not None or file is None:
+        named = model or Path(shape or ".")
+    config = load_engine_config(file, {"model": named, **settings})
     from slideformer.planning import (
         budgets_for,
         device_for,
         model_config,
-        plan_for,
+        plan_request,
         profile_for,
-        step_graph,
     )
 
-    hf_config, wanted, device = model_config(model, shape), config, device_for(config)
+    folder = config.model if shape is None and file is not None else model
+    hf_config, wanted, device = model_config(folder, shape), config, device_for(config)
     if known is None:
         profile = profile_for(device, config.nvme)
+        if device.type == "cpu" and config.gpu_memory is not None:
+            profile = MachineProfile()
     else:
         profile = known.profile
         room = {
@@ -92,5 +121,4 @@ def plan_step(
         }
         wanted = config.model_copy(update=room)
     budgets = budgets_for(wanted, device)
-    plan = plan_for(hf_config, config, budgets, profile)
-    return PlannedStep(config, known, profile, budgets, plan, step_graph(hf_config, plan))
+    return WantedStep(config, known, plan_request(hf_config, config, budgets, profile))

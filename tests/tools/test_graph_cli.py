@@ -15,7 +15,8 @@ from slideformer.graph.errors import BudgetError, ConfigError, GraphError, Slide
 from slideformer.graph.plan import Budgets, MachineProfile
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_step
-from slideformer.planning import plan_for, step_graph
+from slideformer.models.units import model_spec
+from slideformer.planning import plan_for
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.simulate_cli import INSTANCES, policies_app
 from tests.models.tiny import tiny_config
@@ -65,7 +66,7 @@ def test_dump_writes_the_graph_that_an_engine_would_run(model: Path, tmp_path: P
     )
     hf_config = AutoConfig.from_pretrained(model)
     plan = plan_for(hf_config, config, Budgets(3 << 30, 3 << 30), MachineProfile())
-    assert from_json(path.read_text()) == step_graph(hf_config, plan)
+    assert from_json(path.read_text()) == compile_step(model_spec(hf_config), plan)
     assert [p.name for p in tmp_path.iterdir()] == ["step.json"]
 
 

@@ -1,0 +1,63 @@
+"""What a plan could not show by itself: what holds it back, and what other budgets would give."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from slideformer.graph.plan import Budgets
+from slideformer.graph.tasks import Lane
+from slideformer.memory.request import PlanRequest
+from slideformer.memory.solver import Lattice
+from slideformer.memory.solver import Solution as Solution
+
+MORE = 1 << 30
+"""Bytes by which each budget is raised to see what that would give."""
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """``bound``: seconds of a step that no order goes below, by which plans are compared.
+
+    ``work`` are the seconds of each lane, the busiest of which binds the step. ``gains`` are, for
+    each budget that there is, the shares of the bound that one GiB more would save; less than the
+    `GRID` of the solver counts as nothing.
+    """
+
+    bound: float
+    work: Mapping[Lane, float]
+    gains: Mapping[str, float]
+
+    @property
+    def binding(self) -> Lane:
+        """The busiest lane."""
+        return max(self.work, key=lambda lane: self.work[lane])
+
+
+def outlook(request: PlanRequest) -> Outlook:
+    """The outlook for a request that has a plan."""
+    lattice, budgets = Lattice(request), request.budgets
+    found = lattice.solve(budgets)
+    assert found is not None
+    gains: dict[str, float] = {}
+    for name, more in _raised(budgets):
+        better = lattice.solve(more)
+        assert better is not None, "a plan fits larger budgets as well"
+        saved = 1 - better.seconds / found.seconds
+        gains[name] = saved if better.rank[0] < found.rank[0] else 0.0
+    return Outlook(found.seconds, found.work, gains)
+
+
+def _raised(budgets: Budgets) -> Iterator[tuple[str, Budgets]]:
+    if budgets.gpu is not None:
+        yield "GPU memory", replace(budgets, gpu=budgets.gpu + MORE)
+    yield "host memory", replace(budgets, host=budgets.host + MORE)
+    if budgets.nvme:
+        writes = None if budgets.nvme_writes is None else budgets.nvme_writes + MORE
+        yield "NVMe", replace(budgets, nvme=budgets.nvme + MORE, nvme_writes=writes)
+
+
+def solve_each(request: PlanRequest, budgets: Sequence[Budgets]) -> list[Solution | None]:
+    """What is chosen under each of several budgets; None where nothing fits."""
+    lattice = Lattice(request)
+    return [lattice.solve(each) for each in budgets]

@@ -1,0 +1,48 @@
+"""The outlook of a plan: larger budgets never cost time, and gains are those of solving again."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from slideformer.graph.plan import Budgets
+from slideformer.memory.request import PlanRequest
+from slideformer.memory.solver import Lattice
+from slideformer.outlook import MORE, outlook, solve_each
+from tests.support.requests import AMPLE, UNBOUNDED, request_for, requests
+from tests.support.specs import small_spec
+
+
+def test_gains_are_those_of_a_larger_budget() -> None:
+    spec = small_spec(
+        layers=8, hidden=4096, intermediate=8192, heads=32, kv_heads=8, head_dim=128, vocab=9999
+    )
+    request = request_for(spec=spec, seq_len=2048, rows=8)
+    lattice = Lattice(request)
+    gpu = lattice.least_gpu(AMPLE)
+    assert gpu is not None
+    budgets = Budgets(gpu, UNBOUNDED)
+    found = outlook(replace(request, budgets=budgets))
+    before, after = solve_each(request, [budgets, Budgets(gpu + MORE, UNBOUNDED)])
+    assert before is not None
+    assert after is not None
+    assert found.bound == before.seconds
+    assert found.gains == {
+        "GPU memory": 1 - after.seconds / before.seconds,
+        "host memory": 0.0,
+    }
+    assert found.gains["GPU memory"] > 0.005
+    assert found.work[found.binding] == max(found.work.values()) <= found.bound
+
+
+@settings(max_examples=10)
+@given(requests(), st.sampled_from([0, UNBOUNDED - MORE]))
+def test_no_gain_is_negative(request: PlanRequest, nvme: int) -> None:
+    gpu, host = Lattice(request).least_gpu(AMPLE), Lattice(request).least_host(AMPLE)
+    assert gpu is not None
+    assert host is not None
+    found = outlook(replace(request, budgets=Budgets(2 * gpu, 2 * host, nvme)))
+    assert all(0 <= gain < 1 for gain in found.gains.values())
+    assert ("NVMe" in found.gains) == bool(nvme)

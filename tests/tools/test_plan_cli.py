@@ -1,0 +1,64 @@
+"""``slideformer plan``: the outlook it prints, and sweeps of budgets."""
+
+from __future__ import annotations
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from slideformer.tools.cli import app
+
+FLAGS = ["--shape", "llama3-1b", "--machine", "h100", "--batch-size", "4", "--seq-len", "256"]
+
+
+def call(*args: object, code: int = 0) -> str:
+    """What the command prints, errors included."""
+    result = CliRunner().invoke(app, ["plan", *FLAGS, *map(str, args)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_a_plan_says_what_binds_and_what_more_memory_gives() -> None:
+    out = call("--gpu-memory", "4GiB", "--cpu-memory", "40GiB")
+    assert re.search(r"gpu +[\d.]+ GiB +4\.00 GiB", out)
+    assert re.search(r"Bound by \w+; work a step: ", out)
+    assert re.search(r"simulated, this one is [+-][\d.]+% off", out)
+    gains = r"One GiB more of GPU memory (saves [\d.]+%|nothing), of host memory nothing of a step"
+    assert re.search(gains, out)
+
+
+def test_ample_memory_gains_nothing_from_more() -> None:
+    out = call("--gpu-memory", "70GiB", "--cpu-memory", "90GiB")
+    assert "One GiB more of GPU memory nothing, of host memory nothing of a step" in out
+
+
+def test_a_sweep_prints_a_table_and_draws_it(tmp_path: Path) -> None:
+    plot = tmp_path / "sweep.png"
+    out = call("--cpu-memory", "40GiB", "--sweep", "gpu-memory=0.5GiB..24.5GiB", "--plot", plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    rows = [line.split() for line in out.splitlines() if " GiB " in line or " MiB " in line]
+    assert len(rows) == 13
+    assert "no plan fits" in out, "half a GiB is too little"
+    speeds = [int(row[2].replace(",", "")) for row in rows if row[2] != "no"]
+    assert len(speeds) > 8
+    assert all(one <= 1.005 * two for one, two in pairwise(speeds))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--sweep", "memory=1GiB..2GiB"], "give gpu-memory, cpu-memory, nvme-memory with two"),
+        (["--sweep", "gpu-memory=1GiB"], "as gpu-memory=8GiB..80GiB"),
+        (["--sweep", "gpu-memory=2GiB..1GiB"], "the first size must be the smaller one"),
+        (["--sweep", "gpu-memory=1..many"], "many"),
+        (["--sweep", "gpu-memory=1MiB..2MiB"], "sweep larger ones"),
+        (["--plot", "x.png"], "give --sweep as well"),
+    ],
+)
+def test_wrong_sweeps_are_refused(flags: list[str], message: str) -> None:
+    out = call("--cpu-memory", "40GiB", *flags, code=1)
+    assert "error: " in out
+    assert message in out
