@@ -19,9 +19,11 @@ lint: $(VENV)/.installed-dev
 typecheck: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
-# GPU tests run where there is a CUDA device and are skipped elsewhere.
+# GPU tests run where there is a CUDA device and are skipped elsewhere, one at a time as they share it.
+# The others run on two processes of one thread each: tiny operations gain nothing from more threads.
 unit: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m "not browser"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not browser and not gpu"
+	$(BIN)/python -m pytest -q -m gpu
 
 test-browser: $(VENV)/.installed-dev
 	@{ command -v chromium || command -v google-chrome; } >/dev/null && command -v chromedriver >/dev/null || \
