@@ -210,7 +210,7 @@ class _LayerWriter:
         memory.copy(f"h2d.x.{first}.m{m}.fwd", TaskKind.H2D, host, x)
 
     def backward(self, updates: UpdateWriter) -> None:
-        """Recompute and differentiate each layer, last first; update each as its gradient lands."""
+        """Differentiate each layer, last first; update each as its gradient lands."""
         memory = self.memory
         updates.early_rows()
         for position in reversed(self._backward):

@@ -10,7 +10,7 @@ Slots (the same names and sizes in every graph of a run, so that graphs can foll
     g.k                   GPU      finished gradient chunks on their way down
     kept.k                GPU      what a layer keeps from forward to backward
     x.k                   GPU      boundaries: a layer's input, or its gradient, of one micro-batch
-    hi.U, state.U         pinned, cpu   master's upper halves; lower halves with both moments
+    hi.U, state.U         pinned, cpu   master's upper halves; lower halves with the moments
                           (both on the GPU for a resident unit; less what is on NVMe)
     gh.k, parked.c        pinned   gradient chunks waiting for their update
     parked.U              GPU      the same of a resident unit
@@ -248,8 +248,7 @@ class StepMemory:
                 names.append(self.buffer(mask, square, Tier.GPU, Role.CONSTANT, carried=True))
         return names
 
-    # -- inputs and the loss
-    # --------------------------------------------------------------------------------
+    # -- inputs and the loss ---------------------------------------------------------------------
 
     @property
     def documents_nbytes(self) -> int:

@@ -6,7 +6,7 @@ on the GPU.
 
 The embedding's gradient has two sides. From the look-up, only the rows of this step's tokens have
 one, known when the first layer's backward is done; from a tied output matrix, all rows have one,
-known early and parked. AdamW works element by element, so rows without tokens (``idle``) are
+known early and parked. Optimizers work element by element, so rows without tokens (``idle``) are
 updated early and only the used ones wait for the end.
 
 Deferred, every gradient stays parked until all are known: ``clip`` takes their norm and decides how
@@ -21,11 +21,17 @@ from functools import partial
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import UnitSpec
+from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.tasks import Cost, TaskKind
 
 CLIP = "clip.norm"
 """Task that all deferred updates come after."""
+
+
+def update_nbytes(plan: MemoryPlan) -> int:
+    """Bytes that an update reads and writes per element: gradient, both halves, moments."""
+    return 2 + 2 * (4 + 4 * plan.moments)
 
 
 class UpdateWriter:
@@ -126,7 +132,7 @@ class UpdateWriter:
             reads=[*gradients, *owned],
             writes=[*owned, *self._result(name, on_gpu=True)],
             after=self._decided,
-            cost=Cost(nbytes=26 * (end - begin)),
+            cost=Cost(nbytes=update_nbytes(self.plan) * (end - begin)),
             unit=unit,
             begin=begin,
             end=end,
@@ -189,6 +195,7 @@ class UpdateWriter:
         resident = memory.resident("embed")
         where = "_on_gpu" if resident else ""
         index = ["index"] if resident else []
+        moved = Cost(nbytes=update_nbytes(self.plan) * params)
 
         def update() -> None:
             memory.task(
@@ -198,7 +205,7 @@ class UpdateWriter:
                 reads=[*gradients, *owned, *index],
                 writes=[*owned, *self._result(name, on_gpu=resident)],
                 after=self._decided,
-                cost=Cost(nbytes=26 * params) if resident else Cost(params=params),
+                cost=moved if resident else Cost(params=params),
                 begin=begin,
                 end=end,
             )

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
+from slideformer.graph.step_update import update_nbytes
 from slideformer.graph.tasks import Lane
 from slideformer.memory.lattice import Counts
 from slideformer.memory.layout import Ints
@@ -110,7 +111,7 @@ class Bound:
     def _compute(self, point: Counts) -> Seconds:
         """Seconds of work of the compute lane."""
         resident = self._resident_trained[point.resident]
-        moved = 26 * resident + 6 * (self._trained - resident)
+        moved = update_nbytes(self._base) * resident + 6 * (self._trained - resident)
         arithmetic = self._arithmetic - self._spared[point.kept + point.spilled]
         work = np.maximum(arithmetic, self._layers * LAUNCH_SECONDS)
         seconds: Seconds = self._micro * work + moved / self._profile.gpu_copy

@@ -154,11 +154,3 @@ def plan_at(spec: ModelSpec, base: MemoryPlan, point: Counts, stored: Stored) ->
         nvme_boundaries=int(stored.boundaries),
         nvme_hi=int(stored.hi),
     )
-
-
-def point_of(spec: ModelSpec, plan: MemoryPlan) -> Counts:
-    """The point of a plan on its base; its resident units must be first ones."""
-    resident = sum(unit.name in plan.resident for unit in (spec.embed, *spec.layers))
-    steps = plan.nvme_moments + plan.nvme_lo + plan.nvme_boundaries + plan.nvme_hi
-    numbers = (resident, plan.kept, plan.spilled, plan.offloaded, steps)
-    return Counts(*(np.array(number, np.int64) for number in numbers))

@@ -255,7 +255,7 @@ class StreamOps:
         return without_grad(run)
 
     def backward(self, task: Task, views: Views) -> Operation:
-        """One layer recomputed and differentiated on one micro-batch."""
+        """One layer backward on one micro-batch; what it did not keep is computed again."""
         memory = self._memory
         unit, weights, layout = self._layer(task, views)
         cfg, accumulate = memory.decoder, int(task.args["micro"]) > 0

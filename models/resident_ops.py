@@ -71,7 +71,7 @@ class ResidentOps:
         return without_grad(run)
 
     def update(self, task: Task, views: Views) -> Operation:
-        """AdamW on a unit; a gradient that is not finite leaves it as it is."""
+        """Update a unit; a gradient that is not finite leaves it as it is."""
         memory = self._memory
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = memory.states[name].part(begin, end)
@@ -116,11 +116,11 @@ class ResidentOps:
             adamw_update(*tensors, segments, optimizer, self._threads)
 
     def update_idle_rows(self, task: Task, views: Views) -> Operation:
-        """AdamW on the embedding's rows that the step does not use."""
+        """Update the embedding's rows that the step does not use."""
         return self._update_rows(task, views, self._idle(views))
 
     def update_used_rows(self, task: Task, views: Views) -> Operation:
-        """AdamW on the rows that the step uses, whose gradients are sums over their positions."""
+        """Update the rows that the step uses, whose gradients are sums over their positions."""
         return self._update_rows(task, views, self._used(task, views))
 
     def square_idle_rows(self, task: Task, views: Views) -> Operation:

@@ -79,7 +79,7 @@ class UpdateOps:
         return without_grad(run)
 
     def update(self, task: Task, views: Views) -> Operation:
-        """AdamW on one chunk of a unit."""
+        """Update one chunk of a unit."""
         name, begin, end = str(task.args["unit"]), int(task.args["begin"]), int(task.args["end"])
         state = self._memory.chunk_state(task, views)
         runs = rate_runs(self._memory.spec.unit(name), begin, end)
@@ -106,11 +106,11 @@ class UpdateOps:
         return run
 
     def update_idle_rows(self, task: Task, views: Views) -> Operation:
-        """AdamW on the embedding's rows in a chunk that the step does not use."""
+        """Update the embedding's rows in a chunk that the step does not use."""
         return self._update_rows(task, views, self._idle(task, views))
 
     def update_used_rows(self, task: Task, views: Views) -> Operation:
-        """AdamW on the rows that the step uses, whose gradients are sums over their positions."""
+        """Update the rows that the step uses, whose gradients are sums over their positions."""
         return self._update_rows(task, views, self._used(task, views))
 
     def square_idle_rows(self, task: Task, views: Views) -> Operation:

@@ -403,3 +403,11 @@ def test_fp32_brings_both_halves_up_and_joins_them() -> None:
     join = graph.tasks[graph.index["join.L00.fwd.c0"]]
     assert join.reads == up.writes
     assert graph.buffers[join.writes[0]].nbytes == graph.buffers[up.writes[0]].nbytes
+
+
+@pytest.mark.parametrize(("moments", "nbytes"), [(2, 26), (1, 18)])
+def test_an_update_on_the_gpu_moves_gradient_master_and_moments(moments: int, nbytes: int) -> None:
+    graph = compile_step(small_spec(), small_plan(moments=moments, resident=frozenset({"L01"})))
+    [update] = [task for task in graph.tasks if task.op == "update_on_gpu"]
+    numel = int(update.args["end"]) - int(update.args["begin"])
+    assert update.cost.nbytes == nbytes * numel

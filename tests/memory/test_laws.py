@@ -24,11 +24,12 @@ from hypothesis import strategies as st
 from slideformer.graph.buffers import HOST_TIERS, Tier
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
+from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
 from slideformer.graph.step import footprint
 from slideformer.memory import lattice as lattice_module
 from slideformer.memory.bound import Bound, Seconds
-from slideformer.memory.lattice import bases, point_of
+from slideformer.memory.lattice import Counts, bases
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.ledger import replay
 from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes
@@ -295,6 +296,14 @@ def test_law_small_instances_equal_brute_force(
         nvme = [t.nvme for t in tried if t.fits(free)]
         assert every.least_nvme(budgets) == min(nvme, default=None)
     assert 5 < feasible < 40, "budgets must be neither all ample nor all too small"
+
+
+def point_of(spec: ModelSpec, plan: MemoryPlan) -> Counts:
+    """The point of a plan on its base; its resident units must be first ones."""
+    resident = sum(unit.name in plan.resident for unit in (spec.embed, *spec.layers))
+    steps = plan.nvme_moments + plan.nvme_lo + plan.nvme_boundaries + plan.nvme_hi
+    numbers = (resident, plan.kept, plan.spilled, plan.offloaded, steps)
+    return Counts(*(np.array(number, np.int64) for number in numbers))
 
 
 def _telling_budgets(tried: list[Tried]) -> Iterator[Budgets]:
