@@ -15,18 +15,21 @@ from slideformer.memory import limits
 from slideformer.memory.limits import available_host_memory, free_nvme
 
 
-def groups(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, *values: tuple[str | None, str | None]
-) -> None:
-    """Control group files with these limits and usages; None leaves a file out."""
-    files = []
-    for number, pair in enumerate(values):
-        paths = [folder / f"{number}.{name}" for name in ("limit", "usage")]
-        for path, value in zip(paths, pair, strict=True):
-            if value is not None:
-                path.write_text(value)
-        files.append((str(paths[0]), str(paths[1])))
-    monkeypatch.setattr(limits, "_CGROUP_FILES", tuple(files))
+def group(folder: Path, limit: str | None, usage: str | None, *, v1: bool = False) -> None:
+    """A control group with this limit and usage; None leaves a file out."""
+    names = ("limit_in_bytes", "usage_in_bytes") if v1 else ("max", "current")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, value in zip(names, (limit, usage), strict=True):
+        if value is not None:
+            (folder / f"memory.{name}").write_text(value)
+
+
+@pytest.fixture(autouse=True)
+def mount(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where groups are mounted; there are none yet, and the process is in none."""
+    monkeypatch.setattr(limits, "_MOUNT", tmp_path / "cgroup")
+    monkeypatch.setattr(limits, "_MEMBERSHIP", tmp_path / "membership")
+    return tmp_path / "cgroup"
 
 
 @pytest.fixture(autouse=True)
@@ -38,27 +41,48 @@ def available(monkeypatch: pytest.MonkeyPatch) -> int:
     return room
 
 
+@pytest.mark.parametrize("v1", [False, True])
 @pytest.mark.parametrize(
-    ("files", "room"),
+    ("limit", "usage", "room"),
     [
-        ([], 1_000_000),
-        ([(None, None)], 1_000_000),
-        ([("max\n", "5\n")], 1_000_000),
-        ([("500000\n", "100000\n")], 400_000),
-        ([("9000000\n", "100000\n")], 1_000_000),
-        ([("500000\n", "100000\n"), ("300000\n", "0\n")], 300_000),
-        ([("500000\n", "600000\n")], 0),
-        ([("500000\n", None)], 1_000_000),
+        (None, None, 1_000_000),
+        ("max\n", "5\n", 1_000_000),
+        ("500000\n", "100000\n", 400_000),
+        ("9000000\n", "100000\n", 1_000_000),
+        ("500000\n", "600000\n", 0),
+        ("500000\n", None, 1_000_000),
     ],
 )
-def test_the_tightest_limit_counts(
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    files: list[tuple[str | None, str | None]],
-    room: int,
+def test_the_limit_of_a_container_counts(
+    mount: Path, v1: bool, limit: str | None, usage: str | None, room: int
 ) -> None:
-    groups(monkeypatch, tmp_path, *files)
+    group(mount / "memory" if v1 else mount, limit, usage, v1=v1)
     assert available_host_memory() == int(room * 0.95)
+
+
+def test_the_tightest_of_all_groups_around_counts(mount: Path) -> None:
+    limits._MEMBERSHIP.write_text("0::/jobs/job.7/step\n")
+    group(mount, None, None)
+    group(mount / "jobs", "800000", "0")
+    group(mount / "jobs" / "job.7", "300000", "100000")
+    group(mount / "jobs" / "job.7" / "step", "max", "100000")
+    group(mount / "jobs" / "job.8", "10", "0")
+    assert available_host_memory() == 190_000
+
+
+def test_of_version_1_the_memory_group_counts(mount: Path) -> None:
+    limits._MEMBERSHIP.write_text("4:cpu,cpuacct:/tight\n3:memory:/job\n0::/\n")
+    group(mount / "memory" / "job", "400000", "0", v1=True)
+    group(mount / "memory" / "tight", "10", "0", v1=True)
+    assert available_host_memory() == 380_000
+
+
+@pytest.mark.parametrize(("v1", "name"), [(False, "inactive_file"), (True, "total_inactive_file")])
+def test_cached_files_give_way(mount: Path, v1: bool, name: str) -> None:
+    folder = mount / "memory" if v1 else mount
+    group(folder, "500000", "450000", v1=v1)
+    (folder / "memory.stat").write_text(f"anon 50000\n{name} 350000\nactive_file 7\n")
+    assert available_host_memory() == 380_000
 
 
 def test_folders_on_one_disk_share_its_room_and_what_killed_runs_left_counts(
