@@ -1,4 +1,4 @@
-"""What the README shows runs: its Python as it stands, its commands up to the training itself."""
+"""What README and docs/training.md show runs: Python as it stands, commands up to the training."""
 
 from __future__ import annotations
 
@@ -16,11 +16,15 @@ from slideformer.tools.cli import app
 from slideformer.trainer import Trainer
 from tests.support.checkpoints import write_checkpoint, write_lines
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+TRAINING = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
 PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 COMMANDS = [
     shlex.split(command.replace("\\\n", " "), comments=True)
-    for command in re.findall(r"^    \.venv/bin/slideformer ((?:.*\\\n)*.*)$", README, re.MULTILINE)
+    for command in re.findall(
+        r"^    \.venv/bin/slideformer ((?:.*\\\n)*.*)$", README + TRAINING, re.MULTILINE
+    )
 ]
 
 
@@ -70,10 +74,9 @@ def test_the_examples_were_found() -> None:
 
 
 def test_links_lead_somewhere() -> None:
-    root = Path(__file__).parent.parent
     targets = re.findall(r"\]\(([^)#]+)", README)
     paths = re.findall(r"`((?:graph|memory|runtime|models|kernels|slideformer)/[\w/.]*)`", README)
-    missing = [path for path in {*targets, *paths} if not (root / path).exists()]
+    missing = [path for path in {*targets, *paths} if not (ROOT / path).exists()]
     assert len(paths) > 8
     assert missing == []
 
