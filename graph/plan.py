@@ -180,6 +180,9 @@ class MemoryPlan:
     ``deferred`` plans update no unit before all gradients of the step are known, and keep these
     parked until then, each in a place of its own.
 
+    With a ``snapshot`` the host has room for all state once more, from which checkpoints are
+    written.
+
     ``peaks`` are predicted peak bytes per tier, overheads included.
     """
 
@@ -206,6 +209,7 @@ class MemoryPlan:
     nvme_hi: int = 0
     nvme_slots: int = 4
     nvme_direct: bool = False
+    snapshot: bool = False
     boundary_slots: int | None = None
     gradient_slots: int = 0
     gradient_slot: tuple[int, ...] = ()

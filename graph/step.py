@@ -65,10 +65,12 @@ def compile_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
 def footprint(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[Tier, int]]:
     """Tier and bytes of every place that these graphs use, without building them.
 
-    A checkpoint has no places of its own.
+    Without a snapshot, a checkpoint has no places of its own.
     """
     found: dict[str, tuple[Tier, int]] = {}
-    for write in (_write_step, _write_evaluation, write_save):
+    writers = [_write_step, _write_evaluation, write_save]
+    writers += [write_checkpoint] if plan.snapshot else []
+    for write in writers:
         for name, (tier, nbytes) in write(spec, plan).places().items():
             found[name] = (tier, max(nbytes, found.get(name, (tier, 0))[1]))
     return found

@@ -4,6 +4,8 @@ Both read carried buffers only, so the next step's update of a unit, or of a chu
 waits for them. A checkpoint goes through the units as backward does, which is the order in which
 they were updated last and will be updated next. State that is not in host memory passes through the
 places that a save has anyway: `saved` for units on the GPU, the staging slots for what is on NVMe.
+With room for a ``snapshot`` all state is copied there first, so that updates wait for host memory
+and not for the disk.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from slideformer.graph.buffers import Role, Tier
+from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_memory import StepMemory
@@ -65,19 +68,41 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue
-        nbytes = parts_nbytes(state_parts(unit, plan.compute, plan.moments))
+        parts = state_parts(unit, plan.compute, plan.moments)
         for chunk in memory.chunks[unit.name]:
+            owned = [*memory.owned(chunk), *memory.stored.read(chunk)]
+            if plan.snapshot:
+                owned = [_snapshot(memory, chunk, owned, parts)]
             memory.task(
                 f"save.{unit.name}.{chunk.label}",
                 TaskKind.SAVE,
-                op="save_state",
-                reads=[*memory.owned(chunk), *memory.stored.read(chunk)],
-                cost=Cost(nbytes=nbytes * chunk.numel),
+                op="save_staged" if plan.snapshot else "save_state",
+                reads=owned,
+                cost=Cost(nbytes=parts_nbytes(parts) * chunk.numel),
                 unit=unit.name,
                 begin=chunk.begin,
                 end=chunk.end,
+                parts=",".join(parts),
             )
     return memory
+
+
+def _snapshot(memory: StepMemory, chunk: Chunk, owned: Sequence[str], parts: Sequence[str]) -> str:
+    name, nbytes = f"snapshot.{chunk.unit}.{chunk.label}", parts_nbytes(parts) * chunk.numel
+    copy = memory.buffer(name, nbytes, Tier.CPU, Role.OPTIMIZER)
+    memory.task(
+        name,
+        TaskKind.CPU,
+        op="snapshot_state",
+        reads=owned,
+        writes=[copy],
+        cost=Cost(nbytes=2 * nbytes),
+        unit=chunk.unit,
+        begin=chunk.begin,
+        end=chunk.end,
+        parts=",".join(parts),
+    )
+    return copy
 
 
 def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
@@ -93,6 +118,7 @@ def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
             reads=[_bring_down(memory, unit, trip, parts)],
             cost=Cost(nbytes=parts_nbytes(parts) * unit.numel),
             unit=unit.name,
+            begin=0,
             parts=",".join(parts),
         )
 
@@ -100,8 +126,13 @@ def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
 def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[str]) -> str:
     nbytes = parts_nbytes(parts) * unit.numel
     assert nbytes <= 4 * unit.numel
+    snapshot = memory.plan.snapshot and trip != "save"
     staged = memory.buffer(
-        f"saved.{unit.name}.{trip}", nbytes, Tier.PINNED, Role.WEIGHT, slot="saved"
+        f"{'snapshot' if snapshot else 'saved'}.{unit.name}.{trip}",
+        nbytes,
+        Tier.PINNED,
+        Role.WEIGHT,
+        slot="" if snapshot else "saved",
     )
     memory.task(
         f"d2h.{unit.name}.{trip}",

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
@@ -22,7 +23,7 @@ from slideformer.graph.step import (
     park_gradients,
 )
 from slideformer.memory.lattice import WINDOWS
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS, peaks
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes, peaks
 from slideformer.memory.nvme_needs import nvme_room
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.solver import Lattice, Solution
@@ -43,7 +44,8 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
         graph = compile_step(request.spec, found.plan)
         plan = _assign_gradients(request, found, graph)
         step = request.predict(park_gradients(graph, plan.gradient_slot), STEPS)
-        return replace(plan, peaks=peaks(request, plan), step_seconds=step.seconds)
+        plan = replace(plan, peaks=peaks(request, plan), step_seconds=step.seconds)
+        return _with_snapshot(request, plan) if request.checkpoints else plan
 
 
 @contextmanager
@@ -62,6 +64,16 @@ def plan_graphs(spec: ModelSpec, plan: MemoryPlan) -> list[TaskGraph]:
     """The graphs of a run: train, evaluate, save, checkpoint."""
     compilers = (compile_step, compile_evaluation, compile_save, compile_checkpoint)
     return [compile_graph(spec, plan) for compile_graph in compilers]
+
+
+def _with_snapshot(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
+    """``plan`` with room for a snapshot, if the host budget has that left."""
+    larger = replace(plan, snapshot=True)
+    larger = replace(larger, peaks=peaks(request, larger))
+    used = host_bytes(larger.peaks)
+    if request.budgets.gpu is None:  # one budget for both tiers
+        used += larger.peaks[Tier.GPU]
+    return larger if used <= request.budgets.host else plan
 
 
 def _assign_gradients(request: PlanRequest, found: Solution, graph: TaskGraph) -> MemoryPlan:

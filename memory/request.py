@@ -29,6 +29,7 @@ class PlanRequest:
     chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, under
     the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and ``window``
     fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of the plan.
+    ``checkpoints``: there will be some regularly, so what is left of the host may hold a snapshot.
     """
 
     spec: ModelSpec
@@ -46,3 +47,4 @@ class PlanRequest:
     packed: bool = False
     moments: int = 2
     deferred: bool = False
+    checkpoints: bool = False

@@ -14,7 +14,7 @@ from slideformer.graph.step_save import STATE_PARTS, parts_nbytes
 from slideformer.graph.tasks import Task
 from slideformer.models.bindings import Binding, ModelMemory, Operation, Views
 from slideformer.models.context import CheckpointContext, SaveContext
-from slideformer.models.state import STATE_DTYPES
+from slideformer.models.state import STATE_DTYPES, UnitState
 
 
 class SaveOps:
@@ -27,6 +27,7 @@ class SaveOps:
         """Op name → binding."""
         return {
             "download_state": self.download_state,
+            "snapshot_state": self.snapshot_state,
             "save": self.save,
             "save_state": self.save_state,
             "save_staged": self.save_staged,
@@ -35,15 +36,11 @@ class SaveOps:
     def download_state(self, task: Task, views: Views) -> Operation:
         """Bring parts of a resident unit's state down, one behind another."""
         state = self._memory.states[str(task.args["unit"])]
-        pairs = [
-            (target, getattr(state, part)) for part, target in _parts(task, views[task.writes[0]])
-        ]
+        return _copy(task, state, views)
 
-        def run(_: object) -> None:
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-
-        return run
+    def snapshot_state(self, task: Task, views: Views) -> Operation:
+        """Copy all of a chunk's state in host memory, one part behind another."""
+        return _copy(task, self._memory.chunk_state(task, views), views)
 
     def save(self, task: Task, views: Views) -> Operation:
         """Hand a unit to the writer of a Hugging Face folder."""
@@ -67,8 +64,19 @@ class SaveOps:
         return _write(task, int(task.args["begin"]), parts)
 
     def save_staged(self, task: Task, views: Views) -> Operation:
-        """Write what `download_state` brought down into a checkpoint."""
-        return _write(task, 0, dict(_parts(task, views[task.reads[0]])))
+        """Write what `download_state` or `snapshot_state` put in place into a checkpoint."""
+        parts = dict(_parts(task, views[task.reads[0]]))
+        return _write(task, int(task.args["begin"]), parts)
+
+
+def _copy(task: Task, state: UnitState, views: Views) -> Operation:
+    pairs = [(target, getattr(state, part)) for part, target in _parts(task, views[task.writes[0]])]
+
+    def run(_: object) -> None:
+        for target, source in pairs:
+            target.copy_(source, non_blocking=True)
+
+    return run
 
 
 def _write(task: Task, begin: int, parts: dict[str, Tensor]) -> Operation:

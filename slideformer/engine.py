@@ -65,6 +65,8 @@ logger = logging.getLogger(__name__)
 MAX_OPEN_STEPS = 2
 """Steps submitted and not finished: one runs, one is ready to follow without a gap."""
 
+_CHECKPOINT = 3  # which of the graphs writes one
+
 
 class Engine:
     """Fine-tunes one model; use as a context manager, or `close` it.
@@ -111,6 +113,7 @@ class Engine:
         self._steps = checkpoint.info.step if checkpoint else 0
         self._skipped = checkpoint.info.skipped if checkpoint else 0
         self._open: deque[Future[None]] = deque()
+        self._saving: deque[Future[None]] = deque()  # checkpoints, which steps need not wait for
         self._failed: BaseException | None = None
         self._closed = False
         self._graphs = plan_graphs(self.spec, self.plan)
@@ -227,27 +230,29 @@ class Engine:
         return StepHandle(number, batch.target_tokens, batch.real_tokens, results, done)
 
     def _submit(self, graph: int, context: Any) -> Future[None]:
-        while self._open and (len(self._open) >= MAX_OPEN_STEPS or self._open[0].done()):
-            self._wait_oldest()
+        queue = self._saving if graph == _CHECKPOINT else self._open
+        while queue and (len(queue) >= MAX_OPEN_STEPS or queue[0].done()):
+            self._wait_oldest(queue)
         if self._failed is not None:
             raise self._failed
         if self._closed:
             raise SlideFormerError("the engine is closed; make a new one to go on")
         done = self._scheduler.submit(self._graphs[graph], self._operations[graph], context)
-        self._open.append(done)
+        queue.append(done)
         return done
 
-    def _wait_oldest(self) -> None:
+    def _wait_oldest(self, queue: deque[Future[None]]) -> None:
         try:
-            self._open[0].result()
+            queue[0].result()
         except SlideFormerError as error:
             self._failed = self._failed or error
-        self._open.popleft()  # not if Ctrl-C ended the wait
+        queue.popleft()  # not if Ctrl-C ended the wait
 
     def synchronize(self) -> None:
         """Wait until everything submitted is done; raises what failed."""
-        while self._open:
-            self._wait_oldest()
+        for queue in (self._open, self._saving):
+            while queue:
+                self._wait_oldest(queue)
         if self._failed is not None:
             raise self._failed
 
@@ -279,15 +284,10 @@ class Engine:
         what failed an earlier step.
         """
         info = CheckpointInfo.of(self._steps, self.spec, self.plan, self.numerics, self._stored)
-        pending = PendingCheckpoint(
-            Path(output),
-            self.spec,
-            info,
-            self.config.model,
-            partial(self._clip.skipped, info.step),
-        )
+        skipped = partial(self._clip.skipped, info.step)
+        pending = PendingCheckpoint(Path(output), self.spec, info, self.config.model, skipped)
         try:
-            pending.started(self._submit(3, pending.context))
+            pending.started(self._submit(_CHECKPOINT, pending.context))
         except BaseException:
             pending.abort()
             raise

@@ -14,7 +14,7 @@ from types import MappingProxyType
 import torch
 from transformers import PretrainedConfig
 
-from slideformer.config import EngineConfig
+from slideformer.config import Config, EngineConfig
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
@@ -135,6 +135,7 @@ def plan_request(
         packed=config.packing,
         moments=config.moments,
         deferred=config.deferred,
+        checkpoints=isinstance(config, Config) and config.checkpoint_every is not None,
     )
 
 

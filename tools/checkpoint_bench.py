@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 from slideformer.checkpointing import file_sizes
-from slideformer.config import EngineConfig, format_size, parse_size
+from slideformer.config import Config, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
 from slideformer.measure import random_batches, shape_config
@@ -43,12 +43,18 @@ def checkpoint_bench(
     plain: Annotated[str, typer.Option(metavar="SIZE", help="What the plain loop moves.")] = "4GiB",
     threads: Annotated[int, typer.Option(help="Threads of the plain loop.", min=1)] = 4,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
+    snapshot: Annotated[
+        bool, typer.Option("--snapshot", help="Write from a snapshot, if the host has room.")
+    ] = False,
 ) -> None:
     """Time steps without and with a checkpoint being written."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give one on the disk to measure")
-    config = EngineConfig.model_validate(
+    unused = {"data": "unused", "output": "unused"}
+    config = Config.model_validate(
         {
+            **unused,
+            "checkpoint_every": INTERVAL if snapshot else None,
             "model": "random",
             "gpu_memory": gpu_memory,
             "cpu_memory": cpu_memory,
@@ -63,6 +69,8 @@ def checkpoint_bench(
         step = partial(engine.step, batch)
         timed(engine, step, WARM_UP)
         alone = statistics.median(timed(engine, step, steps) for _ in range(3))
+        if snapshot and not engine.plan.snapshot:
+            raise ConfigError("the host has no room for a snapshot; raise --cpu-memory")
         saving, durable = with_checkpoint(engine, step, steps, folder)
         sizes = file_sizes(engine.spec, engine.plan.compute, engine.plan.moments)
         nbytes = sum(sizes.values())

@@ -86,6 +86,8 @@ def _places(spec: ModelSpec, plan: MemoryPlan) -> Table:
         table.add_row("  masters, moments", f"{format_size(at_rest)} on the host, updated there")
     if frozen:
         table.add_row("  frozen", f"{format_size(_at_rest(plan, frozen))} on the host")
+    if plan.snapshot:
+        table.add_row("  checkpoints", "written from a snapshot in host memory, as steps go on")
     if stored:
         table.add_row("  on NVMe", _on_nvme(spec, plan, stored))
     table.add_row("  micro-batches", f"{plan.micro_batches} of {plan.micro_rows} rows")

@@ -48,7 +48,7 @@ def cases(draw: st.DrawFn) -> Case:
         seed = draw(st.integers(0, 10**6))
         assigned = tuple((seed >> (i % 20)) % slots for i in range(parked))
         plan = replace(plan, gradient_slots=slots, gradient_slot=assigned)
-    return spec, plan
+    return spec, replace(plan, snapshot=draw(st.booleans()))
 
 
 def pool_size(spec: ModelSpec, plan: MemoryPlan) -> int:
@@ -324,7 +324,8 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
     ]
     whole = whole_state(spec, plan)
     assert sum(task.cost.nbytes for task in saves) == sum(whole.values())
-    streamed = [b for task in saves for b in owned(graph, task.reads)]
+    copies = [task for task in graph.tasks if task.op == "snapshot_state"]
+    streamed = [b for task in copies or saves for b in owned(graph, task.reads)]
     assert tiled(streamed) == {
         place: nbytes
         for place, nbytes in whole.items()
@@ -338,8 +339,21 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
         for down, save in zip(trips[::2], trips[1::2], strict=True):
             assert down.writes == save.reads
             assert down.args["parts"] == save.args["parts"]
-            assert graph.buffers[down.writes[0]].place == "saved"
+            place = f"snapshot.{down.name.removeprefix('d2h.')}" if plan.snapshot else "saved"
+            assert graph.buffers[down.writes[0]].place == place
         assert [task.args["parts"] for task in trips[::2]] == parts
+
+
+@some
+@given(cases())
+def test_with_a_snapshot_no_update_waits_for_the_disk(case: Case) -> None:
+    spec, plan = case
+    graph = compile_checkpoint(spec, replace(plan, snapshot=True))
+    for task in graph.tasks:
+        if task.kind is TaskKind.SAVE:
+            assert not any(graph.buffers[name].carried for name in task.reads), task.name
+    sizes = [b.nbytes for b in graph.buffers.values() if b.name.startswith("snapshot.")]
+    assert sum(sizes) == sum(whole_state(spec, plan).values())
 
 
 @some

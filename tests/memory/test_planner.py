@@ -14,7 +14,7 @@ from slideformer.graph.errors import BudgetError
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
 from slideformer.graph.step import compile_step, park_gradients
 from slideformer.memory import lattice as lattice_module
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes
 from slideformer.memory.planner import make_plan, plan_graphs
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.solver import Lattice, Solution
@@ -175,3 +175,23 @@ def test_a_refusal_says_what_was_asked_for_and_what_would_help() -> None:
     assert "--max-grad-norm" not in message
     with pytest.raises(BudgetError, match="Without --max-grad-norm and --skip-nonfinite, grad"):
         make_plan(request_for(budgets=Budgets(4 * MIB, 6 * MIB), deferred=True))
+
+
+@pytest.mark.parametrize("one_budget", [False, True])
+def test_a_snapshot_is_planned_where_the_host_has_room_left(one_budget: bool) -> None:
+    gpu = None if one_budget else AMPLE.gpu
+    request = request_for(budgets=Budgets(gpu, AMPLE.host))
+    plan = make_plan(request)
+    assert not plan.snapshot, "nobody writes checkpoints"
+    request = replace(request, checkpoints=True)
+    roomy = make_plan(request)
+    assert roomy.snapshot
+    assert replace(roomy, snapshot=False, peaks=plan.peaks) == plan, "nothing else is given up"
+    state = sum(12 * unit.numel for unit in request.spec.units)
+    used = host_bytes(roomy.peaks) + (roomy.peaks[Tier.GPU] if one_budget else 0)
+    without = host_bytes(plan.peaks) + (plan.peaks[Tier.GPU] if one_budget else 0)
+    assert used - without >= state
+    exact = replace(request, budgets=Budgets(gpu, used))
+    assert make_plan(exact).snapshot
+    tight = make_plan(replace(request, budgets=Budgets(gpu, without)))
+    assert not tight.snapshot

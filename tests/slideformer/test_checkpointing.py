@@ -98,6 +98,7 @@ def placements(draw: st.DrawFn, disks: tuple[Path, Path]) -> dict[str, Any]:
         "gradient_slots": draw(st.integers(0, 2)),
         "resident": resident,
         "nvme": disks[: draw(st.integers(1, 2))] if nvme else (),
+        "snapshot": draw(st.booleans()),
         "nvme_moments": moments,
         "nvme_lo": (lo := draw(st.integers(0, moments))),
         "nvme_hi": draw(st.integers(0, lo)),
@@ -191,6 +192,30 @@ def test_the_export_of_a_checkpoint_is_what_a_save_then_would_be(
         ours, theirs = (tmp_path / each / name for each in ("exported", "saved"))
         assert ours.read_bytes() == theirs.read_bytes(), name
     assert stored_weights(tmp_path / "exported")
+
+
+def test_with_a_snapshot_steps_do_not_wait_for_the_disk(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write, free = os.pwrite, threading.Event()
+
+    def stuck(*arguments: Any) -> int:
+        assert free.wait(60)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "pwrite", stuck)
+    with engine_with(config_for(folder), snapshot=True) as engine:
+        engine.step(BATCHES[0])
+        pending = engine.checkpoint(tmp_path / "c")
+        for batch in BATCHES[1:]:
+            engine.step(batch).wait()
+        free.set()
+        pending.finish()
+        whole = state_of(engine)
+    with engine_with(config_for(folder), checkpoint=Checkpoint(tmp_path / "c")) as engine:
+        for batch in BATCHES[1:]:
+            engine.step(batch)
+        assert different(state_of(engine), whole) == []
 
 
 # -- what is refused -----------------------------------------------------------------------------

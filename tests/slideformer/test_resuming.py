@@ -27,7 +27,14 @@ from slideformer.graph.plan import MemoryPlan
 from slideformer.models import aside
 from slideformer.models.data.sources import Source
 from slideformer.run_checkpoints import checkpoints_folder, find_checkpoint
-from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, PLAN_FILE, RunStart, StepMetrics
+from slideformer.run_reports import (
+    CONFIG_FILE,
+    METRICS_FILE,
+    NUMERICS_FILE,
+    PLAN_FILE,
+    RunStart,
+    StepMetrics,
+)
 from slideformer.runtime import nvme
 from slideformer.traces import GRAPH_FILE, TRACE_FILE
 from slideformer.trainer import Trainer
@@ -95,6 +102,7 @@ def same(output: Path, plain: Path) -> None:
     """Weights equal bit for bit, metrics but for the time, each step once."""
     assert names(output) == names(plain)
     told = {CONFIG_FILE, METRICS_FILE, PLAN_FILE, GRAPH_FILE, TRACE_FILE}
+    assert (output / NUMERICS_FILE).read_text() == (plain / NUMERICS_FILE).read_text()
     for name in set(names(plain)) - told:
         assert (output / name).read_bytes() == (plain / name).read_bytes(), name
     ours, theirs = (

@@ -12,12 +12,13 @@ from slideformer.tools import checkpoint_bench
 ARGUMENTS = ["--shape", "tiny", "--batch-size", "2", "--seq-len", "16", "--device", "cpu"]
 
 
+@pytest.mark.parametrize("more", [[], ["--snapshot"]])
 def test_a_checkpoint_is_timed_against_the_disk(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
         checkpoint_bench.main(
-            [*ARGUMENTS, "--folder", str(tmp_path), "--steps", "3", "--plain", "8MiB"]
+            [*ARGUMENTS, "--folder", str(tmp_path), "--steps", "3", "--plain", "8MiB", *more]
         )
     assert not left.value.code
     out = capsys.readouterr().out
