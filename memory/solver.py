@@ -32,7 +32,7 @@ from slideformer.memory.needs import Needs
 from slideformer.memory.nvme_needs import Chain, Sizes, StateSizes, nvme_room
 from slideformer.memory.request import PlanRequest
 
-GRID = 0.005
+GRID = 0.01
 """Relative distance of what is told apart: less time does not pay for more memory."""
 
 
@@ -44,11 +44,13 @@ class Solution:
     `GRID`; micro-batches, with which grows what the bound leaves out; bytes of memory if nothing
     were moved to another tier; offloaded boundaries. ``seconds`` is its bound, ``work`` are those
     of each lane, and ``nvme`` bytes are on NVMe. ``spare_host`` bytes of the host's budget are left
-    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once.
+    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once. ``fastest`` is
+    the least bound of all plans within the budgets.
     """
 
     plan: MemoryPlan
     seconds: float
+    fastest: float
     work: Mapping[Lane, float]
     rank: tuple[int, ...]
     nvme: int
@@ -78,13 +80,17 @@ class Lattice:
     def solve(self, budgets: Budgets) -> Solution | None:
         """The best plan within ``budgets``, or None if there is none."""
         best: Solution | None = None
+        fastest = math.inf
         for base in self._bases:
             if best is not None and int(on_grid(np.array(base.least))) > best.rank[0]:
                 break
             found = self._best_on(base, budgets)
-            if found is not None and (best is None or found.rank < best.rank):
+            if found is None:
+                continue
+            fastest = min(fastest, found.fastest)
+            if best is None or found.rank < best.rank:
                 best = found
-        return best
+        return None if best is None else replace(best, fastest=fastest)
 
     def least_gpu(self, budgets: Budgets) -> int | None:
         """The least bytes of GPU memory that would do with the other budgets as they are."""
@@ -136,6 +142,7 @@ class Lattice:
         return Solution(
             plan=replace(plan, boundary_slots=int(needs.boundary_slots(chosen))),
             seconds=float(seconds[at]),
+            fastest=float(seconds.min()),
             work={
                 lane: float(work) for lane, work in base.bound.work(chosen, sizes.at(at)).items()
             },

@@ -20,8 +20,8 @@ class Outlook:
     """``bound``: seconds of a step that no order goes below, by which plans are compared.
 
     ``work`` are the seconds of each lane, the busiest of which binds the step. ``gains`` are, for
-    each budget that there is, the shares of the bound that one GiB more would save; less than the
-    `GRID` of the solver counts as nothing.
+    each budget that there is, the shares that one GiB more would save of the least bound of all
+    plans, which is within the solver's grid of that of the plan chosen.
     """
 
     bound: float
@@ -43,8 +43,7 @@ def outlook(request: PlanRequest) -> Outlook:
     for name, more in _raised(budgets):
         better = lattice.solve(more)
         assert better is not None, "a plan fits larger budgets as well"
-        saved = 1 - better.seconds / found.seconds
-        gains[name] = saved if better.rank[0] < found.rank[0] else 0.0
+        gains[name] = 1 - better.fastest / found.fastest
     return Outlook(found.seconds, found.work, gains)
 
 

@@ -77,7 +77,7 @@ def _print_outlook(console: Console, request: PlanRequest, made: MemoryPlan) -> 
         soft_wrap=True,
     )
     gains = [
-        f"of {name} {f'saves {gain:.1%}' if gain else 'nothing'}"
+        f"of {name} {f'saves {gain:.1%}' if gain >= 0.001 else 'nothing'}"
         for name, gain in found.gains.items()
     ]
     console.print(f"One GiB more {', '.join(gains)} of a step", soft_wrap=True)
