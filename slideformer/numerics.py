@@ -16,12 +16,13 @@ def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:
     """What decides the rounding of a run by ``plan`` on ``device``, in this process.
 
     Of these, ``kept`` and ``spilled`` should not matter, as they spare a recomputation by the same
-    kernels. The CPU stands for itself by the instructions PyTorch uses there.
+    kernels. The CPU stands for itself by the instructions and the threads that PyTorch uses.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}"
+        threads = torch.get_num_threads()  # sums are divided among them
+        name = f"CPU with {torch.backends.cpu.get_cpu_capability()}, {threads} operator threads"
     return {
         "compute": plan.compute.value,
         "micro_rows": plan.micro_rows,

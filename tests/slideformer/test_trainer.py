@@ -156,7 +156,7 @@ def test_what_decides_the_rounding_is_saved(config: Config) -> None:
         "spilled": plan.spilled,
         "attention": "sdpa",
         "kernels": kernel_build(),
-        "device": f"CPU with {capability}",
+        "device": f"CPU with {capability}, {torch.get_num_threads()} operator threads",
         "torch": torch.__version__,
     }
     with Engine(config) as engine:
