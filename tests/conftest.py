@@ -45,6 +45,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what the imports made out of every garbage collection: that took a fifth of the time."""
+    """Leave what the imports made out of garbage collections: they took a fifth of the time."""
     gc.collect()
     gc.freeze()
