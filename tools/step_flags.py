@@ -110,9 +110,8 @@ def wanted_step(
     folder = config.model if shape is None and file is not None else model
     hf_config, wanted, device = model_config(folder, shape), config, device_for(config)
     if known is None:
-        profile = profile_for(device, config.nvme)
-        if device.type == "cpu" and config.gpu_memory is not None:
-            profile = MachineProfile()
+        elsewhere = device.type == "cpu" and config.gpu_memory is not None
+        profile = MachineProfile() if elsewhere else profile_for(device, config.nvme)
     else:
         profile = known.profile
         room = {

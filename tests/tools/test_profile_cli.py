@@ -21,7 +21,7 @@ TINY = ProfileSizes(
     nvme_nbytes=1 << 22,
     nvme_threads=1,
 )
-STEP = ["--shape", "tiny", "--seq-len", "16", "--gpu-memory", "4GiB", "--cpu-memory", "8GiB"]
+STEP = ["--shape", "tiny", "--seq-len", "16", "--cpu-memory", "8GiB"]
 
 
 @pytest.fixture
