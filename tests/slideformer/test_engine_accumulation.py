@@ -72,7 +72,7 @@ def test_weights_cross_pcie_as_often_as_for_one_batch(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model")
     loads = []
     for accumulate in (1, 4):
-        with engine_with(config_for(folder, accumulate=accumulate)) as engine:
+        with engine_with(config_for(folder, accumulate=accumulate, window=2)) as engine:
             tasks = engine.graph.tasks
             loads.append(
                 [

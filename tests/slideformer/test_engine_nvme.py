@@ -349,7 +349,8 @@ def test_a_killed_run_leaves_files_until_the_next_start(
     program.write_text(KILLED)
     output = tmp_path / "model"
     command = [sys.executable, str(program), str(folder), str(output), *map(str, disks)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as run:
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as run:
         assert run.stdout is not None
         assert run.stdout.readline() == "saved\n"
         saved = stored_weights(output)
