@@ -35,8 +35,10 @@ SMALL = {"a": PAGE, "b": 3 * PAGE, "c": 2 * PAGE}
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     """Whatever a test does, the store's threads are gone in the end."""
+    before = set(threading.enumerate())
     yield
-    assert not [t.name for t in threading.enumerate() if t.name.startswith("slideformer-nvme")]
+    left = [t.name for t in threading.enumerate() if t not in before]
+    assert not [name for name in left if name.startswith("slideformer-nvme")]
 
 
 def memory(content: bytes) -> mmap.mmap:
