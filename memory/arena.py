@@ -79,7 +79,7 @@ def _pieces(nbytes: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class Arenas:
-    """The arenas of a run; resolves buffers to views. `close` unlocks pinned memory."""
+    """The arenas of a run; resolves buffers to views. `close` gives them back."""
 
     def __init__(
         self, layout: Layout, places: Mapping[str, tuple[Tier, int]], device: torch.device
@@ -112,6 +112,8 @@ class Arenas:
         return self.place(buffer.place)[buffer.offset : buffer.stop]
 
     def close(self) -> None:
-        """Unlock pinned memory; nothing may be in flight."""
+        """Unlock pinned memory and let go of all; nothing may be in flight."""
         for arena in self._host:
             arena.close()
+        self._host.clear()
+        self._tensors.clear()

@@ -235,11 +235,14 @@ class Engine:
             self._wait_oldest(queue)
         if self._failed is not None:
             raise self._failed
-        if self._closed:
-            raise SlideFormerError("the engine is closed; make a new one to go on")
+        self._check_open()
         done = self._scheduler.submit(self._graphs[graph], self._operations[graph], context)
         queue.append(done)
         return done
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise SlideFormerError("the engine is closed; make a new one to go on")
 
     def _wait_oldest(self, queue: deque[Future[None]]) -> None:
         try:
@@ -301,6 +304,7 @@ class Engine:
         or beside what came to lie there. Raises `CheckpointError` if it cannot be written, after
         which the run can go on, and after a failed step, of which no part is saved.
         """
+        self._check_open()
         masters = self._memory.saved_masters()
         with weights_writer(
             self.config.model, Path(output), self.spec, masters, self._stored, replace=replace
@@ -319,11 +323,14 @@ class Engine:
             return writer.finish(records())
 
     def close(self) -> None:
-        """Wait for what is in flight and give all memory back."""
+        """Wait for what is in flight and give all memory back, whoever still holds the engine."""
         self._closed = True
         self._scheduler.close()
         self._determinism.restore()
+        self._operations = []  # they hold views of the memory
         self._memory.close()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()  # the next engine plans with what the driver calls free
 
     def __enter__(self) -> Self:
         return self

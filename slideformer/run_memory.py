@@ -171,7 +171,8 @@ class RunMemory:
         return state
 
     def close(self) -> None:
-        """Unlock pinned memory and remove the files; nothing may be in flight."""
+        """Give the memory back and remove the files; nothing may be in flight."""
+        self.states.clear()
         self.arenas.close()
         self._close_store()
 
