@@ -72,7 +72,8 @@ class MachineProfile:
     its rate that a lane keeps while all its `RIVALS` work. ``gpu_overhead`` and ``host_overhead``
     are bytes beside everything planned: CUDA context with its modules (0.77 to 0.82 GiB on an H100)
     and library workspaces, and the interpreter with its libraries. ``direct_storage`` says that the
-    GPU and NVMe exchange bytes by themselves (GPUDirect Storage).
+    GPU and NVMe exchange bytes by themselves (GPUDirect Storage). ``widths`` are those of host
+    lanes that run several tasks at once.
     """
 
     name: str = "generic"

@@ -26,8 +26,6 @@ class Gradients:
         self._staged = 0
         self._downloaded = 0
 
-    # -- gradients -------------------------------------------------------------------------------
-
     def accumulate(self, unit: UnitSpec, slot: str) -> list[str]:
         """Gradient accumulators of a unit's chunks; none if it is frozen."""
         return self._accumulators(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from slideformer.graph.errors import GraphError
-from slideformer.memory.layout import PLACE_ALIGNMENT
+from slideformer.memory.layout import PLACE_ALIGNMENT, aligned
 
 STRIPE = 4 << 20
 """Bytes of a stripe, the most that one request moves; disks reach their full rate with it."""
@@ -66,4 +66,4 @@ def pieces(extent: Extent, files: int) -> Iterator[Piece]:
 def file_nbytes(total: int, files: int) -> int:
     """Bytes of each of the files that hold ``total`` bytes."""
     stripes = -(-total // STRIPE)
-    return min(-(-stripes // files) * STRIPE, -(-total // PLACE_ALIGNMENT) * PLACE_ALIGNMENT)
+    return min(-(-stripes // files) * STRIPE, aligned(total))

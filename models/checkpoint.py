@@ -30,7 +30,7 @@ from slideformer.models.families import decoder_config
 from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_header, read_range
 from slideformer.models.units import EMBED_KEY, HEAD_KEY, MasterWeights
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PIECE = 2 * 2**20
 """Elements of a parameter that are read, or drawn, at a time; random weights depend on it."""
@@ -85,7 +85,7 @@ def load_weights(
     dtypes = _stored_dtypes(sources, spec)
     if len(dtypes) > 1:
         names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
-        log.warning("%s holds weights in %s; it counts as %s", folder, names, dtypes[0])
+        logger.warning("%s holds weights in %s; it counts as %s", folder, names, dtypes[0])
 
     def read(param: ParamSpec, start: int, count: int, buffer: Tensor) -> Tensor:
         return _read(sources[param.key], start, count, buffer)

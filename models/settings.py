@@ -60,6 +60,7 @@ def padding_idx(config: PretrainedConfig) -> int | None:
 def unsupported(
     config: PretrainedConfig, setting: str, found: object, supported: str
 ) -> UnsupportedModelError:
+    """The error for a setting whose value ``found`` is none of those ``supported``."""
     return UnsupportedModelError(
         f"{config.model_type} model with {setting} {found!r} is not supported: supported is"
         f" {supported}; change it in config.json only if the model was trained that way"

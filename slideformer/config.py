@@ -291,9 +291,14 @@ def load_engine_config(path: Path | str | None, overrides: Mapping[str, object])
     settings = parse_yaml(_text_of(path), str(path))
     of_runs = Config.model_fields.keys() - EngineConfig.model_fields.keys()
     needed = {name: value for name, value in settings.items() if name not in of_runs}
-    given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
+    given = given_flags(overrides)
     sources = dict.fromkeys(needed, str(path)) | {name: flag_name(name) for name in given}
     return EngineConfig.model_validate({**needed, **given}, context=sources)
+
+
+def given_flags(overrides: Mapping[str, object]) -> dict[str, object]:
+    """Those flags that were given: of the others the value is ``None`` or an empty list."""
+    return {name: value for name, value in overrides.items() if value not in (None, [], ())}
 
 
 def _text_of(path: Path | str | None) -> bytes:
@@ -311,7 +316,7 @@ def parse_config(text: str | bytes, source: str, overrides: Mapping[str, object]
     """`load_config` of the text of a file that errors call ``source``."""
     settings = parse_yaml(text, source)
     sources = dict.fromkeys(settings, source)
-    given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
+    given = given_flags(overrides)
     for name, other in (("steps", "epochs"), ("epochs", "steps")):
         if name in given:
             settings.pop(other, None)

@@ -20,7 +20,6 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -65,7 +64,8 @@ logger = logging.getLogger(__name__)
 MAX_OPEN_STEPS = 2
 """Steps submitted and not finished: one runs, one is ready to follow without a gap."""
 
-_CHECKPOINT = 3  # which of the graphs writes one
+_TRAIN, _EVALUATE, _SAVE, _CHECKPOINT = range(4)
+"""Which of the graphs that `plan_graphs` makes does what."""
 
 
 class Engine:
@@ -150,7 +150,7 @@ class Engine:
         )
         shape = config.label_smoothing, config.z_loss
         bindings = model_bindings(memory, threads, self._clip, *shape) | self._memory.bindings()
-        step = self._graphs[0]
+        step = self._graphs[_TRAIN]
         constants = {
             name: self._memory.view(buffer)
             for name, buffer in step.buffers.items()
@@ -182,7 +182,7 @@ class Engine:
         optimizer = optimizer_step(config, lr, self._steps + 1)
         ids = batch.input_ids.reshape(-1)
         used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
-        handle = self._run(0, self._steps + 1, batch, StepResults(), used, optimizer)
+        handle = self._run(_TRAIN, self._steps + 1, batch, StepResults(), used, optimizer)
         self._steps += 1
         return handle
 
@@ -197,7 +197,7 @@ class Engine:
         results.gradient_norm.set_exception(
             SlideFormerError("an evaluation has no gradients and so no norm; read its loss")
         )
-        return self._run(1, self._steps, batch, results, None, None)
+        return self._run(_EVALUATE, self._steps, batch, results, None, None)
 
     def _run(
         self,
@@ -266,7 +266,7 @@ class Engine:
     @property
     def graph(self) -> TaskGraph:
         """The graph of a training step."""
-        return self._graphs[0]
+        return self._graphs[_TRAIN]
 
     @property
     def steps(self) -> int:
@@ -311,7 +311,7 @@ class Engine:
         ) as writer:
             saving = SaveContext(writer)
             try:
-                self._submit(2, saving)
+                self._submit(_SAVE, saving)
                 self.synchronize()
             except SlideFormerError as error:
                 raise CheckpointError(
@@ -335,12 +335,7 @@ class Engine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 

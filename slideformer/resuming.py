@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from slideformer.checkpointing import Checkpoint
-from slideformer.config import CHANGEABLE, Config, config_text, parse_config
+from slideformer.config import CHANGEABLE, Config, config_text, given_flags, parse_config
 from slideformer.graph.errors import CheckpointError, ConfigError
 from slideformer.models.data.sources import Source
 from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
@@ -46,7 +46,7 @@ def resumed_config(checkpoint: Checkpoint, overrides: Mapping[str, object]) -> C
     Raises `CheckpointError` if no training run wrote it, `ConfigError` for a setting that a resumed
     run has to keep.
     """
-    given = {name: value for name, value in overrides.items() if value not in (None, [], ())}
+    given = given_flags(overrides)
     for name in given:
         if name not in CHANGEABLE:
             raise ConfigError(

@@ -32,7 +32,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Budgets
 from slideformer.graph.tasks import Task
 from slideformer.memory.arena import Arenas
-from slideformer.memory.layout import PLACE_ALIGNMENT, lay_out, places
+from slideformer.memory.layout import aligned, lay_out, places
 from slideformer.memory.limits import available_host_memory
 from slideformer.runtime.core import Event, Launch, TaskRun
 from slideformer.runtime.cpu import CpuDevice
@@ -135,7 +135,7 @@ def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
                 "another tier, or train by such a graph with sf.Engine"
             )
         side = "GPU" if tier is Tier.GPU and device == "cuda" else "host"
-        used[side] += -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+        used[side] += aligned(nbytes)
         if used[side] > room[side]:
             raise BudgetError(
                 f"{first.get(place, '')}{place} of {format_size(nbytes)} brings graph "

@@ -25,7 +25,8 @@ def learning_rates(config: Config, steps: int, schedule: Schedule | None = None)
     Raises `ConfigError` if the parts of the schedule are longer than the run, or if a rate is
     negative or not finite.
     """
-    rates = [float((schedule or _configured(config, steps))(n)) for n in range(1, steps + 1)]
+    chosen = schedule or _configured(config, steps)
+    rates = [float(chosen(step)) for step in range(1, steps + 1)]
     for step, rate in enumerate(rates, start=1):
         if not 0.0 <= rate < math.inf:
             raise ConfigError(

@@ -112,9 +112,7 @@ class GraphTimeline(Timeline):
                 causes[SCHEDULER] += max(0.0, at - max(before.stopped, reached))
                 start, stop = max(before.started, reached), min(before.stopped, at)
                 if start < stop:
-                    causes[self.graph.tasks[self.graph.index[before.task]].kind.value] += (
-                        stop - start
-                    )
+                    causes[self._kind(before)] += stop - start
                 at = min(at, before.started)
             causes[SCHEDULER] += max(0.0, at - reached)
             reached = max(reached, span.stopped)

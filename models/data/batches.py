@@ -144,8 +144,8 @@ class BatchStream(Iterator[Batch]):
     Each epoch shows every document as often as its source's weight says, by default once; its last
     batch may be partly padding. With ``packing`` the documents of a row are of one source and the
     same in every epoch, and the order of rows changes. Not thread-safe: one thread at a time may
-    draw. Raises ConfigError for sizes below one or a negative seed,
-    DataError for a data set without rows.
+    draw. Raises ConfigError for sizes below one or a negative seed, DataError for a data set
+    without rows.
     """
 
     def __init__(

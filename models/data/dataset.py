@@ -92,9 +92,8 @@ class TokenDataset:
 
         A record becomes one document, cut off at ``seq_len`` tokens; a plain text is cut into
         consecutive documents of ``seq_len`` tokens, none of them lost. The tokens are kept on disk
-        and mapped. Raises
-        DataError, with the line where there is one, for whatever is wrong with a file and for one
-        without a single target; ConfigError for a ``seq_len`` below two.
+        and mapped. Raises DataError, with the line where there is one, for whatever is wrong with a
+        file and for one without a single target; ConfigError for a ``seq_len`` below two.
         """
         if seq_len < 2:
             raise ConfigError(
