@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -17,6 +18,11 @@ class Tier(StrEnum):
 
 HOST_TIERS = frozenset({Tier.PINNED, Tier.CPU})
 """Tiers that lie in host memory and count against its budget."""
+
+
+def host_bytes(sizes: Mapping[Tier, int]) -> int:
+    """Bytes of all tiers that lie in host memory."""
+    return sum(size for tier, size in sizes.items() if tier in HOST_TIERS)
 
 
 class Role(StrEnum):

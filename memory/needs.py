@@ -6,11 +6,9 @@ Every formula is the sum of the places that the step compiler declares, each rou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
-from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.buffers import Tier
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.graph.step import footprint
 from slideformer.graph.step_activations import SPILL_SLOTS
@@ -39,11 +37,6 @@ def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
     sizes[Tier.GPU] += plan.workspace + request.profile.gpu_overhead
     sizes[Tier.CPU] += request.profile.host_overhead
     return sizes
-
-
-def host_bytes(sizes: Mapping[Tier, int]) -> int:
-    """Bytes of all tiers that lie in host memory."""
-    return sum(size for tier, size in sizes.items() if tier in HOST_TIERS)
 
 
 class Needs:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
@@ -23,7 +23,7 @@ from slideformer.graph.step import (
     park_gradients,
 )
 from slideformer.memory.lattice import WINDOWS
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes, peaks
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS, peaks
 from slideformer.memory.nvme_needs import nvme_room
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.solver import Lattice, Solution

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from slideformer.graph.model import Lora, ModelSpec, UnitSpec
 from slideformer.kernels.split import split_master
+from slideformer.models.checkpoint import named_generator
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
@@ -33,10 +33,7 @@ def init_adapters(spec: ModelSpec, weights: MasterWeights, seed: int) -> None:
         values = torch.zeros(unit.numel)
         for param in unit.params:
             if ".lora_A." in param.key:
-                name = hashlib.blake2b(param.key.encode(), digest_size=16).digest()
-                generator = np.random.Generator(
-                    np.random.SFC64([seed, int.from_bytes(name, "little")])
-                )
+                generator = named_generator(seed, param.key)
                 drawn = generator.random(param.numel, dtype=np.float32) * 2 - 1
                 part = values[param.offset : param.offset + param.numel]
                 part.copy_(torch.from_numpy(drawn / np.float32(math.sqrt(param.shape[1]))))

@@ -135,10 +135,8 @@ def init_random(
         values = buffer.view(torch.float32)[:count]
         if len(param.shape) == 1:
             return values.fill_(0.0 if param.key.endswith(".bias") else norm)
-        name = hashlib.blake2b(f"{param.key}:{start}".encode(), digest_size=16).digest()
-        generator = np.random.Generator(np.random.SFC64([seed, int.from_bytes(name, "little")]))
         array = values.numpy()
-        generator.standard_normal(dtype=np.float32, out=array)
+        named_generator(seed, f"{param.key}:{start}").standard_normal(dtype=np.float32, out=array)
         array *= std
         if param.key == EMBED_KEY and padding_idx is not None:
             row = padding_idx * param.shape[1] - start
@@ -146,6 +144,12 @@ def init_random(
         return values
 
     _fill_masters(draw, spec, weights, filled)
+
+
+def named_generator(seed: int, name: str) -> np.random.Generator:
+    """Random numbers that depend on ``seed`` and a name alone, not on what was drawn before."""
+    digest = hashlib.blake2b(name.encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.SFC64([seed, int.from_bytes(digest, "little")]))
 
 
 def _locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], StoredTensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypedDict
 
 import torch
@@ -68,12 +69,8 @@ class HeadOps:
 
     def loss(self, task: Task, views: Views) -> Operation:
         """Loss of one micro-batch, gradients of the whole matrix, the norm and its input."""
-        memory = self._memory
-        parts = _Parts(task, views, memory)
-        matrix = parts.matrix()
-        gradient = parts.matrix_gradient()
-        dx = views[next(n for n in task.writes if n.startswith("x."))].view(memory.dtype)
-        dx = dx.view(-1, memory.spec.hidden)
+        parts = _Parts(task, views, self._memory)
+        matrix, gradient, dx = parts.matrix(), parts.matrix_gradient(), parts.input_gradient()
 
         def run(context: StepContext) -> None:
             if parts.first:
@@ -166,11 +163,9 @@ class HeadOps:
 
     def norm_backward(self, task: Task, views: Views) -> Operation:
         """After the second sweep: back through the final norm."""
-        memory = self._memory
-        parts = _Parts(task, views, memory)
+        parts = _Parts(task, views, self._memory)
         dxn = views[f"dxn.m{task.args['micro']}"].view(torch.float32).view(len(parts.x), -1)
-        dx = views[next(n for n in task.writes if n.startswith("x."))].view(memory.dtype)
-        dx = dx.view(-1, memory.spec.hidden)
+        dx = parts.input_gradient()
 
         def run(_: StepContext) -> None:
             rstd = parts.norm_forward()[1]
@@ -222,12 +217,19 @@ class _Parts:
         self.first = micro == 0
         hidden = memory.spec.hidden
         self.norm = memory.weights(views, task.reads, "norm")[:hidden]
-        boundary = next(n for n in task.reads if n.startswith("x.norm."))
-        self.x = views[boundary].view(memory.dtype).view(-1, hidden)
+        self.x = self._boundary(task.reads, "x.norm.")
         if "targets" in views:
             self.targets = views["targets"].view(torch.int64)[memory.tokens(micro)]
         if "loss" in views:
             self.loss = views["loss"].view(torch.float32)[0]
+
+    def input_gradient(self) -> Tensor:
+        """Where the gradient of ``x`` goes [micro_tokens, hidden]."""
+        return self._boundary(self._task.writes, "x.")
+
+    def _boundary(self, names: Sequence[str], prefix: str) -> Tensor:
+        view = self._views[next(name for name in names if name.startswith(prefix))]
+        return self._memory.boundary(view).view(-1, self._memory.spec.hidden)
 
     def matrix(self) -> Tensor:
         """Rows of the output matrix [rows, hidden]."""

@@ -12,7 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DeviceError
-from slideformer.models.data.batches import IGNORED_TARGET, Batch, BatchStream
+from slideformer.kernels.reference import IGNORE_INDEX
+from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 
@@ -32,7 +33,7 @@ __all__ = [
 def batch_of(input_ids: torch.Tensor) -> Batch:
     """A batch without padding of int64 [B, S]: every token but the first of each row is learnt."""
     rows = len(input_ids)
-    targets = torch.full_like(input_ids, IGNORED_TARGET)
+    targets = torch.full_like(input_ids, IGNORE_INDEX)
     targets[:, :-1] = input_ids[:, 1:]
     return Batch(
         input_ids,

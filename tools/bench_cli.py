@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -12,11 +10,12 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from slideformer.graph.errors import ConfigError, SlideFormerError
+from slideformer.graph.errors import ConfigError
 from slideformer.tools.bench import measure
 from slideformer.tools.bench_overhead import decision_costs
 from slideformer.tools.bench_report import machine, table
 from slideformer.tools.bench_rows import Turns, make_row, parse_row, read_rows
+from slideformer.tools.console import run_alone
 from slideformer.tools.loss_check import check_losses
 
 FORMAT_VERSION = 1
@@ -136,11 +135,7 @@ def _write(path: Path, report: Mapping[str, Any]) -> None:
 
 def main() -> None:
     """Run the benchmark without the rest of the command line."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    try:
-        typer.run(bench)
-    except SlideFormerError as error:
-        sys.exit(f"error: {error}")
+    run_alone(bench)
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import torch
 
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
-from slideformer.graph.buffers import HOST_TIERS, Tier
-from slideformer.graph.graph import Exit, TaskGraph
+from slideformer.graph.analysis import next_instance_edges
+from slideformer.graph.buffers import Tier, host_bytes
+from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
 from slideformer.measure import (
     array_batches,
@@ -150,7 +151,7 @@ def plan_facts(plan: MemoryPlan, spared: int = 0) -> dict[str, Any]:
         **facts,
         "resident": sorted(plan.resident),
         "gpu_peak": plan.peaks[Tier.GPU],
-        "host_peak": sum(size for tier, size in plan.peaks.items() if tier in HOST_TIERS) - spared,
+        "host_peak": host_bytes(plan.peaks) - spared,
     }
 
 
@@ -169,14 +170,6 @@ def traffic(graph: TaskGraph) -> dict[str, dict[str, float]]:
 def waits_for_previous(graph: TaskGraph) -> dict[str, list[str]]:
     """Task → tasks of the step before that must be done first, by the bytes they share."""
     found: dict[str, list[str]] = {}
-    exits: dict[str, list[Exit]] = {}
-    for left in graph.edges.exits:
-        exits.setdefault(left.place, []).append(left)
-    for entry in graph.edges.entries:
-        before = found.setdefault(graph.tasks[entry.task].name, [])
-        for left in exits.get(entry.place, ()):
-            if left.start < entry.stop and entry.start < left.stop:
-                readers = left.readers if entry.write else ()
-                writers = () if left.writer is None else (left.writer,)
-                before += [graph.tasks[i].name for i in (*writers, *readers)]
-    return {name: list(dict.fromkeys(before)) for name, before in found.items()}
+    for before, after in next_instance_edges(graph):
+        found.setdefault(graph.tasks[after].name, []).append(graph.tasks[before].name)
+    return found

@@ -19,7 +19,7 @@ import typer
 
 from slideformer.config import EngineConfig, format_size, parse_size
 from slideformer.engine import Engine
-from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.tasks import Lane
@@ -70,12 +70,11 @@ def train(shape: str, config: EngineConfig, steps: int) -> dict[str, float]:
     def show(plan: MemoryPlan) -> None:
         if not plan.peaks.get(Tier.NVME, 0):
             raise ConfigError("the plan needs no NVMe under these budgets; lower --cpu-memory")
-        host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
         print(
             f"plan: moments of {plan.nvme_moments} layers, lower halves of {plan.nvme_lo}, "
             f"boundaries of {plan.nvme_boundaries} and weights of {plan.nvme_hi} on NVMe, "
-            f"{format_size(plan.peaks[Tier.NVME])}; host {format_size(host)}, GPU "
-            f"{format_size(plan.peaks[Tier.GPU])}",
+            f"{format_size(plan.peaks[Tier.NVME])}; host {format_size(host_bytes(plan.peaks))}, "
+            f"GPU {format_size(plan.peaks[Tier.GPU])}",
             flush=True,
         )
 

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from slideformer.config import EngineConfig, format_size
-from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.machines import Machine
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
@@ -179,7 +179,6 @@ def _activations(spec: ModelSpec, plan: MemoryPlan) -> str:
 
 def _peaks(config: EngineConfig, plan: MemoryPlan, budgets: Budgets) -> Table:
     table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
-    host = sum(plan.peaks.get(tier, 0) for tier in HOST_TIERS)
     pinned = plan.peaks.get(Tier.PINNED, 0)
     free = {True: " (what is free)", False: ""}
     if budgets.gpu is None:
@@ -191,7 +190,9 @@ def _peaks(config: EngineConfig, plan: MemoryPlan, budgets: Budgets) -> Table:
             format_size(budgets.gpu) + free[config.gpu_memory is None],
         )
     table.add_row(
-        "host", format_size(host), format_size(budgets.host) + free[config.cpu_memory is None]
+        "host",
+        format_size(host_bytes(plan.peaks)),
+        format_size(budgets.host) + free[config.cpu_memory is None],
     )
     table.add_row("  of it pinned", format_size(pinned), "")
     if budgets.nvme:

@@ -11,7 +11,7 @@ import typer
 from rich.table import Table
 
 from slideformer.config import format_size
-from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.plan import UNLIMITED
 from slideformer.graph.tasks import Lane
 from slideformer.profiles import cached_machine
@@ -104,8 +104,7 @@ def _memory(step: flags.PlannedStep) -> Table:
     table = Table("memory", "predicted peak", "budget", box=None, padding=(0, 2))
     for tier, nbytes in peaks.items():
         table.add_row(tier, format_size(nbytes), _budget(step.budgets.gpu, tier is Tier.GPU))
-    host = sum(nbytes for tier, nbytes in peaks.items() if tier in HOST_TIERS)
-    table.add_row("host", format_size(host), _budget(step.budgets.host))
+    table.add_row("host", format_size(host_bytes(peaks)), _budget(step.budgets.host))
     return table
 
 

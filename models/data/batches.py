@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from slideformer.graph.errors import ConfigError, DataError
+from slideformer.kernels.reference import IGNORE_INDEX
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.order import epoch_rows, shuffled
 from slideformer.models.data.packing import Rows, joined, one_each, pack, padding_share
 from slideformer.models.data.parts import counted
-
-IGNORED_TARGET = -100  # the index that cross entropy in PyTorch ignores
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +60,7 @@ class Batch:
                 f"the batch has ids of {self.input_ids.dtype} and targets of {self.targets.dtype}; "
                 "both must be torch.int64"
             )
-        learnt = self.targets[self.targets != IGNORED_TARGET]
+        learnt = self.targets[self.targets != IGNORE_INDEX]
         tokens = torch.cat([self.input_ids.reshape(-1), learnt])
         lowest, highest = int(tokens.min()), int(tokens.max())
         if lowest < 0 or highest >= vocab:
@@ -72,7 +71,7 @@ class Batch:
         if len(learnt) != self.target_tokens:
             raise DataError(
                 f"the batch says it has {self.target_tokens} targets, but {len(learnt)} are not "
-                f"{IGNORED_TARGET}; count those"
+                f"{IGNORE_INDEX}; count those"
             )
         if self.positions is not None:
             self._check_positions(shape, packed)
@@ -118,7 +117,7 @@ def make_batch(dataset: TokenDataset, rows: Rows, batch_size: int, *, packed: bo
     target = row * dataset.seq_len + counted(filled)
 
     input_ids = np.full(shape, dataset.pad_id, dtype=np.int64)
-    targets = np.full(shape, IGNORED_TARGET, dtype=np.int64)
+    targets = np.full(shape, IGNORE_INDEX, dtype=np.int64)
     input_ids.reshape(-1)[target] = ids
     targets.reshape(-1)[target[learnt] - 1] = ids[learnt]
     positions = None

@@ -21,7 +21,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slideformer.graph.buffers import HOST_TIERS, Tier
+from slideformer.graph.buffers import HOST_TIERS, Tier, host_bytes
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
@@ -32,7 +32,7 @@ from slideformer.memory.bound import Bound, Seconds
 from slideformer.memory.lattice import Counts, bases
 from slideformer.memory.layout import lay_out, places
 from slideformer.memory.ledger import replay
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS
 from slideformer.memory.nvme_needs import Sizes
 from slideformer.memory.planner import make_plan, plan_graphs
 from slideformer.memory.request import PlanRequest

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.step import footprint
 from slideformer.graph.tasks import TaskKind
@@ -23,7 +23,7 @@ from slideformer.memory.lattice import (
     resident_units,
 )
 from slideformer.memory.layout import lay_out, places
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS, Needs, host_bytes, peaks
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS, Needs, peaks
 from slideformer.memory.nvme_needs import Chain, StateSizes
 from slideformer.memory.planner import plan_graphs
 from slideformer.memory.request import PlanRequest

@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
 from slideformer.graph.step import compile_step, park_gradients
 from slideformer.memory import lattice as lattice_module
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS, host_bytes
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS
 from slideformer.memory.planner import make_plan, plan_graphs
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.solver import Lattice, Solution

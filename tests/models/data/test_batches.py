@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from slideformer.graph.errors import ConfigError, DataError
-from slideformer.models.data.batches import IGNORED_TARGET, Batch, BatchStream, make_batch
+from slideformer.kernels.reference import IGNORE_INDEX
+from slideformer.models.data.batches import Batch, BatchStream, make_batch
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import Rows
 
@@ -55,7 +56,7 @@ def test_targets_are_shifted_and_padding_is_ignored() -> None:
         ]
     )
     batch = make_batch(dataset, Rows(np.array([3, 0, 1, 2]), np.arange(5)), 5, packed=False)
-    ignored = IGNORED_TARGET
+    ignored = IGNORE_INDEX
     assert batch.input_ids.tolist() == [
         [10, 11, 12, 13, 14, 15],
         [1, 2, 3, 4, PAD, PAD],
@@ -86,19 +87,19 @@ def test_an_epoch_shows_every_row_once(rows: Records, batch_size: int, seed: int
     shown = []
     for batch in BatchStream(dataset, batch_size, seed, epochs=1):
         assert batch.input_ids.shape == batch.targets.shape == (batch_size, 6)
-        assert batch.target_tokens == int((batch.targets != IGNORED_TARGET).sum())
+        assert batch.target_tokens == int((batch.targets != IGNORE_INDEX).sum())
         assert (batch.input_ids[batch.rows :] == PAD).all()
-        assert (batch.targets[batch.rows :] == IGNORED_TARGET).all()
+        assert (batch.targets[batch.rows :] == IGNORE_INDEX).all()
         shown += list(
             zip(batch.input_ids.tolist(), batch.targets.tolist(), strict=True)
         )[: batch.rows]  # fmt: skip
     expected = []
     for row in rows:
         ids = [token for token, _ in row] + [PAD] * (6 - len(row))
-        targets = [token if learnt else IGNORED_TARGET for token, learnt in row[1:]]
-        expected.append((ids, targets + [IGNORED_TARGET] * (6 - len(targets))))
+        targets = [token if learnt else IGNORE_INDEX for token, learnt in row[1:]]
+        expected.append((ids, targets + [IGNORE_INDEX] * (6 - len(targets))))
     assert sorted(shown) == sorted(expected)
-    assert dataset.target_tokens == sum(t != IGNORED_TARGET for _, row in shown for t in row)
+    assert dataset.target_tokens == sum(t != IGNORE_INDEX for _, row in shown for t in row)
 
 
 def test_counts_of_steps_and_the_end() -> None:

@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slideformer.models.data.batches import IGNORED_TARGET, BatchStream, make_batch
+from slideformer.kernels.reference import IGNORE_INDEX
+from slideformer.models.data.batches import BatchStream, make_batch
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.data.packing import Rows, one_each, pack
 
@@ -75,7 +76,7 @@ def test_packed_batches_hold_the_documents_targets_and_positions(
                     found[tuple(row[0][a:b].tolist())] = row[1][a:b].tolist()
                 else:
                     assert b == 8, "padding ends a row"
-                    assert row[1][a:].eq(IGNORED_TARGET).all()
+                    assert row[1][a:].eq(IGNORE_INDEX).all()
     assert found == wanted
     assert stream.steps == -(-len(pack(np.array(lengths), 8)) // batch_size)
 
