@@ -11,16 +11,14 @@ counts and have no gradient. Nothing here waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from slideformer.kernels.reference import IGNORE_INDEX
-
-if TYPE_CHECKING:
-    from slideformer.models.bindings import ModelMemory
+from slideformer.models.model_memory import ModelMemory, Views
 
 
 class Balance(NamedTuple):
@@ -75,9 +73,7 @@ def real_tokens(targets: Tensor) -> Tensor:
     return real.int().flatten()
 
 
-def balance_of(
-    memory: ModelMemory, views: Mapping[str, Tensor], micro: int
-) -> Callable[[], Balance | None]:
+def balance_of(memory: ModelMemory, views: Views, micro: int) -> Callable[[], Balance | None]:
     """Gives a task the load of experts and a micro-batch's tokens, or None where no loss asks."""
     experts = memory.decoder.experts
     if "balance" not in views or experts is None or experts.balance is None:

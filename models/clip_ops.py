@@ -13,8 +13,8 @@ from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.step_update import CLIP
 from slideformer.graph.tasks import Task
 from slideformer.kernels.adamw import AdamW
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, finite
 from slideformer.models.context import StepContext
+from slideformer.models.model_memory import Binding, ModelMemory, Operation, Views, finite
 
 logger = logging.getLogger(__name__)
 

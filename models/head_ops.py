@@ -13,14 +13,6 @@ from slideformer.graph.tasks import Task
 from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.models.balance import balance_of
-from slideformer.models.bindings import (
-    Binding,
-    ModelMemory,
-    Operation,
-    Views,
-    finite,
-    without_grad,
-)
 from slideformer.models.context import StepContext
 from slideformer.models.gradients import store_
 from slideformer.models.head import (
@@ -29,6 +21,14 @@ from slideformer.models.head import (
     head_loss,
     head_loss_and_grad,
     head_stats,
+)
+from slideformer.models.model_memory import (
+    Binding,
+    ModelMemory,
+    Operation,
+    Views,
+    finite,
+    without_grad,
 )
 
 

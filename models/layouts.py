@@ -6,8 +6,7 @@ their own with every step.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,12 +17,9 @@ from slideformer.models.attention import Mask, window_mask
 from slideformer.models.context import StepContext
 from slideformer.models.documents import Documents, PackedTensors, packed_tensors
 from slideformer.models.layer import Rope
-
-if TYPE_CHECKING:
-    from slideformer.models.bindings import ModelMemory
+from slideformer.models.model_memory import ModelMemory, Views
 
 Layout = Callable[[StepContext], tuple[Rope, Mask]]
-Views = Mapping[str, Tensor]
 
 
 def layer_layout(memory: ModelMemory, task: Task, views: Views, unit: UnitSpec) -> Layout:

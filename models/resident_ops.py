@@ -16,9 +16,16 @@ from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.squares import sum_of_squares
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, whole, without_grad
 from slideformer.models.clip_ops import optimizer_of
 from slideformer.models.context import PackedRows, StepContext, unpack_rows
+from slideformer.models.model_memory import (
+    Binding,
+    ModelMemory,
+    Operation,
+    Views,
+    whole,
+    without_grad,
+)
 from slideformer.models.rates import Rates, rate_runs, segments
 from slideformer.models.state import UnitState
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.step_save import STATE_PARTS, parts_nbytes
 from slideformer.graph.tasks import Task
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views
 from slideformer.models.context import CheckpointContext, SaveContext
+from slideformer.models.model_memory import Binding, ModelMemory, Operation, Views
 from slideformer.models.state import STATE_DTYPES, UnitState
 
 

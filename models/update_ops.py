@@ -11,9 +11,16 @@ from slideformer.graph.tasks import Task
 from slideformer.kernels.adamw import adamw_rows, adamw_update
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.squares import sum_of_squares
-from slideformer.models.bindings import Binding, ModelMemory, Operation, Views, finite, without_grad
 from slideformer.models.clip_ops import optimizer_of
 from slideformer.models.context import StepContext, UsedRows
+from slideformer.models.model_memory import (
+    Binding,
+    ModelMemory,
+    Operation,
+    Views,
+    finite,
+    without_grad,
+)
 from slideformer.models.rates import Rates, rate_runs, segments
 
 

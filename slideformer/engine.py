@@ -36,7 +36,7 @@ from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.adapter_files import weights_writer
-from slideformer.models.bindings import ModelMemory
+from slideformer.models.bindings import model_bindings
 from slideformer.models.checkpoint import check_weights
 from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
@@ -45,8 +45,8 @@ from slideformer.models.documents import StepDocuments
 from slideformer.models.export import Records
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
+from slideformer.models.model_memory import ModelMemory
 from slideformer.models.rotary import rope_tables
-from slideformer.models.tables import model_bindings
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places

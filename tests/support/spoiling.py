@@ -10,8 +10,8 @@ import pytest
 from torch import Tensor
 
 from slideformer.graph.tasks import Task
-from slideformer.models.bindings import Operation, Views
 from slideformer.models.context import StepContext
+from slideformer.models.model_memory import Operation, Views
 from slideformer.models.update_ops import UpdateOps
 
 FINISH = UpdateOps.finish

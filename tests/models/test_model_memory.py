@@ -1,4 +1,4 @@
-"""What bindings do beside calling the arithmetic."""
+"""The memory of a run as bindings see it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch
 from transformers.models.gemma2.modeling_gemma2 import Gemma2TextScaledWordEmbedding
 
 from slideformer.graph.plan import Compute
-from slideformer.models.bindings import ModelMemory
 from slideformer.models.families import decoder_config
+from slideformer.models.model_memory import ModelMemory
 from slideformer.models.units import model_spec
 from tests.models.tiny import tiny_config
 from tests.support.specs import small_plan
