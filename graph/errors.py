@@ -1,17 +1,17 @@
 """Every error that a user of SlideFormer can meet, as one small tree.
 
     SlideFormerError
-    ├── ConfigError          a setting is wrong or unknown
-    ├── GraphError           a task graph breaks a rule
-    ├── BudgetError          no plan fits the memory budgets
-    ├── CheckpointError      a model folder cannot be read or written
-    ├── DataError            a training file cannot be read
-    ├── UnsupportedModelError  the model's family does not fit
-    ├── DeviceError          the requested device is not usable
-    ├── StoreError           storage on NVMe failed
-    ├── PolicyError          a scheduling policy broke its contract
-    ├── TaskError            a task of a running graph failed
-    └── NonFiniteError       a gradient or loss is not finite
+    ├── ConfigError            a setting is wrong or unknown
+    ├── GraphError             a task graph breaks a rule
+    ├── BudgetError            no plan fits the memory budgets
+    ├── CheckpointError        a checkpoint or model folder cannot be read or written
+    ├── DataError              a training file cannot be read
+    ├── UnsupportedModelError  the model's family or a setting of it is not supported
+    ├── DeviceError            the requested device is not usable
+    ├── StoreError             storage on NVMe failed
+    ├── PolicyError            a scheduling policy broke its contract
+    ├── TaskError              a task of a running graph failed
+    └── NonFiniteError         a gradient or loss is not finite
 
 Messages say what was found, what the limit is and what to try next. ``assert`` is for mistakes of
 our own, never for a user's.
@@ -37,7 +37,7 @@ class BudgetError(SlideFormerError):
 
 
 class CheckpointError(SlideFormerError):
-    """A model folder is missing, incomplete, damaged or not writable."""
+    """A checkpoint or model folder is missing, incomplete, damaged or not writable."""
 
 
 class DataError(SlideFormerError):

@@ -11,10 +11,10 @@ import torch
 
 from slideformer.graph.model import Lora, ModelSpec, UnitSpec
 from slideformer.kernels.split import split_master
-from slideformer.models.checkpoint import named_generator
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
+from slideformer.models.weights import named_generator
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"

@@ -23,11 +23,11 @@ from slideformer.graph.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 _HEADROOM = 64 * 2**20
-"""Bytes left free beside a checkpoint: for its small files and the file system's own records."""
+"""Bytes left free beside a folder: for its small files and the file system's own records."""
 
 
 def check_output(output: Path, *, replace: bool = False) -> None:
-    """Check that a checkpoint could be saved as ``output``, without leaving anything behind.
+    """Check that a folder could be saved as ``output``, without leaving anything behind.
 
     ``replace``: a folder that is there need not be empty, as it is to be replaced.
 
@@ -69,7 +69,7 @@ def check_room(output: Path, nbytes: int) -> None:
 
 
 def no_room(output: Path, nbytes: int) -> CheckpointError:
-    """The error for a checkpoint of so many bytes that does not fit on its disk."""
+    """The error for a folder of so many bytes that does not fit on its disk."""
     free = shutil.disk_usage(existing_parent(output)).free
     needed, spare, left = (f"{size / 2**20:,.1f} MiB" for size in (nbytes, _HEADROOM, free))
     return CheckpointError(
@@ -79,14 +79,14 @@ def no_room(output: Path, nbytes: int) -> CheckpointError:
 
 
 def write_error(output: Path, nbytes: int, error: OSError) -> CheckpointError:
-    """The error for a checkpoint of so many bytes that the file system refused with ``error``."""
+    """The error for a folder of so many bytes that the file system refused with ``error``."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return no_room(output, nbytes)
     return CheckpointError(f"cannot write checkpoint {output}: {error}")
 
 
 def free_name(output: Path) -> Path:
-    """``output``, or if a checkpoint cannot be put there the first of ``output-1``, … that is free.
+    """``output``, or if a folder cannot be put there the first of ``output-1``, … that is free.
 
     Raises:
         CheckpointError: nothing can be created beside it.

@@ -1,4 +1,4 @@
-"""Saving the masters as a Hugging Face checkpoint.
+"""Saving the masters as a Hugging Face model folder.
 
 One shard per unit, written in any order and from any thread into a folder aside, which is renamed
 to the output when it is complete: the output is whole or absent. Values are written from the
@@ -29,12 +29,12 @@ from slideformer.models.aside import (
     remove_orphans,
     write_error,
 )
-from slideformer.models.checkpoint import stored_values
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
+from slideformer.models.weights import stored_values
 
 Records = Callable[[], Mapping[str, str]]
-"""Gives further files of a checkpoint: their texts by name."""
+"""Gives further files of a model folder: their texts by name."""
 
 PIECE = 2**15
 """Elements that are converted at a time: of so few, PyTorch's operators run on the calling thread
@@ -66,7 +66,7 @@ def companions(source: Path) -> dict[str, Path]:
 
 
 class HuggingFaceWriter:
-    """Writes one checkpoint; a context manager that removes what is unfinished when it is left.
+    """Writes one folder; a context manager that removes what is unfinished when it is left.
 
     Args:
         source: the model folder whose config and tokenizer belong to the weights, and whose values

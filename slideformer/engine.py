@@ -37,7 +37,6 @@ from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.bindings import model_bindings
-from slideformer.models.checkpoint import check_weights
 from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
@@ -47,6 +46,7 @@ from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.model_memory import ModelMemory
 from slideformer.models.rotary import rope_tables
+from slideformer.models.weights import check_weights
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places

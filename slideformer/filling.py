@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 from slideformer.checkpointing import Checkpoint
 from slideformer.graph.model import ModelSpec
 from slideformer.models.adapter_files import init_adapters
-from slideformer.models.checkpoint import init_random, load_weights
+from slideformer.models.weights import init_random, load_weights
 from slideformer.run_memory import RunMemory
 
 

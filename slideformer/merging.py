@@ -16,11 +16,11 @@ from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
 from slideformer.kernels.split import join_master, split_master
 from slideformer.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PREFIX
-from slideformer.models.checkpoint import check_weights, load_weights
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import read_model_config
 from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_header, read_range
 from slideformer.models.units import model_spec
+from slideformer.models.weights import check_weights, load_weights
 
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",

@@ -23,12 +23,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from slideformer.graph.errors import CheckpointError
 from slideformer.kernels.split import split_master
-from slideformer.models import checkpoint, export
+from slideformer.models import export, weights
 from slideformer.models.aside import check_output
-from slideformer.models.checkpoint import check_weights, init_random, load_weights
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import read_model_config
+from slideformer.models.safetensors_file import read_header
 from slideformer.models.units import EMBED_KEY, HEAD_KEY, model_spec
+from slideformer.models.weights import check_weights, init_random, load_weights
 from tests.models.tiny import (
     VARIANTS,
     Masters,
@@ -65,8 +66,8 @@ def folder(tmp_path: Path) -> Folder:
 @pytest.fixture
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even tiny parameters into pieces, at places that are no row's start."""
-    monkeypatch.setattr(checkpoint, "PIECE", 1000)
-    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 4000)
+    monkeypatch.setattr(weights, "PIECE", 1000)
+    monkeypatch.setattr(weights, "_PIECE_BYTES", 4000)
     monkeypatch.setattr(export, "PIECE", 777)
 
 
@@ -413,7 +414,7 @@ def test_a_nonsensical_header_is_named(tmp_path: Path, entry: object) -> None:
     header = json.dumps({"w": entry}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
-        checkpoint.read_header(path)
+        read_header(path)
 
 
 def test_a_failing_read_stops_the_loading(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,9 +1,9 @@
-"""Weights into the host's master arrays: from a Hugging Face checkpoint, or random.
+"""Weights into the host's master arrays: from a Hugging Face model folder, or random.
 
-A checkpoint is streamed from its safetensors files in pieces of bounded size straight into the
-split masters, several pieces at once, so that no second copy of the model ever exists. Names,
-shapes and dtypes are checked against the spec before the first value is read, or by
-`check_weights` before there are masters. Writing a checkpoint is the matter of ``export.py``.
+A folder's safetensors files are streamed in pieces of bounded size straight into the split masters,
+several pieces at once, so that no second copy of the model ever exists. Names, shapes and dtypes
+are checked against the spec before the first value is read, or by `check_weights` before there are
+masters. Writing a model folder is the matter of ``export.py``.
 """
 
 from __future__ import annotations
