@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from slideformer import profiling
+from slideformer.measuring import profiling
 from slideformer.tools.cli import app
 from slideformer.trainer import Trainer
 from tests.support.checkpoints import write_checkpoint, write_lines

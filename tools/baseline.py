@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from slideformer.measure import memory, random_batches, shape_config, torch_device
+from slideformer.measuring.trial import memory, random_batches, shape_config, torch_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,7 @@ from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
-from slideformer.measure import (
+from slideformer.measuring.trial import (
     array_batches,
     memory,
     random_batches,

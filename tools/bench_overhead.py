@@ -14,8 +14,8 @@ _STEPS = 3
 
 def decision_costs(device: str) -> dict[str, Any]:
     """Run a step of thousands of tasks that do nothing, under every policy."""
-    from slideformer.measure import torch_device
-    from slideformer.overhead import large_step, scheduler_overhead
+    from slideformer.measuring.overhead import large_step, scheduler_overhead
+    from slideformer.measuring.trial import torch_device
 
     where, graph = torch_device(device), large_step()
     policies = {

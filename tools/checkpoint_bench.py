@@ -23,8 +23,8 @@ from slideformer.checkpointing import file_sizes
 from slideformer.config import Config, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
-from slideformer.measure import random_batches, shape_config
-from slideformer.nvme_rates import disk_rates
+from slideformer.measuring.nvme_rates import disk_rates
+from slideformer.measuring.trial import random_batches, shape_config
 from slideformer.tools.console import run_alone
 
 WARM_UP = 3

@@ -23,8 +23,8 @@ from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.plan import MemoryPlan
 from slideformer.graph.tasks import Lane
-from slideformer.measure import random_batches, shape_config
-from slideformer.nvme_rates import disk_rates
+from slideformer.measuring.nvme_rates import disk_rates
+from slideformer.measuring.trial import random_batches, shape_config
 from slideformer.tools.console import run_alone
 
 LANES = (Lane.NVME_READ, Lane.NVME_WRITE)

@@ -17,7 +17,7 @@ import typer
 
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
-from slideformer.measure import log_normal_stream, shape_config
+from slideformer.measuring.trial import log_normal_stream, shape_config
 from slideformer.tools.console import run_alone
 
 DOCUMENTS = 20_000

@@ -32,9 +32,9 @@ def profile(
 
     Takes up to three minutes on a GPU. Nothing else should run meanwhile.
     """
-    from slideformer.measure import torch_device
+    from slideformer.measuring.profiling import measure_machine, sizes_for
+    from slideformer.measuring.trial import torch_device
     from slideformer.profiles import store_machine
-    from slideformer.profiling import measure_machine, sizes_for
 
     if output is not None and not output.absolute().parent.is_dir():
         raise ConfigError(

@@ -12,7 +12,7 @@ from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS
 from slideformer.graph.plan import Budgets, Compute
-from slideformer.measure import random_batches
+from slideformer.measuring.trial import random_batches
 from slideformer.phantom import REAL_LAYERS, phantom_budgets, phantom_layers, spared_nbytes
 from slideformer.planning import plan_for, profile_for, spec_for
 from slideformer.tools.bench_rows import parse_row

@@ -17,14 +17,14 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from slideformer import overhead
-from slideformer.floors import compute_seconds, floors_of_step
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.serialise import from_json
 from slideformer.graph.step import compile_step
+from slideformer.measuring import overhead
+from slideformer.measuring.floors import compute_seconds, floors_of_step
+from slideformer.measuring.stand_in import Arithmetic
 from slideformer.models import layer
 from slideformer.runtime.policies import policy_names
-from slideformer.stand_in import Arithmetic
 from slideformer.tools import bench as bench_module
 from slideformer.tools import bench_overhead, bench_trace, loss_check
 from slideformer.tools.baseline import RECIPES, Baseline

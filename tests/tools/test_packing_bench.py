@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from slideformer.measure import log_normal_stream
+from slideformer.measuring.trial import log_normal_stream
 from slideformer.tools import packing_bench
 
 

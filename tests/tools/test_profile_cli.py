@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from slideformer import profiles, profiling
-from slideformer.lane_rates import LaneSizes
-from slideformer.product_rates import ProductSizes
-from slideformer.profiling import ProfileSizes
+from slideformer import profiles
+from slideformer.measuring import profiling
+from slideformer.measuring.lane_rates import LaneSizes
+from slideformer.measuring.product_rates import ProductSizes
+from slideformer.measuring.profiling import ProfileSizes
 from slideformer.tools.cli import app
 
 TINY = ProfileSizes(

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_step
-from slideformer.measure import shape_config
+from slideformer.measuring.trial import shape_config
 from slideformer.models.units import model_spec
 from slideformer.simulation import simulate
 from slideformer.tools.graph_cli import graph_app

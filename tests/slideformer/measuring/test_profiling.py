@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 
-from slideformer import product_rates, profiles
+from slideformer import profiles
 from slideformer.graph.errors import DeviceError
 from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Lane, ProductKind
-from slideformer.lane_rates import LaneSizes
+from slideformer.measuring import product_rates
+from slideformer.measuring.lane_rates import LaneSizes
+from slideformer.measuring.product_rates import ProductSizes, layer_config, measure_products
+from slideformer.measuring.profiling import LIBRARY_NBYTES, ProfileSizes, measure_machine, sizes_for
+from slideformer.measuring.stand_in import Arithmetic, plan_of
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 from slideformer.models.units import model_spec
 from slideformer.planning import profile_for
-from slideformer.product_rates import ProductSizes, layer_config, measure_products
 from slideformer.profiles import cached_machine, machine_key, store_machine
-from slideformer.profiling import LIBRARY_NBYTES, ProfileSizes, measure_machine, sizes_for
-from slideformer.stand_in import Arithmetic, plan_of
 
 CPU = torch.device("cpu")
 SIZES = ProfileSizes(
@@ -78,7 +79,7 @@ def test_a_machine_without_nvme_is_assumed_to_have_a_generic_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     point = RatePoint(ProductKind.FORWARD, 1, 1, 1.0)
-    monkeypatch.setattr("slideformer.profiling.measure_products", lambda *_: (point,))
+    monkeypatch.setattr("slideformer.measuring.profiling.measure_products", lambda *_: (point,))
     machine = measure_machine(CPU, SIZES)
     assert machine.profile.nvme_read == MachineProfile().nvme_read
     assert machine.sources["nvme_read"].startswith("assumed")

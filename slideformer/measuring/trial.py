@@ -1,4 +1,4 @@
-"""What a benchmark needs beside the engine: shapes, batches, and what a process holds on the GPU.
+"""What a trial needs beside the engine: shapes, batches, and what a process holds on the GPU.
 
 Measures nothing itself; ``floors.py`` does, and ``tools/`` runs the comparisons.
 """

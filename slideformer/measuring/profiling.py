@@ -15,20 +15,20 @@ from pathlib import Path
 import torch
 
 from slideformer.engine import default_threads
-from slideformer.gpu_overhead import gpu_overhead
 from slideformer.graph.machines import Machine
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane, ProductKind
-from slideformer.lane_rates import (
+from slideformer.measuring.gpu_overhead import gpu_overhead
+from slideformer.measuring.lane_rates import (
     WALKED_BYTES,
     LaneSizes,
     gpu_copy_rate,
     host_copy_rate,
     measure_lanes,
 )
+from slideformer.measuring.nvme_rates import disk_rates
+from slideformer.measuring.product_rates import ProductSizes, measure_products
 from slideformer.memory.limits import available_host_memory
-from slideformer.nvme_rates import disk_rates
-from slideformer.product_rates import ProductSizes, measure_products
 from slideformer.profiles import machine_key
 
 _MOST_WALKED = 32 << 30

@@ -21,12 +21,12 @@ from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.tasks import Lane, Task, TaskKind
 from slideformer.kernels.adamw import adamw_update
 from slideformer.kernels.adamw_gpu import adamw_update_gpu
+from slideformer.measuring.product_rates import layer_config
+from slideformer.measuring.stand_in import Arithmetic, StandIn
+from slideformer.measuring.update_rates import UPDATE_BYTES, Copies, hyper_parameters, seconds_of
 from slideformer.memory.arena import HostArena
-from slideformer.product_rates import layer_config
 from slideformer.running import run
 from slideformer.runtime.trace import Span
-from slideformer.stand_in import Arithmetic, StandIn
-from slideformer.update_rates import UPDATE_BYTES, Copies, hyper_parameters, seconds_of
 
 WALKED_BYTES = 14
 """Host memory of a parameter that is updated: hi, lo, both moments and a BF16 gradient."""

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from slideformer.measuring.stand_in import Arithmetic, StandIn
+from slideformer.measuring.update_rates import UPDATE_BYTES, Copies, seconds_of
 from slideformer.models.shapes import shape_config
-from slideformer.stand_in import Arithmetic, StandIn
-from slideformer.update_rates import UPDATE_BYTES, Copies, seconds_of
 
 
 def copy_rates(device: torch.device, nbytes: int) -> dict[str, float]:

@@ -23,10 +23,10 @@ from slideformer.graph.products import (
 )
 from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Product, ProductKind
+from slideformer.measuring.stand_in import Arithmetic, StandIn, plan_of
+from slideformer.measuring.update_rates import seconds_of
 from slideformer.models.attention import RecordedAttention, attention
 from slideformer.models.units import model_spec
-from slideformer.stand_in import Arithmetic, StandIn, plan_of
-from slideformer.update_rates import seconds_of
 
 HEAD_DIM = 128
 _SHARING = 4
