@@ -28,6 +28,7 @@ from transformers import PretrainedConfig
 from slideformer.checkpointing import Checkpoint, CheckpointInfo, PendingCheckpoint
 from slideformer.config import EngineConfig
 from slideformer.determinism import Determinism
+from slideformer.devices import make_lanes
 from slideformer.filling import fill
 from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
@@ -52,9 +53,7 @@ from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places
 from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
 from slideformer.run_memory import RunMemory
-from slideformer.runtime.cpu import CpuDevice
-from slideformer.runtime.cuda import CudaDevice
-from slideformer.runtime.device import Device, bind
+from slideformer.runtime.device import bind
 from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import Policy, make_policy
 from slideformer.runtime.trace import Timeline, Trace
@@ -142,7 +141,7 @@ class Engine:
     # -- making ready ----------------------------------------------------------------------------
 
     def _start(self) -> None:
-        config, cuda = self.config, self._device.type == "cuda"
+        config = self.config
         memory = ModelMemory(self.spec, self._decoder, self.plan, self._memory.states)
         threads = config.threads or default_threads()
         self._clip = ClipOps(
@@ -162,9 +161,10 @@ class Engine:
         ]
         fill_constants(constants, memory, ropes)
         self._operations = [bind(graph, bindings, self._memory) for graph in self._graphs]
-        device: Device = CudaDevice(self._device.index or 0) if cuda else CpuDevice()
         self._trace = Trace()
-        self._scheduler = SchedulerThread(device, self._policy, self._profile, self._trace)
+        self._scheduler = SchedulerThread(
+            make_lanes(self._device), self._policy, self._profile, self._trace
+        )
 
     # -- running ---------------------------------------------------------------------------------
 

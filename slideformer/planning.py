@@ -15,6 +15,7 @@ import torch
 from transformers import PretrainedConfig
 
 from slideformer.config import Config, EngineConfig
+from slideformer.devices import find_device
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.graph import TaskGraph
@@ -146,17 +147,11 @@ def _chosen(numerics: Mapping[str, str | int], name: str) -> int | None:
 
 def device_for(config: EngineConfig) -> torch.device:
     """The device that ``config`` asks for; raises `DeviceError` if it is not usable."""
-    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        found = (
-            "PyTorch was built without CUDA" if torch.version.cuda is None else "no GPU is usable"
-        )
-        raise DeviceError(f"device is 'cuda', but {found}; use --device cpu or --device auto")
-    if config.compute == "bf16" and not torch.cuda.is_bf16_supported():
+    device = find_device(config.device)
+    if device.type == "cuda" and config.compute == "bf16" and not torch.cuda.is_bf16_supported():
         name = torch.cuda.get_device_name()
         raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
-    return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def profile_for(device: torch.device, nvme: Sequence[Path] = ()) -> MachineProfile:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from slideformer.config import format_size
+from slideformer.devices import make_lanes
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import BudgetError, DeviceError, GraphError, TaskError
 from slideformer.graph.graph import TaskGraph
@@ -35,8 +36,6 @@ from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import aligned, lay_out, places
 from slideformer.memory.limits import available_host_memory
 from slideformer.runtime.core import Event, Launch, TaskRun
-from slideformer.runtime.cpu import CpuDevice
-from slideformer.runtime.cuda import CudaDevice
 from slideformer.runtime.device import Binding, Device, Operation, Views, bind
 from slideformer.runtime.policies import Policy, make_policy
 from slideformer.runtime.scheduler import Scheduler
@@ -93,7 +92,7 @@ async def run(
         _fill(graph, arenas, contents or {})
         if target.type == "cuda":
             torch.cuda.synchronize(target)  # from here on every stream sees the contents
-        watched = _WatchedDevice(CudaDevice(target.index) if target.type == "cuda" else CpuDevice())
+        watched = _WatchedDevice(make_lanes(target))
         trace = Trace(keep=instances)
         scheduler = Scheduler(watched, chosen, trace=trace)
         done = [scheduler.submit(graph, operations) for _ in range(instances)]

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
+from slideformer.devices import make_lanes
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Compute, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
-from slideformer.runtime.cpu import CpuDevice
-from slideformer.runtime.cuda import CudaDevice
 from slideformer.runtime.policies import make_policy, policy_names
 from slideformer.runtime.scheduler import Scheduler
 from slideformer.runtime.trace import Trace
@@ -63,8 +62,7 @@ def scheduler_overhead(
 
 
 async def _run(graph: TaskGraph, device: torch.device, policy: str, instances: int) -> Overhead:
-    target = CudaDevice(device.index or 0) if device.type == "cuda" else CpuDevice()
-    scheduler = Scheduler(target, make_policy(policy), MachineProfile(), Trace())
+    scheduler = Scheduler(make_lanes(device), make_policy(policy), MachineProfile(), Trace())
     operations = [_nothing] * len(graph.tasks)
     try:
         await scheduler.submit(graph, operations)  # ranks the tasks

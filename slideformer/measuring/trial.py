@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from slideformer.graph.errors import ConfigError, DeviceError
+from slideformer.devices import find_device
 from slideformer.kernels.reference import IGNORE_INDEX
 from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.dataset import TokenDataset
@@ -83,21 +83,12 @@ def array_batches(ids: NDArray[np.int64]) -> list[Batch]:
 
 
 def torch_device(name: str) -> torch.device:
-    """The device ``"cuda"``, ``"cpu"`` or ``"auto"``, with a context where it needs one.
-
-    Resets the peaks that `memory` reports. Raises `DeviceError` where there is no GPU, and
-    `ConfigError` for another name.
-    """
-    if name not in ("auto", "cuda", "cpu"):
-        raise ConfigError(f"device is {name!r}; use auto, cuda or cpu")
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise DeviceError("device is 'cuda', but no GPU is usable; use --device cpu")
-    device = torch.device("cuda", torch.cuda.current_device())
-    torch.zeros(1, device=device)  # makes the context
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
+    """`find_device`, with a context where the device needs one; resets what `memory` reports."""
+    device = find_device(name)
+    if device.type == "cuda":
+        torch.zeros(1, device=device)  # makes the context
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     return device
 
 
