@@ -7,7 +7,6 @@ with one line per problem.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -37,6 +36,7 @@ from slideformer.config_values import (
 from slideformer.config_values import format_size as format_size
 from slideformer.config_values import parse_size as parse_size
 from slideformer.graph.errors import ConfigError
+from slideformer.whole_files import write_whole
 from slideformer.yaml_text import parse_yaml
 
 
@@ -329,10 +329,7 @@ def save_config(config: Config, path: Path | str) -> None:
 
     Raises ``OSError`` if the file cannot be written.
     """
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(config_text(config), encoding="utf-8")
-    aside.replace(path)
+    write_whole(Path(path), config_text(config))
 
 
 def config_text(config: Config) -> str:

@@ -21,6 +21,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.serialise import to_json
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.trace import Span, Timeline
+from slideformer.whole_files import write_whole
 
 GRAPH_FILE = "step.json"
 """The graph of a step, in a trace folder."""
@@ -93,9 +94,7 @@ def write_trace(folder: Path | str, graph: TaskGraph, timeline: Timeline) -> Non
     files = {GRAPH_FILE: to_json(graph), TRACE_FILE: to_chrome(timeline)}
     try:
         for name, text in files.items():
-            aside = folder / f".{name}.part"
-            aside.write_text(text, encoding="utf-8")
-            aside.replace(folder / name)
+            write_whole(folder / name, text)
     except OSError as error:
         raise ConfigError(f"trace folder {folder} cannot be written: {error.strerror}") from None
 

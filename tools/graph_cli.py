@@ -25,6 +25,7 @@ from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.stats import GraphStats, Load, graph_stats
 from slideformer.tools import step_flags as flags
 from slideformer.tools.setting_flags import settings_as_flags
+from slideformer.whole_files import write_whole
 
 graph_app = typer.Typer(
     no_args_is_help=True, help="Write down, check, compare and summarise task graphs."
@@ -138,10 +139,8 @@ def write_file(path: Path | None, text: str) -> None:
     if path is None:
         sys.stdout.write(text)
         return
-    aside = path.with_name(f".{path.name}.part")
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        write_whole(path, text)
     except OSError as error:
         raise GraphError(f"{path}: cannot be written: {error.strerror}") from None
 

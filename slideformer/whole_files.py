@@ -1,0 +1,21 @@
+"""Text files that are there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file in UTF-8, at once in place of one that is there.
+
+    Raises `OSError` if it cannot be written; nothing is left behind then.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        aside.write_text(text, encoding="utf-8")
+        aside.replace(path)
+    finally:
+        with suppress(OSError):
+            aside.unlink()

@@ -1,0 +1,26 @@
+"""Files that are there whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from slideformer.whole_files import write_whole
+
+
+def test_a_file_takes_the_place_of_another(tmp_path: Path) -> None:
+    for text in ("one", "zwei ü"):
+        write_whole(tmp_path / "file", text)
+        assert [path.read_text(encoding="utf-8") for path in tmp_path.iterdir()] == [text]
+
+
+@pytest.mark.parametrize("way", ["folder in its place", "no folder for it"])
+def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, way: str) -> None:
+    path = tmp_path / "file" if way == "folder in its place" else tmp_path / "absent" / "file"
+    if way == "folder in its place":
+        path.mkdir()
+    before = list(tmp_path.iterdir())
+    with pytest.raises(OSError, match="file"):
+        write_whole(path, "text")
+    assert list(tmp_path.iterdir()) == before
