@@ -36,7 +36,8 @@ _SHOWN = 20
 """Problems that one message lists; the rest is counted."""
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 63)]
-_Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f]+$")]
+_Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
+_Title = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]*$")]
 _Text = Annotated[str, Field(max_length=4096)]
 
 
@@ -94,10 +95,13 @@ class _Task(_Item):
         return self
 
 
-class _Document(_Item):
+class _Header(_Item):
     format: Literal["slideformer-graph"]
     version: Literal[2]
-    name: _Text
+    name: _Title
+
+
+class _Document(_Header):
     slots: tuple[_Slot, ...]
     buffers: tuple[_Buffer, ...]
     tasks: tuple[_Task, ...]
@@ -109,17 +113,14 @@ def to_json(graph: TaskGraph) -> str:
     Raises `GraphError` for what the format cannot hold: a negative or overflowing size, a duration
     that is not finite, a name that is empty, longer than 256 characters or has control characters.
     """
+    header = {"format": FORMAT, "version": VERSION, "name": graph.name}
+    _item(_Header, "graph", header)
     sections = {
         "slots": [_item(_Slot, "slot", _fields(s)) for s in graph.slots.values()],
         "buffers": [_item(_Buffer, "buffer", _buffer_fields(b)) for b in graph.buffers.values()],
         "tasks": [_item(_Task, "task", _task_fields(t)) for t in graph.tasks],
     }
-    lines = [
-        "{",
-        f'"format": "{FORMAT}",',
-        f'"version": {VERSION},',
-        f'"name": {json.dumps(graph.name)},',
-    ]
+    lines = ["{", *(f'"{key}": {json.dumps(value)},' for key, value in header.items())]
     for key, items in sections.items():
         body = ",\n".join(item.model_dump_json(exclude_defaults=True) for item in items)
         lines += [f'"{key}": [', *([body] if body else []), "]" if key == "tasks" else "],"]
@@ -205,11 +206,11 @@ def _explain(problems: Sequence[ErrorDetails], text: str | bytes) -> str:
         return f"not a task graph: {first['msg']}; write one with `slideformer graph dump`"
     raw: dict[str, Any] = json.loads(text)
     if raw.get("format") != FORMAT:
-        return f"not a task graph: format is {raw.get('format')!r}, expected {FORMAT!r}"
+        return f"not a task graph: format is {raw.get('format')!r:.80}, expected {FORMAT!r}"
     if raw.get("version") != VERSION:
         return (
-            f"the graph has version {raw.get('version')!r}, this program reads version {VERSION}; "
-            "write it again with `slideformer graph dump` of this program"
+            f"the graph has version {raw.get('version')!r:.80}, this program reads version "
+            f"{VERSION}; write it again with `slideformer graph dump` of this program"
         )
     return _listed([_problem(problem, raw) for problem in problems])
 
@@ -221,7 +222,8 @@ def _problem(problem: ErrorDetails, raw: dict[str, Any]) -> str:
         case ("slots" | "buffers" | "tasks" as section, int(position), *inner):
             listed = raw[section][position]
             name = listed.get("name") if isinstance(listed, dict) else None
-            where = f"{section[:-1]} {name if isinstance(name, str) else f'number {position}'}"
+            shown = repr(name)[1:-1] if isinstance(name, str) else f"number {position}"
+            where = f"{section[:-1]} {shown:.80}"
             loc = tuple(inner)
     return f"{where}: {_field_problem(problem, loc)}"
 

@@ -34,8 +34,9 @@ def verify(graph: TaskGraph) -> None:
     buffer.
 
     Rules: names are well formed; sizes fit; buffers lie inside their slots and in their slots'
-    tier; each kind touches only the tiers of its lane; what is read was written before and not
-    overwritten since; ``after`` makes no cycle.
+    tier; each kind touches only the tiers of its lane; what a task writes shares no bytes with its
+    other buffers; what is read was written before and not overwritten since; ``after`` makes no
+    cycle.
     """
     problems = [*_check_places(graph), *_check_tasks(graph)]
     if not problems:  # the remaining rules need every name to resolve
@@ -85,6 +86,7 @@ def _check_tasks(graph: TaskGraph) -> Iterator[str]:
         ):
             for name in names:
                 yield from _check_access(graph, task, name, allowed, verb)
+        yield from _check_overlaps(graph, task)
         for name in task.after:
             if name not in graph.index:
                 yield f"task {task.name}: runs after {name!r}, which does not exist"
@@ -102,6 +104,31 @@ def _check_access(
     elif buffer.tier not in allowed:
         tiers = ", ".join(sorted(allowed))
         yield f"task {task.name}: {verb} {name} in {buffer.tier}; {task.kind} may only use {tiers}"
+
+
+def _check_overlaps(graph: TaskGraph, task: Task) -> Iterator[str]:
+    """What a task writes must not change its other buffers; in place it is one buffer."""
+    names = dict.fromkeys((*task.reads, *task.writes))
+    by_place: dict[str, list[Buffer]] = {}
+    for buffer in (graph.buffers[name] for name in names if name in graph.buffers):
+        by_place.setdefault(buffer.place, []).append(buffer)
+    for place, buffers in by_place.items():
+        if len(buffers) == 1:  # nearly always
+            continue
+        furthest: Buffer | None = None  # of those that begin no later
+        furthest_written: Buffer | None = None
+        for buffer in sorted(buffers, key=lambda each: each.offset):
+            written = buffer.name in task.writes
+            other = furthest if written else furthest_written
+            if other is not None and buffer.nbytes and other.stop > buffer.offset:
+                yield (
+                    f"task {task.name}: {other.name} and {buffer.name} share bytes of {place} "
+                    "while it writes; move one, or name one buffer as read and written"
+                )
+            if furthest is None or buffer.stop > furthest.stop:
+                furthest = buffer
+            if written and (furthest_written is None or buffer.stop > furthest_written.stop):
+                furthest_written = buffer
 
 
 def _check_contents(graph: TaskGraph) -> Iterator[str]:

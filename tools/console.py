@@ -24,9 +24,14 @@ INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
 
+def plain_console(**settings: Any) -> Console:
+    """A console that prints names of files and graphs as they are, whatever brackets they have."""
+    return Console(highlight=False, markup=False, emoji=False, **settings)
+
+
 def stderr_console() -> Console:
     """A console on what is stderr now."""
-    return Console(stderr=True, highlight=False)
+    return plain_console(stderr=True)
 
 
 def set_up_logging(console: Console, *, debug: bool = False) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from slideformer.tools.console import plain_console
 
 if TYPE_CHECKING:
     from slideformer.data_statistics import DataStatistics
@@ -35,7 +36,7 @@ def stats(
     from slideformer.data_statistics import statistics_of_files
 
     found = statistics_of_files(files, model, seq_len)
-    Console(highlight=False).print(_table([path.name for path in files], found))
+    plain_console().print(_table([path.name for path in files], found))
 
 
 def _table(names: list[str], columns: list[DataStatistics]) -> Table:

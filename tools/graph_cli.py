@@ -24,6 +24,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.stats import GraphStats, Load, graph_stats
 from slideformer.tools import step_flags as flags
+from slideformer.tools.console import plain_console
 from slideformer.tools.setting_flags import settings_as_flags
 from slideformer.whole_files import write_whole
 
@@ -121,7 +122,7 @@ def stats(
 
 def stdout_console() -> Console:
     """A console on stdout that does not cut tables where there is no terminal."""
-    return Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    return plain_console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
 
 
 def read_graph(path: Path) -> TaskGraph:
@@ -142,6 +143,7 @@ def write_file(path: Path | None, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise GraphError(f"{path}: cannot be written: {error.strerror}") from None
 
 

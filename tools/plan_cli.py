@@ -15,6 +15,7 @@ from slideformer.config_values import format_size, parse_size
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.plan import MemoryPlan
 from slideformer.tools import step_flags as flags
+from slideformer.tools.console import plain_console
 from slideformer.tools.graph_cli import stdout_console
 from slideformer.tools.setting_flags import settings_as_flags
 
@@ -49,7 +50,7 @@ def plan(
 
     Needs no GPU: give the budget of the one meant with --gpu-memory, or a --machine.
     """
-    console = Console(highlight=False)
+    console = plain_console()
     step = flags.wanted_step(model, shape, machine, config, **settings)
     if sweep is not None:
         _sweep(stdout_console(), step.request, sweep, plot or Path("sweep.png"))

@@ -6,14 +6,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.machines import Machine, write_machine
 from slideformer.graph.tasks import Lane, ProductKind
-from slideformer.tools.console import stderr_console
+from slideformer.tools.console import plain_console, stderr_console
 from slideformer.tools.graph_cli import write_file
 
 
@@ -56,7 +55,7 @@ def profile(
         machine = measure_machine(
             where, sizes, nvme or (), lambda last: bar.update(task, advance=1, last=last)
         )
-    console = Console(highlight=False)
+    console = plain_console()
     for table in _tables(machine):
         console.print(table)
     kept = store_machine(where.type, machine)

@@ -100,6 +100,22 @@ def a_slot_overlap(draw: st.DrawFn, graph: TaskGraph) -> Broken:
     return broken, ("buffer kept", "over of task late.x")
 
 
+def an_overlap_within_a_task(draw: st.DrawFn, graph: TaskGraph) -> Broken:
+    """A task comes to write a buffer that shares bytes with one that it reads or writes."""
+    position, task = a_task(draw, graph)
+    assume(task.writes)
+    other = graph.buffers[draw(st.sampled_from([*task.reads, *task.writes]))]
+    assume(other.tier is graph.buffers[task.writes[0]].tier)
+    last = (other.stop if other.slot else other.nbytes) - 1
+    slot = Slot("one", other.tier, last + 3)
+    moved = replace(other, slot="one")
+    over = Buffer("over", draw(st.integers(1, 3)), other.tier, slot="one", offset=last)
+    graph = replace(graph, slots={**graph.slots, "one": slot})
+    graph = with_buffer(with_buffer(graph, moved), over)
+    broken = with_task(graph, position, writes=(*task.writes, "over"))
+    return broken, (f"task {task.name}", "over", other.name)
+
+
 def a_buffer_beyond_its_slot(draw: st.DrawFn, graph: TaskGraph) -> Broken:
     """A buffer grows out of its slot."""
     inside = [b for b in graph.buffers.values() if b.slot]
@@ -129,6 +145,7 @@ def a_size_out_of_range(draw: st.DrawFn, graph: TaskGraph) -> Broken:
         a_name_twice,
         a_read_too_early,
         a_slot_overlap,
+        an_overlap_within_a_task,
         a_buffer_beyond_its_slot,
         a_size_out_of_range,
     ],

@@ -109,6 +109,17 @@ def test_a_value_without_json_form_is_not_written() -> None:
         to_json(broken)
 
 
+@pytest.mark.parametrize("name", ["a\nb", "\x1b]0;x\x07", "\x9b1m", "x" * 257])
+def test_a_title_that_a_terminal_would_obey_is_neither_written_nor_read(name: str) -> None:
+    graph = small_graph()
+    with pytest.raises(GraphError, match="name is"):
+        to_json(TaskGraph(name, graph.tasks, graph.buffers, graph.slots))
+    document = json.loads(to_json(graph)) | {"name": name}
+    with pytest.raises(GraphError, match="name is") as caught:
+        from_json(json.dumps(document))
+    assert str(caught.value).replace("\n", "").isprintable()
+
+
 def item(section: str, position: int, **changes: Any) -> Callable[[Document], None]:
     """A change of fields of one slot, buffer or task; ``...`` removes a field."""
 
@@ -196,6 +207,22 @@ def test_a_broken_file_is_refused_by_name(change: Callable[[Document], None], me
 def test_what_is_no_graph_is_refused(text: str | bytes) -> None:
     with pytest.raises(GraphError, match="not a task graph"):
         from_json(text)
+
+
+def test_a_message_stays_short_and_printable_whatever_the_file_has() -> None:
+    changes = (
+        top(format=["x" * 9999]),
+        top(version="2" * 9999),
+        item("tasks", 0, name="x." + "\x1b" * 9999),
+        item("slots", 0, name=["x"] * 9999),
+    )
+    for change in changes:
+        document = json.loads(to_json(small_graph()))
+        change(document)
+        with pytest.raises(GraphError) as caught:
+            from_json(json.dumps(document))
+        assert len(str(caught.value)) < 500
+        assert str(caught.value).replace("\n", "").isprintable()
 
 
 def test_all_problems_come_in_one_message() -> None:

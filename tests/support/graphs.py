@@ -61,7 +61,12 @@ def task_graphs(draw: st.DrawFn, *, max_tasks: int = 14, places: str = "") -> Ta
             and all(carried_bytes.get(x, b.name) == b.name for x in bytes_of(b))
         ]
         reads = draw(st.lists(st.sampled_from(whole), max_size=3)) if whole else []
-        writes = draw(st.lists(st.sampled_from(free), max_size=2)) if free else []
+        by_name = {b.name: b for b in buffers}
+        writes: list[str] = []
+        for written in draw(st.lists(st.sampled_from(free), max_size=2)) if free else []:
+            others = (by_name[each] for each in (*reads, *writes) if each != written)
+            if all(set(bytes_of(each)).isdisjoint(bytes_of(by_name[written])) for each in others):
+                writes.append(written)
         after = draw(st.lists(st.sampled_from(names), max_size=1)) if names else []
         seconds = draw(st.integers(0, 8))
         name = builder.task(
@@ -74,7 +79,6 @@ def task_graphs(draw: st.DrawFn, *, max_tasks: int = 14, places: str = "") -> Ta
             cost=Cost(seconds=float(seconds)),
         )
         names.append(name)
-        by_name = {b.name: b for b in buffers}
         for written in writes:
             owners.update(dict.fromkeys(bytes_of(by_name[written]), written))
     return builder.build()

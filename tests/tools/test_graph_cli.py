@@ -11,10 +11,13 @@ from transformers import AutoConfig
 from typer.testing import CliRunner, Result
 
 from slideformer.config import EngineConfig
+from slideformer.graph.buffers import Tier
+from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import BudgetError, ConfigError, GraphError, SlideFormerError
 from slideformer.graph.plan import Budgets, MachineProfile
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_step
+from slideformer.graph.tasks import TaskKind
 from slideformer.models.units import model_spec
 from slideformer.planning import plan_for
 from slideformer.tools.graph_cli import graph_app
@@ -152,6 +155,18 @@ def test_stats_count_and_time_the_tasks(step: Path) -> None:
     rows = {line.split()[0]: line.split() for line in words.splitlines() if line.split()}
     assert int(rows["compute"][1]) == sum(t.lane.value == "compute" for t in graph.tasks)
     assert "critical path" in words
+
+
+def test_names_are_printed_as_they_are(tmp_path: Path) -> None:
+    b = GraphBuilder("[bold]x[/nope] :warning:")
+    b.buffer("[/b]", 4, Tier.CPU, carried=True)
+    b.task("sum.x", TaskKind.CPU, reads=["[/b]"], writes=["[/b]"])
+    path = tmp_path / "[a].json"
+    path.write_text(to_json(b.build()))
+    assert call("stats", path).stdout.startswith("[bold]x[/nope] :warning:: 1 tasks")
+    assert call("check", path).stdout.startswith(str(path))
+    compared = CliRunner().invoke(policies_app, [str(path), "--machine", "a100"])
+    assert compared.stdout.startswith("[bold]x[/nope] :warning:: 1 tasks")
 
 
 def test_policies_are_compared_in_order_of_speed(step: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -141,6 +142,20 @@ def test_pictures_are_written(step: Path) -> None:
     text = svg.read_text()
     assert "<svg" in text
     assert "</svg>" in text
+
+
+def test_a_picture_of_no_tasks_is_refused_and_titles_are_no_formulas(tmp_path: Path) -> None:
+    path = tmp_path / "graph.json"
+    path.write_text(to_json(GraphBuilder("none").build()))
+    with pytest.raises(ConfigError, match="'none' has no tasks"):
+        call("view", path, "--svg", tmp_path / "none.svg")
+    path.write_text(to_json(replace(GRAPH, name=r"$\nothing{$")))
+    call("view", path, "--svg", tmp_path / "odd.svg")
+    b = GraphBuilder("no buffers")
+    b.task("wait.x", TaskKind.CPU)
+    path.write_text(to_json(b.build()))
+    call("view", path, "--png", tmp_path / "wait.png")
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["graph.json", "odd.svg", "wait.png"]
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,14 @@ _GIB = float(1 << 30)
 def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
     """Draw ``timeline`` into a file; the critical path is outlined.
 
-    Raises `ConfigError` if Matplotlib is not installed or the file cannot be written.
+    Raises `ConfigError` if there is nothing to draw, Matplotlib is not installed or the file cannot
+    be written.
     """
+    if not timeline.spans:
+        raise ConfigError(
+            f"graph {timeline.graph.name!r} has no tasks, so there is no timeline to draw; give "
+            "one that has"
+        )
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -44,8 +50,9 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
             linewidths=0.4,
         )
     upper.set_yticks(range(len(lanes)), [lane.value for lane in reversed(lanes)])
-    upper.set_title(title, fontsize="medium")
-    for tier in timeline.peaks():
+    upper.set_title(title, fontsize="medium", parse_math=False)
+    tiers = list(timeline.peaks())
+    for tier in tiers:
         curve = timeline.live(tier)
         times = [*(time - start for time, _ in curve), timeline.makespan]
         levels = [*(nbytes / _GIB for _, nbytes in curve), curve[-1][1] / _GIB]
@@ -54,8 +61,12 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
     lower.set_ylim(bottom=0)
     lower.set_xlabel("seconds")
     lower.set_xlim(0, timeline.makespan or 1.0)
-    lower.legend(loc="upper right", fontsize="small")
+    if tiers:
+        lower.legend(loc="upper right", fontsize="small")
+    aside = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(path, dpi=200)
+        figure.savefig(aside, dpi=200, format=path.suffix[1:])
+        aside.replace(path)
     except OSError as error:
+        aside.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
