@@ -13,14 +13,14 @@ from slideformer.graph.tasks import TaskKind
 from tests.support.engines import (
     MICRO_ROWS,
     ROWS,
+    check_equal,
     check_moved,
     config_for,
     engine_with,
     make_batch,
     stored_weights,
-    too_far,
+    train,
     train_reference,
-    weights_of,
     write_model,
 )
 
@@ -60,12 +60,7 @@ def test_twenty_steps_equal_plain_pytorch(
     config = config_for(
         folder, accumulate=accumulate, max_grad_norm=max_norm, weight_decay=0.1, lr=LR
     )
-    with engine_with(config) as engine:
-        assert engine.plan.micro_batches == rows // MICRO_ROWS
-        handles = [engine.step(batch, lr=rates(i)) for i, batch in enumerate(batches)]
-        assert [h.loss() for h in handles] == pytest.approx(reference.losses, rel=1e-5)
-        assert [h.gradient_norm() for h in handles] == pytest.approx(reference.norms, rel=1e-5)
-        assert too_far(weights_of(engine), reference.weights) == []
+    check_equal(train(config, batches, lr=rates), reference)
 
 
 def test_weights_cross_pcie_as_often_as_for_one_batch(tmp_path: Path) -> None:
@@ -73,6 +68,7 @@ def test_weights_cross_pcie_as_often_as_for_one_batch(tmp_path: Path) -> None:
     loads = []
     for accumulate in (1, 4):
         with engine_with(config_for(folder, accumulate=accumulate, window=2)) as engine:
+            assert engine.plan.micro_batches == accumulate * ROWS // MICRO_ROWS
             tasks = engine.graph.tasks
             loads.append(
                 [

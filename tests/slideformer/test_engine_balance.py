@@ -11,7 +11,6 @@ from transformers import AutoModelForCausalLM
 
 from slideformer.models.data.batches import Batch
 from tests.models.tiny import by_stored_name
-from tests.slideformer.test_engine_parity import train
 from tests.support.engines import (
     ROWS,
     SEQ_LEN,
@@ -20,6 +19,7 @@ from tests.support.engines import (
     engine_with,
     make_batch,
     too_far,
+    train,
     weights_of,
     write_model,
 )
@@ -65,7 +65,7 @@ def test_training_equals_transformers_with_router_logits(
 ) -> None:
     folder = write_model(tmp_path / "model", variant, **settings, **BALANCED)
     expected, weights = reference(folder, BATCHES)
-    losses, _, ours = train(folder, BATCHES, lr=LR, **plan)
+    losses, _, ours = train(config_for(folder, lr=LR), BATCHES, **plan)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert too_far(ours, weights) == []
 
@@ -87,7 +87,7 @@ def test_without_router_logits_there_is_no_such_loss(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "balanced", "mixtral", **BALANCED)
     expected, weights = reference(folder, BATCHES)
     plain = write_model(tmp_path / "plain", "mixtral", router_aux_loss_coef=0.5)
-    losses, _, ours = train(plain, BATCHES, lr=LR)
+    losses, _, ours = train(config_for(plain, lr=LR), BATCHES)
     assert losses != pytest.approx(expected, rel=1e-2)
     assert len(too_far(ours, weights)) > len(weights) // 2
 

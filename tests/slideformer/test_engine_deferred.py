@@ -12,11 +12,8 @@ import torch
 from slideformer.checkpointing import Checkpoint
 from slideformer.graph.errors import NonFiniteError
 from slideformer.models.clip_ops import SKIP_LIMIT, clip_factor
-from slideformer.models.data.batches import Batch
-from slideformer.schedule import Schedule
 from tests.support.engines import (
-    Reference,
-    Weights,
+    check_equal,
     check_moved,
     config_for,
     different,
@@ -25,6 +22,7 @@ from tests.support.engines import (
     state_of,
     stored_weights,
     too_far,
+    train,
     train_reference,
     weights_of,
     write_model,
@@ -50,30 +48,6 @@ def rates(step: int) -> float:
     return LR * min((step + 1) / 5, 1.0, (STEPS - step) / 10)
 
 
-def train(
-    folder: Path,
-    batches: list[Batch],
-    *,
-    schedule: Schedule = lambda _: LR,
-    plan: dict[str, Any] | None = None,
-    **settings: Any,
-) -> tuple[list[float], list[float], Weights]:
-    """Losses, gradient norms and weights of an engine."""
-    with engine_with(config_for(folder, **settings), **(plan or {})) as engine:
-        handles = [engine.step(batch, lr=schedule(i)) for i, batch in enumerate(batches)]
-        losses = [handle.loss() for handle in handles]
-        norms = [handle.gradient_norm() for handle in handles]
-        return losses, norms, weights_of(engine)
-
-
-def check(found: tuple[list[float], list[float], Weights], reference: Reference) -> None:
-    """Equal to the reference."""
-    losses, norms, weights = found
-    assert losses == pytest.approx(reference.losses, rel=1e-5)
-    assert norms == pytest.approx(reference.norms, rel=1e-5, nan_ok=True)
-    assert too_far(weights, reference.weights) == []
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_clipping_that_bites_equals_plain_pytorch(name: str, tmp_path: Path) -> None:
     variant, settings = MODELS[name]
@@ -81,8 +55,8 @@ def test_clipping_that_bites_equals_plain_pytorch(name: str, tmp_path: Path) -> 
     reference = train_reference(folder, BATCHES, lr=rates, weight_decay=0.1, max_norm=MAX_NORM)
     check_moved(reference, stored_weights(folder))
     assert min(reference.norms) > 1.1 * MAX_NORM, "it bites at every step"
-    found = train(folder, BATCHES, schedule=rates, weight_decay=0.1, max_grad_norm=MAX_NORM)
-    check(found, reference)
+    config = config_for(folder, weight_decay=0.1, max_grad_norm=MAX_NORM)
+    check_equal(train(config, BATCHES, lr=rates), reference)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -91,8 +65,9 @@ def test_clipping_equals_plain_pytorch_however_the_work_is_cut(tied: bool, tmp_p
     batches = BATCHES[:4]
     reference = train_reference(folder, batches, lr=LR, max_norm=MAX_NORM)
     plan = {"vocab_chunks": 3, "head_tile": 7, "chunk_numel": 2000}
-    check(train(folder, batches, max_grad_norm=MAX_NORM, plan=plan), reference)
-    _, _, unclipped = train(folder, batches, plan=plan)
+    clipping = config_for(folder, lr=LR, max_grad_norm=MAX_NORM)
+    check_equal(train(clipping, batches, **plan), reference)
+    unclipped = train(config_for(folder, lr=LR), batches, **plan).weights
     assert len(too_far(unclipped, reference.weights)) > len(reference.weights) // 2, "it matters"
 
 

@@ -19,15 +19,15 @@ from slideformer.graph.tasks import TaskKind
 from slideformer.memory.layout import lay_out, places
 from tests.models.tiny import save, tiny_config, tiny_model
 from tests.support.engines import (
+    check_equal,
     config_for,
     different,
     engine_with,
     make_batch,
     state_of,
     stored_weights,
-    too_far,
+    train,
     train_reference,
-    weights_of,
     write_model,
 )
 
@@ -77,15 +77,9 @@ def check(
     )
     settings: dict[str, Any] = {"weight_decay": 0.1, "max_grad_norm": max_norm}
     config = config_for(folder, lr=LR, parameter_groups=groups, **settings)
-    with engine_with(config, **plan) as engine:
-        handles = [engine.step(batch) for batch in BATCHES]
-        losses = [handle.loss() for handle in handles]
-        norms = [handle.gradient_norm() for handle in handles]
-        weights = weights_of(engine)
-    assert losses == pytest.approx(reference.losses, rel=1e-5)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
-    assert set(different(weights, start)) == start.keys() - frozen
+    found = train(config, BATCHES, **plan)
+    check_equal(found, reference)
+    assert set(different(found.weights, start)) == start.keys() - frozen
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -18,7 +18,7 @@ from tests.support.engines import (
     MICRO_ROWS,
     ROWS,
     Weights,
-    _backward,
+    backward,
     config_for,
     different,
     engine_with,
@@ -40,7 +40,7 @@ def train_reference(folder: Path) -> tuple[list[float], Weights]:
     losses = []
     for batch in BATCHES:
         model.zero_grad()
-        losses.append(sum(_backward(model, batch, s) for s in range(0, ROWS, MICRO_ROWS)))
+        losses.append(sum(backward(model, batch, s) for s in range(0, ROWS, MICRO_ROWS)))
         with torch.no_grad():
             for name, parameter in named.items():
                 assert parameter.grad is not None

@@ -20,7 +20,7 @@ from tests.support.engines import (
     MICRO_ROWS,
     ROWS,
     Weights,
-    _backward,
+    backward,
     config_for,
     different,
     engine_with,
@@ -79,7 +79,7 @@ def train_reference(
     losses, norms = [], []
     for batch in BATCHES:
         optimizer.zero_grad()
-        losses.append(sum(_backward(model, batch, s) for s in range(0, ROWS, MICRO_ROWS)))
+        losses.append(sum(backward(model, batch, s) for s in range(0, ROWS, MICRO_ROWS)))
         gradients = [p.grad for p in parameters.values() if p.grad is not None]
         norms.append(float(torch.nn.utils.get_total_norm(gradients)))
         optimizer.step()

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 
+from slideformer.config import EngineConfig
 from slideformer.graph.errors import DataError
 from slideformer.models.data.batches import Batch
 from tests.slideformer.test_engine_parity import LLAMA3_ROPE, SLIDING
 from tests.support.engines import (
-    Weights,
+    check_equal,
     config_for,
     engine_with,
     make_batch,
@@ -20,7 +21,7 @@ from tests.support.engines import (
     stored_weights,
     tolerance,
     too_far,
-    weights_of,
+    train,
     write_model,
 )
 
@@ -47,13 +48,10 @@ def apart(documents: list[list[int]]) -> list[list[int]]:
     return rows + [[]] * (-len(rows) % 4)
 
 
-def train(folder: Path, batches: list[Batch], packing: bool) -> tuple[list[float], Weights]:
-    """Losses and weights; the batches may differ in size."""
+def settings_for(folder: Path, batches: list[Batch], packing: bool) -> EngineConfig:
+    """Settings for batches of that size."""
     rows = len(batches[0].input_ids)
-    config = config_for(folder, lr=LR, batch_size=rows, packing=packing)
-    with engine_with(config) as engine:
-        losses = [engine.step(batch).loss() for batch in batches]
-        return losses, weights_of(engine)
+    return config_for(folder, lr=LR, batch_size=rows, packing=packing)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -66,18 +64,20 @@ def test_packed_documents_train_as_those_in_rows_of_their_own(name: str, tmp_pat
     ]
     plain = [Batch(b.input_ids, b.targets, b.real_tokens, b.target_tokens, b.rows) for b in alone]
     assert [b.target_tokens for b in packed] == [b.target_tokens for b in plain]
-    losses, weights = train(folder, packed, True)
-    expected, reference = train(folder, plain, False)
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert too_far(weights, reference) == []
+    ours = train(settings_for(folder, packed, True), packed)
+    reference = train(settings_for(folder, plain, False), plain)
+    check_equal(ours, reference)
     start = stored_weights(folder)
-    moved = {n: float((reference[n] - start[n]).norm()) / tolerance(start[n]) for n in start}
+    moved = {
+        name: float((value - start[name]).norm()) / tolerance(start[name])
+        for name, value in reference.weights.items()
+    }
     assert min(moved.values()) > 50, "the comparison means something"
     # Rows whose documents see each other train to something else.
     blind = [Batch(b.input_ids, b.targets, b.real_tokens, b.target_tokens, b.rows) for b in packed]
-    losses, weights = train(folder, blind, True)
-    assert losses != pytest.approx(expected, rel=1e-5)
-    assert len(too_far(weights, reference)) > len(reference) // 2
+    others = train(settings_for(folder, blind, True), blind)
+    assert others.losses != pytest.approx(reference.losses, rel=1e-5)
+    assert len(too_far(others.weights, reference.weights)) > len(start) // 2
 
 
 def test_a_batch_that_an_engine_cannot_use_is_no_step(tmp_path: Path) -> None:

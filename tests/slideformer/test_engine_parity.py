@@ -10,7 +10,7 @@ import pytest
 
 from tests.models.tiny import padding
 from tests.support.engines import (
-    Weights,
+    check_equal,
     check_moved,
     config_for,
     different,
@@ -19,6 +19,7 @@ from tests.support.engines import (
     reference_loss,
     stored_weights,
     too_far,
+    train,
     train_reference,
     weights_of,
     write_model,
@@ -63,18 +64,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def train(
-    folder: Path, batches: list[Any], *, lr: float = LR, weight_decay: float = 0.0, **plan: Any
-) -> tuple[list[float], list[float], Weights]:
-    """Losses, gradient norms and weights of an engine."""
-    config = config_for(folder, lr=lr, weight_decay=weight_decay)
-    with engine_with(config, **plan) as engine:
-        handles = [engine.step(batch) for batch in batches]
-        losses = [handle.loss() for handle in handles]
-        norms = [handle.gradient_norm() for handle in handles]
-        return losses, norms, weights_of(engine)
-
-
 @pytest.mark.parametrize("name", MODELS)
 def test_ten_steps_equal_plain_pytorch(name: str, tmp_path: Path) -> None:
     variant, settings = MODELS[name]
@@ -83,16 +72,13 @@ def test_ten_steps_equal_plain_pytorch(name: str, tmp_path: Path) -> None:
     start = stored_weights(folder)
     assert reference.with_gradient == start.keys()
     check_moved(reference, start)
-    losses, norms, weights = train(folder, BATCHES)
-    assert losses == pytest.approx(reference.losses, rel=1e-5)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
+    check_equal(train(config_for(folder, lr=LR), BATCHES), reference)
 
 
 def test_a_frozen_engine_fails_the_comparison(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "model", "llama-biases")
     reference = train_reference(folder, BATCHES, lr=LR)
-    losses, _, weights = train(folder, BATCHES, lr=0.0)
+    losses, _, weights = train(config_for(folder, lr=0.0), BATCHES)
     assert too_far(weights, stored_weights(folder)) == [], "it is frozen"
     assert len(too_far(weights, reference.weights)) == len(reference.weights)
     assert losses[1:] != pytest.approx(reference.losses[1:], rel=1e-5)
@@ -103,9 +89,8 @@ def test_weight_decay_applies_to_every_matrix(settings: dict[str, Any], tmp_path
     folder = write_model(tmp_path / "model", "qwen3-biases", **settings)
     batches = BATCHES[:4]
     reference = train_reference(folder, batches, lr=LR, weight_decay=0.5)
-    _, _, weights = train(folder, batches, weight_decay=0.5)
-    assert too_far(weights, reference.weights) == []
-    _, _, without = train(folder, batches)
+    check_equal(train(config_for(folder, lr=LR, weight_decay=0.5), batches), reference)
+    without = train(config_for(folder, lr=LR), batches).weights
     matrices = {name for name, value in reference.weights.items() if value.dim() > 1}
     assert {line.split(":")[0] for line in too_far(without, reference.weights)} == matrices
 
@@ -119,12 +104,10 @@ def test_the_output_matrix_in_chunks_and_tiles(
     folder = write_model(tmp_path / "model", "llama-biases", **settings)
     batches = BATCHES[:4]
     reference = train_reference(folder, batches, lr=LR)
-    losses, norms, weights = train(
-        folder, batches, vocab_chunks=vocab_chunks, head_tile=head_tile, chunk_numel=2000
-    )
-    assert losses == pytest.approx(reference.losses, rel=1e-6)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
+    plan = {"vocab_chunks": vocab_chunks, "head_tile": head_tile, "chunk_numel": 2000}
+    found = train(config_for(folder, lr=LR), batches, **plan)
+    check_equal(found, reference)
+    assert found.losses == pytest.approx(reference.losses, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -145,7 +128,7 @@ def test_label_smoothing_and_z_loss(
     assert losses == pytest.approx(reference.losses, rel=1e-5)
     assert too_far(weights, reference.weights) == []
     assert before == pytest.approx(reference_loss(folder, batches[0]), rel=1e-5)
-    _, _, plain = train(folder, batches)
+    plain = train(config_for(folder, lr=LR), batches).weights
     assert len(too_far(plain, reference.weights)) > len(reference.weights) // 2
 
 
@@ -159,10 +142,7 @@ def test_right_padding_equals_an_attention_mask(
     lengths = [[16, 9, 2, 13], [5, 16, 16, 0], [3, 3, 0, 0]]
     batches = [make_batch(seed, lengths=rows) for seed, rows in enumerate(lengths)]
     reference = train_reference(folder, batches, lr=LR)
-    losses, norms, weights = train(folder, batches)
-    assert losses == pytest.approx(reference.losses, rel=1e-5)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
+    check_equal(train(config_for(folder, lr=LR), batches), reference)
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -176,9 +156,7 @@ def test_a_padding_token_inside_a_row_gets_no_gradient_from_the_look_up(
         batch.targets[:, 4] = 7
         batches.append(replace(batch, target_tokens=int((batch.targets != -100).sum())))
     reference = train_reference(folder, batches, lr=LR)
-    _, norms, weights = train(folder, batches)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
+    check_equal(train(config_for(folder, lr=LR), batches), reference)
 
 
 @pytest.mark.parametrize("variant", ["phi3-partial", "gemma2", "mixtral", "qwen3_moe"])
@@ -236,7 +214,4 @@ def test_a_long_row_passes_the_mlp_in_tiles(
     folder = write_model(tmp_path / "model", "llama-biases")
     batches = BATCHES[:4]
     reference = train_reference(folder, batches, lr=LR)
-    losses, norms, weights = train(folder, batches, micro_rows=1)
-    assert losses == pytest.approx(reference.losses, rel=1e-5)
-    assert norms == pytest.approx(reference.norms, rel=1e-5)
-    assert too_far(weights, reference.weights) == []
+    check_equal(train(config_for(folder, lr=LR), batches, micro_rows=1), reference)

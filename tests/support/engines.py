@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -136,6 +136,26 @@ def engine_with(
         yield engine
 
 
+class Trained(NamedTuple):
+    """What an engine's steps gave, and the weights behind the last of them."""
+
+    losses: list[float]
+    norms: list[float]
+    weights: Weights
+
+
+def train(
+    config: EngineConfig, batches: Sequence[Batch], *, lr: Schedule | None = None, **plan: Any
+) -> Trained:
+    """Train an engine by a plan with these fields; a schedule counts steps from 0."""
+    with engine_with(config, **plan) as engine:
+        rates = [None if lr is None else lr(step) for step in range(len(batches))]
+        handles = [engine.step(batch, lr=rate) for batch, rate in zip(batches, rates, strict=True)]
+        losses = [handle.loss() for handle in handles]
+        norms = [handle.gradient_norm() for handle in handles]
+        return Trained(losses, norms, weights_of(engine))
+
+
 def weights_of(engine: Engine) -> Weights:
     """All parameters in FP32 by name, once everything submitted is done."""
     engine.synchronize()
@@ -226,7 +246,7 @@ def train_reference(
                 group["lr"] = lr(step)
         optimizer.zero_grad()
         starts = range(0, len(batch.input_ids), MICRO_ROWS)
-        losses = [_backward(model, batch, start, smoothing, z) for start in starts]
+        losses = [backward(model, batch, start, smoothing, z) for start in starts]
         result.losses.append(sum(losses))
         gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
         gradients = by_stored_name(model.config, gradients)
@@ -252,9 +272,8 @@ def reference_loss(folder: Path, batch: Batch) -> float:
     return sum(_loss(model, batch, start).item() for start in range(0, ROWS, MICRO_ROWS))
 
 
-def _backward(
-    model: Any, batch: Batch, start: int, smoothing: float = 0.0, z: float = 0.0
-) -> float:
+def backward(model: Any, batch: Batch, start: int, smoothing: float = 0.0, z: float = 0.0) -> float:
+    """Differentiate the micro-batch that begins with row ``start``; returns its share of the loss."""
     loss = _loss(model, batch, start, smoothing, z)
     if loss.requires_grad:
         loss.backward()
@@ -294,6 +313,13 @@ def too_far(ours: Weights, reference: Weights) -> list[str]:
         if not error <= tolerance(value):
             found.append(f"{name}: {error:.2e} > {tolerance(value):.2e}")
     return found
+
+
+def check_equal(found: Trained, reference: Reference | Trained) -> None:
+    """Losses and norms are those of the reference, and no weight is out of tolerance."""
+    assert found.losses == pytest.approx(reference.losses, rel=1e-5)
+    assert found.norms == pytest.approx(reference.norms, rel=1e-5)
+    assert too_far(found.weights, reference.weights) == []
 
 
 def check_moved(reference: Reference, start: Weights) -> None:
