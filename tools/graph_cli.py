@@ -143,7 +143,6 @@ def write_file(path: Path | None, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise GraphError(f"{path}: cannot be written: {error.strerror}") from None
 
 

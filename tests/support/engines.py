@@ -273,7 +273,7 @@ def reference_loss(folder: Path, batch: Batch) -> float:
 
 
 def backward(model: Any, batch: Batch, start: int, smoothing: float = 0.0, z: float = 0.0) -> float:
-    """Differentiate the micro-batch that begins with row ``start``; returns its share of the loss."""
+    """Differentiate the micro-batch from row ``start`` on; returns its share of the loss."""
     loss = _loss(model, batch, start, smoothing, z)
     if loss.requires_grad:
         loss.backward()
