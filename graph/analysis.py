@@ -1,4 +1,4 @@
-"""Questions about a finished graph: order, critical path, due times; and its networkx form.
+"""Questions about a finished graph: order, critical path, due times.
 
 Used once per compiled graph, never inside a step.
 """
@@ -8,23 +8,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from graphlib import TopologicalSorter
 
-import networkx as nx
-
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.hazards import HazardMap
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane
-
-
-def to_networkx(graph: TaskGraph) -> nx.DiGraph[str]:
-    """Tasks as nodes (attributes kind, lane, op), dependencies as edges."""
-    result: nx.DiGraph[str] = nx.DiGraph(name=graph.name)
-    for task in graph.tasks:
-        result.add_node(task.name, kind=str(task.kind), lane=str(task.lane), op=task.op)
-    for position, successors in enumerate(graph.edges.successors):
-        for successor in successors:
-            result.add_edge(graph.tasks[position].name, graph.tasks[successor].name)
-    return result
 
 
 def topological_order(graph: TaskGraph) -> list[int]:

@@ -1,15 +1,18 @@
 """Graphs for other programs and for reading: DOT, GraphML and plain text. Written, never read.
+Loads networkx when it is first needed.
 
 The form that reads back is JSON, in ``serialise.py``.
 """
 
 from __future__ import annotations
 
-import networkx as nx
+from typing import TYPE_CHECKING
 
-from slideformer.graph.analysis import to_networkx
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 COLOURS = {
     Lane.COMPUTE: "#4c78a8",
@@ -20,6 +23,19 @@ COLOURS = {
     Lane.NVME_WRITE: "#9d755d",
 }
 """Colour of each lane wherever a graph is drawn."""
+
+
+def to_networkx(graph: TaskGraph) -> nx.DiGraph[str]:
+    """Tasks as nodes (attributes kind, lane, op), dependencies as edges."""
+    import networkx as nx
+
+    result: nx.DiGraph[str] = nx.DiGraph(name=graph.name)
+    for task in graph.tasks:
+        result.add_node(task.name, kind=str(task.kind), lane=str(task.lane), op=task.op)
+    for position, successors in enumerate(graph.edges.successors):
+        for successor in successors:
+            result.add_edge(graph.tasks[position].name, graph.tasks[successor].name)
+    return result
 
 
 def to_dot(graph: TaskGraph) -> str:
@@ -39,6 +55,8 @@ def to_dot(graph: TaskGraph) -> str:
 
 def to_graphml(graph: TaskGraph) -> str:
     """GraphML with the attributes of `to_networkx`; ``networkx.read_graphml`` opens it."""
+    import networkx as nx
+
     lines: list[str] = list(nx.generate_graphml(to_networkx(graph)))
     return "\n".join([*lines, ""])
 

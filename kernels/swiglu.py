@@ -7,17 +7,11 @@ f(gate)``. The two matrix products around it are not done here.
 
 from __future__ import annotations
 
-from typing import Literal
-
 from torch import Tensor
 
 from slideformer.kernels import reference
+from slideformer.kernels.activations import ACTIVATIONS, Activation
 from slideformer.kernels.triton_support import triton_enabled
-
-Activation = Literal["silu", "gelu", "gelu_pytorch_tanh"]
-"""The activation names of Hugging Face configurations that are supported."""
-
-ACTIVATIONS: tuple[Activation, ...] = ("silu", "gelu", "gelu_pytorch_tanh")
 
 
 def swiglu(gate_up: Tensor, activation: Activation = "silu") -> Tensor:

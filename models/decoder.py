@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from slideformer.kernels.swiglu import Activation
+from slideformer.kernels.activations import Activation
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,14 +11,13 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-from transformers import AutoConfig, PretrainedConfig
+from typing import TYPE_CHECKING, Any
 
 from slideformer.graph.errors import CheckpointError, UnsupportedModelError
-from slideformer.kernels.swiglu import ACTIVATIONS, Activation
+from slideformer.kernels.activations import ACTIVATIONS, Activation
 from slideformer.models.decoder import DecoderConfig, Experts
 from slideformer.models.settings import (
+    ModelSettings,
     mixtral_experts,
     no_windows,
     padding_idx,
@@ -27,6 +26,9 @@ from slideformer.models.settings import (
     unsupported,
     window_by_layer_type,
 )
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3")
 """Kinds of rotary position embedding that are supported."""
@@ -48,22 +50,22 @@ class Family:
     """
 
     rotary: str
-    windows: Callable[[PretrainedConfig], tuple[int | None, ...]]
+    windows: Callable[[ModelSettings], tuple[int | None, ...]]
     qk_norm: bool = False
-    qkv_bias: Callable[[PretrainedConfig], bool] = lambda _: False
-    o_bias: Callable[[PretrainedConfig], bool] = lambda _: False
-    mlp_bias: Callable[[PretrainedConfig], bool] = lambda _: False
+    qkv_bias: Callable[[ModelSettings], bool] = lambda _: False
+    o_bias: Callable[[ModelSettings], bool] = lambda _: False
+    mlp_bias: Callable[[ModelSettings], bool] = lambda _: False
     partial_rotary: bool = False
     fused: bool = False
     dropouts: tuple[str, ...] = ("attention_dropout",)
     activation: str = "hidden_act"
     gemma: bool = False
     softcapped: bool = False
-    experts: Callable[[PretrainedConfig], Experts] | None = None
+    experts: Callable[[ModelSettings], Experts] | None = None
     rope_by_type: bool = False
 
 
-def _attention_bias(config: PretrainedConfig) -> bool:
+def _attention_bias(config: ModelSettings) -> bool:
     return bool(config.attention_bias)
 
 
@@ -157,6 +159,8 @@ def read_model_config(folder: Path) -> PretrainedConfig:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
     family_of(content.get("model_type"))
+    from transformers import AutoConfig, PretrainedConfig
+
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     # The classes of transformers check fields with errors of many types, some of their own.
@@ -180,7 +184,7 @@ def family_of(model_type: Any) -> Family:
     return family
 
 
-def decoder_config(config: PretrainedConfig) -> DecoderConfig:
+def decoder_config(config: ModelSettings) -> DecoderConfig:
     """Describe the arithmetic of a model.
 
     Raises:
@@ -229,9 +233,7 @@ def decoder_config(config: PretrainedConfig) -> DecoderConfig:
     )
 
 
-def _ropes(
-    config: PretrainedConfig, family: Family
-) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+def _ropes(config: ModelSettings, family: Family) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
     """``rope_kinds`` and ``rope_of`` of the decoder."""
     if not family.rope_by_type:
         return (None,), (0,) * config.num_hidden_layers
@@ -239,7 +241,7 @@ def _ropes(
     return tuple(kinds), tuple(kinds.index(kind) for kind in config.layer_types)
 
 
-def _rotary_dim(config: PretrainedConfig, family: Family, head_dim: int) -> int:
+def _rotary_dim(config: ModelSettings, family: Family, head_dim: int) -> int:
     """How many elements of a head are rotated."""
     factors = {rope.get("partial_rotary_factor", 1.0) for rope in _rope_parameters(config, family)}
     if factors == {1.0}:
@@ -252,7 +254,7 @@ def _rotary_dim(config: PretrainedConfig, family: Family, head_dim: int) -> int:
     return rotated
 
 
-def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
+def _refuse_unsupported(config: ModelSettings, family: Family) -> None:
     """Raise for settings that change the arithmetic in ways that are not implemented."""
     activation = getattr(config, family.activation)
     if activation not in _ACTIVATIONS:
@@ -277,7 +279,7 @@ def _refuse_unsupported(config: PretrainedConfig, family: Family) -> None:
             raise unsupported(config, "rope_type", rope.get("rope_type"), ", ".join(ROPE_TYPES))
 
 
-def _rope_parameters(config: PretrainedConfig, family: Family) -> list[dict[str, Any]]:
+def _rope_parameters(config: ModelSettings, family: Family) -> list[dict[str, Any]]:
     """The settings of each of its rotary embeddings."""
     kinds, _ = _ropes(config, family)
     return [config.rope_parameters if k is None else config.rope_parameters[k] for k in kinds]

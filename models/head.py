@@ -143,16 +143,6 @@ def head_loss_and_grad(
     head_loss(stats, targets, scale, loss, form)
 
 
-def head_workspace_bytes(vocab_chunk: int, tile: int, tokens: int, dtype_bytes: int) -> int:
-    """Most bytes of temporaries that exist at once in this module; arguments are not temporaries.
-
-    One tile of logits in the compute dtype (with up to 1 MiB that PyTorch's allocator leaves unused
-    behind it), and seven vectors of at most FP32 over the tokens of the micro-batch: three of the
-    sweep, the log-sum-exp, the losses, and what computing those takes.
-    """
-    return vocab_chunk * min(tile, tokens) * dtype_bytes + 2**20 + 7 * 4 * tokens
-
-
 def _tiles(xn: Tensor, w_chunk: Tensor, tile: int) -> Iterator[tuple[slice, Tensor]]:
     """Token rows and their logits, tile by tile; all tiles share one buffer."""
     tokens = len(xn)

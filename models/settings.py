@@ -1,27 +1,34 @@
-"""Settings of Hugging Face configs that families share, read and checked.
+"""ModelSettings of Hugging Face configs that families share, read and checked.
 
 What a setting asks for and the code does not do is refused by name.
 """
 
 from __future__ import annotations
 
-from transformers import PretrainedConfig
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, TypeAlias
 
 from slideformer.graph.errors import UnsupportedModelError
 from slideformer.models.decoder import Experts
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
-def no_windows(config: PretrainedConfig) -> tuple[int | None, ...]:
+ModelSettings: TypeAlias = "PretrainedConfig | SimpleNamespace"
+"""What is read of a model: a Hugging Face config, or a named shape's settings alone."""
+
+
+def no_windows(config: ModelSettings) -> tuple[int | None, ...]:
     """Plain causal attention in every layer."""
     return tuple([None] * config.num_hidden_layers)
 
 
-def same_window(config: PretrainedConfig) -> tuple[int | None, ...]:
+def same_window(config: ModelSettings) -> tuple[int | None, ...]:
     """``sliding_window`` in every layer (these do not look at ``layer_types``)."""
     return tuple([config.sliding_window] * config.num_hidden_layers)
 
 
-def window_by_layer_type(config: PretrainedConfig) -> tuple[int | None, ...]:
+def window_by_layer_type(config: ModelSettings) -> tuple[int | None, ...]:
     """``sliding_window`` in the layers that ``layer_types`` names ``sliding_attention`` (Qwen).
 
     The config class itself derives ``layer_types`` from ``use_sliding_window`` and
@@ -47,7 +54,7 @@ def window_by_layer_type(config: PretrainedConfig) -> tuple[int | None, ...]:
     return tuple(windows)
 
 
-def padding_idx(config: PretrainedConfig) -> int | None:
+def padding_idx(config: ModelSettings) -> int | None:
     """``pad_token_id`` as ``torch.nn.Embedding`` reads it: negative counts from the end."""
     index: int | None = config.pad_token_id
     if index is None:
@@ -58,7 +65,7 @@ def padding_idx(config: PretrainedConfig) -> int | None:
 
 
 def unsupported(
-    config: PretrainedConfig, setting: str, found: object, supported: str
+    config: ModelSettings, setting: str, found: object, supported: str
 ) -> UnsupportedModelError:
     """The error for a setting whose value ``found`` is none of those ``supported``."""
     return UnsupportedModelError(
@@ -67,13 +74,13 @@ def unsupported(
     )
 
 
-def mixtral_experts(config: PretrainedConfig) -> Experts:
+def mixtral_experts(config: ModelSettings) -> Experts:
     """Eight experts and the like in every layer; the chosen ones' weights add up to one."""
     names = "block_sparse_moe", ("w1", "w3", "w2")
     return _experts(config, config.intermediate_size, names, normalise=True)
 
 
-def qwen_experts(config: PretrainedConfig) -> Experts:
+def qwen_experts(config: ModelSettings) -> Experts:
     """Small experts in every layer; layers without experts among them are refused."""
     if config.decoder_sparse_step != 1 or config.mlp_only_layers:
         raise UnsupportedModelError(
@@ -87,7 +94,7 @@ def qwen_experts(config: PretrainedConfig) -> Experts:
 
 
 def _experts(
-    config: PretrainedConfig,
+    config: ModelSettings,
     width: int,
     names: tuple[str, tuple[str, str, str]],
     *,

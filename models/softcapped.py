@@ -16,8 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-BLOCK_SCORES = 2**23
-"""Scores of a block of queries, over all heads of one sequence; at least one query's."""
+from slideformer.models.workspace import BLOCK_SCORES
 
 
 def softcapped_attention(
@@ -32,12 +31,6 @@ def softcapped_attention(
         q, k, v, scale, softcap, mask
     )
     return out
-
-
-def softcapped_workspace(heads: int, seq_len: int) -> int:
-    """Most bytes of temporaries beside inputs, outputs and their gradients in FP32."""
-    scores = min(heads * seq_len * seq_len, max(BLOCK_SCORES, heads * seq_len))
-    return 7 * 4 * scores
 
 
 class _Block(NamedTuple):

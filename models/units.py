@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
-from typing import Any
-
-from torch import Tensor
-from transformers import PretrainedConfig
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from slideformer.graph.model import ModelSpec, ParamGroup, UnitKind, UnitSpec, layout_unit
 from slideformer.models.decoder import DecoderConfig, Experts
 from slideformer.models.families import decoder_config
+from slideformer.models.settings import ModelSettings
 
-MasterWeights = Mapping[str, tuple[Tensor, Tensor]]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MasterWeights: TypeAlias = "Mapping[str, tuple[Tensor, Tensor]]"
 """Unit name → ``(hi, lo)``, the two halves of its FP32 master weights: CPU tensors int16 [n] with
 n the unit's ``numel`` (see ``slideformer.kernels.split``). Of a frozen unit ``lo`` may be empty:
 then its weights are known in BF16 alone."""
@@ -29,7 +30,7 @@ HEAD_KEY = "lm_head.weight"
 """Name of the output matrix in a checkpoint; absent or equal to the token matrix when tied."""
 
 
-def model_spec(config: PretrainedConfig) -> ModelSpec:
+def model_spec(config: ModelSettings) -> ModelSpec:
     """Split a model into units: ``embed``, ``L00`` …, ``norm`` and, unless tied, ``head``.
 
     The names of all parameters are those of the model's checkpoint.

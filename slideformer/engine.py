@@ -51,12 +51,13 @@ from slideformer.models.weights import check_weights
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places
-from slideformer.planning import budgets_for, device_for, plan_for, profile_for, spec_for
+from slideformer.planning import plan_for, spec_for
 from slideformer.run_memory import RunMemory
 from slideformer.runtime.device import bind
 from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import Policy, make_policy
 from slideformer.runtime.trace import Timeline, Trace
+from slideformer.this_machine import budgets_for, device_for, profile_for
 
 logger = logging.getLogger(__name__)
 

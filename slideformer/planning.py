@@ -6,39 +6,33 @@ plan that an engine there would run by.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-import torch
-from transformers import PretrainedConfig
-
 from slideformer.config import Config, EngineConfig
-from slideformer.devices import find_device
 from slideformer.graph.adapters import with_adapters
-from slideformer.graph.errors import ConfigError, DeviceError
+from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
+from slideformer.graph.machines import Machine
 from slideformer.graph.model import Lora, ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
-from slideformer.memory.gpu_io import direct_storage
-from slideformer.memory.limits import available_host_memory, free_nvme
+from slideformer.graph.plan import UNLIMITED, Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
+from slideformer.memory.limits import free_nvme
 from slideformer.memory.planner import make_plan as make_plan
 from slideformer.memory.request import PlanRequest as PlanRequest
 from slideformer.memory.request import Prediction
 from slideformer.models.families import decoder_config, read_model_config
-from slideformer.models.head import head_workspace_bytes
-from slideformer.models.layer_memory import allocator_slack, workspace_bytes
-from slideformer.models.shapes import shape_config
+from slideformer.models.settings import ModelSettings
+from slideformer.models.shapes import shape_settings
 from slideformer.models.units import model_spec
-from slideformer.profiles import announce, cached_machine
+from slideformer.models.workspace import allocator_slack, head_workspace_bytes, workspace_bytes
 from slideformer.runtime.nvme_files import stale_nbytes
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate
 
 
-def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
+def spec_for(model: ModelSettings, config: EngineConfig) -> ModelSpec:
     """The model's units, and how their parameters are trained by ``config``.
 
     Raises `ConfigError` for adapters or a parameter group that cannot work, or
@@ -60,7 +54,7 @@ def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
                 "is; choose those by its target_modules"
             )
         rules.append(TrainingRule(group.pattern, scale, group.weight_decay, group.frozen))
-    spec = model_spec(hf_config)
+    spec = model_spec(model)
     if config.lora is not None:
         asked = config.lora
         spec = with_adapters(spec, Lora(asked.rank, asked.alpha, asked.target_modules))
@@ -68,7 +62,7 @@ def spec_for(hf_config: PretrainedConfig, config: EngineConfig) -> ModelSpec:
 
 
 def plan_for(
-    hf_config: PretrainedConfig,
+    model: ModelSettings,
     config: EngineConfig,
     budgets: Budgets,
     profile: MachineProfile,
@@ -78,11 +72,11 @@ def plan_for(
 
     Raises what `plan_request` raises, and `BudgetError`.
     """
-    return make_plan(plan_request(hf_config, config, budgets, profile, numerics))
+    return make_plan(plan_request(model, config, budgets, profile, numerics))
 
 
 def plan_request(
-    hf_config: PretrainedConfig,
+    model: ModelSettings,
     config: EngineConfig,
     budgets: Budgets,
     profile: MachineProfile,
@@ -94,7 +88,7 @@ def plan_request(
     ``config.model`` is not opened, and the budgets and device of ``config`` are not looked at.
     Raises `ConfigError` or `UnsupportedModelError`.
     """
-    spec, decoder = spec_for(hf_config, config), decoder_config(hf_config)
+    spec, decoder = spec_for(model, config), decoder_config(model)
     if config.seq_len > spec.max_positions:
         raise ConfigError(
             f"seq_len is {config.seq_len}, but the model has positions for {spec.max_positions}; "
@@ -145,50 +139,20 @@ def _chosen(numerics: Mapping[str, str | int], name: str) -> int | None:
     return None if value is None else int(value)
 
 
-def device_for(config: EngineConfig) -> torch.device:
-    """The device that ``config`` asks for; raises `DeviceError` if it is not usable."""
-    device = find_device(config.device)
-    if device.type == "cuda" and config.compute == "bf16" and not torch.cuda.is_bf16_supported():
-        name = torch.cuda.get_device_name()
-        raise DeviceError(f"{name} cannot compute in BF16; use --compute fp32")
-    return device
-
-
-def profile_for(device: torch.device, nvme: Sequence[Path] = ()) -> MachineProfile:
-    """What planning assumes of this machine: what was measured here, else a generic machine.
-
-    Without a GPU there is no context beside the plan. With one, ``nvme`` being the folders in use,
-    it says whether both exchange bytes by themselves.
-    """
-    known = cached_machine(device.type)
-    if known is None:
-        profile = MachineProfile()
-    else:
-        announce(known)
-        profile = known.profile
-    if device.type != "cuda":
-        return replace(profile, gpu_overhead=0)
-    return replace(profile, direct_storage=bool(nvme) and direct_storage())
-
-
-def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
-    """The budgets asked for; otherwise what the machine has left."""
-    host = config.cpu_memory or available_host_memory()
-    gpu = config.gpu_memory
-    if gpu is None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        gpu = free + torch.cuda.memory_reserved(device)
+def budgets_on(machine: Machine, config: EngineConfig) -> Budgets:
+    """The budgets asked for; otherwise the whole GPU of ``machine``, and a host without end."""
     nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
+    gpu, host = config.gpu_memory or machine.gpu_memory, config.cpu_memory or UNLIMITED
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
 
 
-def model_config(model: Path | None, shape: str | None) -> PretrainedConfig:
-    """The Hugging Face config of a checkpoint folder or of a named shape; exactly one is given.
+def model_settings(model: Path | None, shape: str | None) -> ModelSettings:
+    """What is read of a model folder or of a named shape, which loads no torch; one is given.
 
     Raises `ConfigError`, or for a folder `CheckpointError` or `UnsupportedModelError`.
     """
     if model is not None and shape is None:
         return read_model_config(model)
     if shape is not None and model is None:
-        return shape_config(shape)
+        return shape_settings(shape)
     raise ConfigError("give either --model, a checkpoint folder, or --shape, a named shape")

@@ -38,6 +38,8 @@ TORCH_FREE = [
     "slideformer.memory.ledger",
     "slideformer.memory.needs",
     "slideformer.memory.planner",
+    "slideformer.outlook",
+    "slideformer.planning",
     "slideformer.runtime.core",
     "slideformer.runtime.policies",
     "slideformer.runtime.scheduler",

@@ -16,8 +16,6 @@ from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
 from slideformer.graph.step import compile_step
 from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
-from slideformer.planning import budgets_for, device_for, profile_for
-from slideformer.profiles import cached_machine
 from slideformer.simulation import simulate
 
 
@@ -26,13 +24,11 @@ def print_plan(
     config: EngineConfig,
     spec: ModelSpec,
     plan: MemoryPlan,
-    budgets: Budgets | None = None,
-    machine: Machine | None = None,
+    budgets: Budgets,
+    machine: Machine | None,
 ) -> None:
-    """Print the plan of ``spec``, made for ``config`` on this machine unless others are given."""
-    device = device_for(config)
-    known = machine or cached_machine(device.type)
-    profile = profile_for(device) if machine is None else machine.profile
+    """Print the plan of ``spec`` for ``config``, made for a generic machine without another."""
+    profile = MachineProfile() if machine is None else machine.profile
     console.print(
         f"Plan: {spec.family}, {spec.param_count:,} parameters in {len(spec.layers)} layers"
         f"{_trained(spec)}; "
@@ -40,10 +36,10 @@ def print_plan(
         soft_wrap=True,
     )
     console.print(_places(spec, plan))
-    console.print(_peaks(config, plan, budgets or budgets_for(config, device)))
+    console.print(_peaks(config, plan, budgets))
     where = "a generic machine with a data-centre GPU, not for this one"
     console.print(
-        f"Estimate for {where if known is None else known.title}: "
+        f"Estimate for {where if machine is None else machine.title}: "
         f"{_duration(plan.step_seconds)} a step, {plan.tokens / plan.step_seconds:,.0f} tokens/s"
         f"{_deferral(config, spec, plan, profile)}",
         soft_wrap=True,

@@ -27,9 +27,9 @@ from rich.table import Column
 from slideformer.config import format_size
 from slideformer.graph.buffers import Tier
 from slideformer.graph.products import model_flops
-from slideformer.planning import device_for
 from slideformer.profiles import cached_machine
 from slideformer.run_reports import RunStart, StepMetrics
+from slideformer.this_machine import budgets_for, device_for
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
 from slideformer.tools.smoothing import Smoothed
@@ -61,11 +61,12 @@ class ConsoleProgress:
 
     def start(self, run: RunStart) -> None:
         """Print the plan, and show the bar if someone watches."""
-        print_plan(self._console, run.config, run.spec, run.plan)
+        device = device_for(run.config)
+        budgets, machine = budgets_for(run.config, device), cached_machine(device.type)
+        print_plan(self._console, run.config, run.spec, run.plan, budgets, machine)
         if run.config.device == "cpu" or not torch.cuda.is_available():
             self._console.print("No GPU is used: what is planned for it lies in host memory, too.")
         self._every, self._steps = run.config.log_every, run.steps
-        machine = cached_machine(device_for(run.config).type)
         if machine is not None:
             self._peak = machine.profile.flops / model_flops(run.spec, run.config.seq_len)
         self._memory.nvme = run.plan.peaks.get(Tier.NVME, 0)

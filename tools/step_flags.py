@@ -13,7 +13,7 @@ import typer
 
 from slideformer.config import EngineConfig, load_engine_config
 from slideformer.graph.machines import Machine, load_machine
-from slideformer.graph.plan import UNLIMITED, Budgets, MachineProfile, MemoryPlan
+from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
 from slideformer.profiles import announce, cached_machine
 from slideformer.tools.setting_flags import PLANNED
 
@@ -40,7 +40,7 @@ STEP = tuple(name for name in PLANNED if name != "model")
 
 @dataclass(frozen=True)
 class WantedStep:
-    """A step that is to be planned; without a ``machine``, for this one."""
+    """A step that is to be planned; without a ``machine``, for one that nobody measured."""
 
     config: EngineConfig
     machine: Machine | None
@@ -49,7 +49,7 @@ class WantedStep:
 
 @dataclass(frozen=True)
 class PlannedStep:
-    """A step of a model on a machine; without a ``machine`` it is planned for this one."""
+    """A step of a model; without a ``machine`` it is planned for one that nobody measured."""
 
     config: EngineConfig
     machine: Machine | None
@@ -99,25 +99,18 @@ def wanted_step(
     if shape is not None or file is None:
         named = model or Path(shape or ".")
     config = load_engine_config(file, {"model": named, **settings})
-    from slideformer.planning import (
-        budgets_for,
-        device_for,
-        model_config,
-        plan_request,
-        profile_for,
-    )
+    from slideformer.planning import budgets_on, model_settings, plan_request
 
     folder = config.model if shape is None and file is not None else model
-    hf_config, wanted, device = model_config(folder, shape), config, device_for(config)
-    if known is None:
-        elsewhere = device.type == "cpu" and config.gpu_memory is not None
-        profile = MachineProfile() if elsewhere else profile_for(device, config.nvme)
+    wanted = model_settings(folder, shape)
+    if known is not None:
+        profile, budgets = known.profile, budgets_on(known, config)
     else:
-        profile = known.profile
-        room = {
-            "gpu_memory": config.gpu_memory or known.gpu_memory,
-            "cpu_memory": config.cpu_memory or UNLIMITED,
-        }
-        wanted = config.model_copy(update=room)
-    budgets = budgets_for(wanted, device)
-    return WantedStep(config, known, plan_request(hf_config, config, budgets, profile))
+        from slideformer.this_machine import budgets_for, device_for, profile_for
+
+        device = device_for(config)
+        elsewhere = device.type == "cpu" and config.gpu_memory is not None
+        known = None if elsewhere else cached_machine(device.type)
+        profile = MachineProfile() if elsewhere else profile_for(device, config.nvme)
+        budgets = budgets_for(config, device)
+    return WantedStep(config, known, plan_request(wanted, config, budgets, profile))

@@ -15,8 +15,7 @@ from slideformer.graph.errors import DeviceError
 from slideformer.measuring.product_rates import layer_config
 from slideformer.measuring.stand_in import Arithmetic, StandIn
 from slideformer.models.families import decoder_config
-from slideformer.models.head import head_workspace_bytes
-from slideformer.models.layer_memory import allocator_slack, workspace_bytes
+from slideformer.models.workspace import allocator_slack, head_workspace_bytes, workspace_bytes
 
 _WIDTH, _ROWS, _SEQ_LEN, _VOCAB = 4096, 8, 1024, 32768
 _PATIENCE = 120.0

@@ -12,10 +12,10 @@ from slideformer.graph.analysis import (
     critical_path,
     due_times,
     tails,
-    to_networkx,
     topological_order,
 )
 from slideformer.graph.builder import GraphBuilder
+from slideformer.graph.exchange import to_networkx
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Cost, TaskKind

@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from slideformer.kernels.swiglu import ACTIVATIONS, Activation, swiglu, swiglu_backward
+from slideformer.kernels.activations import ACTIVATIONS, Activation
+from slideformer.kernels.swiglu import swiglu, swiglu_backward
 
 Close = Callable[..., None]
 

@@ -21,8 +21,8 @@ from slideformer.models.head import (
     head_loss,
     head_loss_and_grad,
     head_stats,
-    head_workspace_bytes,
 )
+from slideformer.models.workspace import head_workspace_bytes
 
 CPU = torch.device("cpu")
 LOSS_START = 3.0  # what earlier micro-batches left in the loss

@@ -23,9 +23,10 @@ from slideformer.models import layer
 from slideformer.models.attention import window_mask
 from slideformer.models.families import DecoderConfig, decoder_config
 from slideformer.models.gradients import product_
-from slideformer.models.layer_memory import Kept, kept_views, workspace_bytes
+from slideformer.models.layer_memory import Kept, kept_views
 from slideformer.models.rotary import rope_tables
 from slideformer.models.units import model_spec
+from slideformer.models.workspace import workspace_bytes
 from tests.models.tiny import by_stored_name
 
 SMALL: dict[str, Any] = {

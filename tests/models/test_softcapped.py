@@ -11,6 +11,7 @@ from torch import Tensor
 from slideformer.models import softcapped
 from slideformer.models.attention import window_mask
 from slideformer.models.softcapped import softcapped_attention
+from slideformer.models.workspace import softcapped_workspace
 
 CPU = torch.device("cpu")
 
@@ -93,7 +94,7 @@ def test_gpu_bf16_is_near_fp32_within_its_workspace(window: int | None) -> None:
     torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated() - before
     held = 2 * q.nbytes + 2 * (k.nbytes + v.nbytes) * 2
-    assert peak <= held + softcapped.softcapped_workspace(8, 2048) + 12 * 2**20
+    assert peak <= held + softcapped_workspace(8, 2048) + 12 * 2**20
     wide = [t.detach().float().requires_grad_() for t in (q, k, v)]
     ideal = formula(*wide, 256**-0.5, 50.0, seen)
     expected = [ideal, *torch.autograd.grad(ideal, wide, upstream.float())]

@@ -14,7 +14,8 @@ from slideformer.graph.buffers import HOST_TIERS
 from slideformer.graph.plan import Budgets, Compute
 from slideformer.measuring.trial import random_batches
 from slideformer.phantom import REAL_LAYERS, phantom_budgets, phantom_layers, spared_nbytes
-from slideformer.planning import plan_for, profile_for, spec_for
+from slideformer.planning import plan_for, spec_for
+from slideformer.this_machine import profile_for
 from slideformer.tools.bench_rows import parse_row
 from tests.models.tiny import tiny_config
 

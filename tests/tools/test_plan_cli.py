@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 
@@ -28,6 +30,17 @@ def test_a_plan_says_what_binds_and_what_more_memory_gives() -> None:
     assert re.search(r"simulated, this one is [+-][\d.]+% off", out)
     gains = r"One GiB more of GPU memory (saves [\d.]+%|nothing), of host memory nothing of a step"
     assert re.search(gains, out)
+
+
+def test_a_shape_on_a_named_machine_is_planned_without_loading_torch_or_transformers() -> None:
+    program = (
+        "import sys\nsys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "from slideformer.tools.cli import app\napp(sys.argv[1:])\n"
+    )
+    command = [sys.executable, "-c", program, "plan", *FLAGS, "--cpu-memory", "40GiB"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Bound by" in done.stdout
 
 
 def test_ample_memory_gains_nothing_from_more() -> None:

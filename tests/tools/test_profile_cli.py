@@ -50,7 +50,7 @@ def test_measured_once_it_serves_every_prediction(cli: CliRunner, tmp_path: Path
     assert kept.read_text() == output.read_text()
 
     after = cli.invoke(app, ["simulate", *STEP])
-    assert "this machine" in after.stdout
+    assert "(measured)" in after.stdout
     assert after.stderr.count("Predicting for this machine") == 1
     named = cli.invoke(app, ["simulate", *STEP, "--machine", str(output)])
     assert re.search(r"step ([\d.]+) s", named.stdout)

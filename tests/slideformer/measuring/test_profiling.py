@@ -24,8 +24,8 @@ from slideformer.measuring.profiling import LIBRARY_NBYTES, ProfileSizes, measur
 from slideformer.measuring.stand_in import Arithmetic, plan_of
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 from slideformer.models.units import model_spec
-from slideformer.planning import profile_for
 from slideformer.profiles import cached_machine, machine_key, store_machine
+from slideformer.this_machine import profile_for
 
 CPU = torch.device("cpu")
 SIZES = ProfileSizes(
