@@ -11,6 +11,8 @@ choice of backend are PyTorch's global settings.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -35,27 +37,34 @@ def window_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
     return full.tril_().triu_(1 - window)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    scale: float,
-    mask: Mask,
-    softcap: float | None = None,
-    saved: Saved | None = None,
-) -> Tensor:
-    """softmax(scale · q kᵀ + causal, window or document mask) v, head by head.
+class Scores(NamedTuple):
+    """How queries and keys become attention weights: softmax(scale · q kᵀ), causal and by ``mask``.
 
     With ``softcap`` c the scores are c · tanh(scale · q kᵀ / c).
+    """
+
+    scale: float
+    mask: Mask = None
+    softcap: float | None = None
+
+    @property
+    def plain(self) -> bool:
+        """Whether they are as the fused kernels make them: with neither mask nor cap."""
+        return self.mask is None and self.softcap is None
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, scores: Scores, saved: Saved | None = None
+) -> Tensor:
+    """Weights by ``scores`` times v, head by head.
 
     ``q`` is [B, S, H, D], ``k`` and ``v`` [B, S, K, D] with K a divisor of H: query heads
     i·H/K … (i+1)·H/K − 1 share key head i (grouped-query attention, Ainslie et al., 2023). Any
     strides with a contiguous last axis. Returns [B, S, H, D]. ``saved`` receives what a backward
-    can go on from, where :func:`fused_attention` has a kernel and there is neither mask nor cap.
+    can go on from, where :func:`fused_attention` has a kernel and the scores are plain.
     """
-    plain = mask is None and softcap is None
-    if saved is not None and plain and (fused := fused_attention(q, k, v, scale)):
+    scale, mask, softcap = scores
+    if saved is not None and scores.plain and (fused := fused_attention(q, k, v, scale)):
         found = fused.forward(q, k, v)
         for target, value in zip(saved, found, strict=True):
             target.copy_(value)
@@ -64,7 +73,7 @@ def attention(
         flat = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
         if softcap is None and _has_varlen(q):
             return _varlen(*flat, scale, mask).view(q.shape)
-        return _one_by_one(*flat, scale, mask, softcap).view(q.shape)
+        return _one_by_one(*flat, scores, mask).view(q.shape)
     if softcap is not None:
         return softcapped_attention(q, k, v, scale=scale, softcap=softcap, mask=mask)
     groups = q.shape[2] // k.shape[2]
@@ -114,15 +123,13 @@ def _varlen(q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents)
     return out
 
 
-def _one_by_one(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, documents: Documents, softcap: float | None
-) -> Tensor:
+def _one_by_one(q: Tensor, k: Tensor, v: Tensor, scores: Scores, documents: Documents) -> Tensor:
     """The same, one document after another."""
-    parts = (t.unsqueeze(0).split(documents.lengths, dim=1) for t in (q, k, v))
+    qs, ks, vs = (t.unsqueeze(0).split(documents.lengths, dim=1) for t in (q, k, v))
     outputs = []
-    for length, *part in zip(documents.lengths, *parts, strict=True):
-        mask = window_mask(length, documents.window, q.device)
-        outputs.append(attention(*part, scale=scale, mask=mask, softcap=softcap))
+    for number, length in enumerate(documents.lengths):
+        own = scores._replace(mask=window_mask(length, documents.window, q.device))
+        outputs.append(attention(qs[number], ks[number], vs[number], own))
     return torch.cat(outputs, dim=1)[0]
 
 
@@ -134,21 +141,11 @@ class RecordedAttention:
     """
 
     def __init__(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        scale: float,
-        mask: Mask,
-        softcap: float | None = None,
-        saved: Saved | None = None,
+        self, q: Tensor, k: Tensor, v: Tensor, scores: Scores, saved: Saved | None = None
     ) -> None:
         """Runs :func:`attention` on the same arguments; do not write to them before backward."""
-        self._inputs: tuple[Tensor, ...] = (q, k, v)
-        self._fused = None
-        if mask is None and softcap is None:
-            self._fused = fused_attention(q, k, v, scale)
+        self._inputs = q, k, v
+        self._fused = fused_attention(q, k, v, scores.scale) if scores.plain else None
         if self._fused is not None:
             self._saved = self._fused.forward(q, k, v) if saved is None else saved
             self._output = self._saved.output
@@ -156,8 +153,9 @@ class RecordedAttention:
         with torch.enable_grad():
             # .data has a version of its own: other parts of what a layer keeps are overwritten
             # before backward, and autograd would take that for a change of these.
-            self._inputs = tuple(t.data.requires_grad_() for t in (q, k, v))
-            self._output = attention(*self._inputs, scale=scale, mask=mask, softcap=softcap)
+            q, k, v = (t.data.requires_grad_() for t in (q, k, v))
+            self._inputs = q, k, v
+            self._output = attention(q, k, v, scores)
 
     @property
     def output(self) -> Tensor:

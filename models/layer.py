@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.rope import rope_
-from slideformer.models.attention import Mask, RecordedAttention, attention
+from slideformer.models.attention import Mask, RecordedAttention, Scores, attention
 from slideformer.models.balance import Balance
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.experts import experts_backward_, experts_forward
@@ -60,7 +60,7 @@ def forward(
     first), ``down.weight`` [h, I]; where the configuration has them ``q_norm.weight`` and
     ``k_norm.weight`` [D], ``o_norm.weight`` and ``down_norm.weight`` [h], and the biases
     ``qkv.bias``, ``o.bias``, ``gate_up.bias``, ``down.bias``. ``mask`` is that of
-    :func:`slideformer.models.attention.attention`. ``out``, contiguous and distinct from ``x``,
+    :class:`slideformer.models.attention.Scores`. ``out``, contiguous and distinct from ``x``,
     receives the result. A layer with experts has the operands of ``experts.py`` in place of
     ``gate_up`` and ``down``. ``kept`` receives what :func:`backward` can use instead of computing
     it again. The MLP takes ``tile`` tokens at a time, or all at once. ``balance`` counts the load
@@ -75,7 +75,7 @@ def forward(
     # Backward asks for the inputs of the heads' norms.
     q, k, v, _ = _rotated(heads, w, cfg, rope, in_place=kept is None or not cfg.qk_norm)
     saved = kept.attention if kept is not None else None
-    attended = attention(q, k, v, scale=cfg.scale, mask=mask, softcap=cfg.softcap, saved=saved)
+    attended = attention(q, k, v, Scores(cfg.scale, mask, cfg.softcap), saved)
     del heads, q, k, v
     middle = stream if kept is None else kept.middle
     residual_linear(tokens, attended.reshape(len(tokens), -1), w, "o", cfg, out=middle)
@@ -124,9 +124,7 @@ def backward(
         q, k, v = heads.split([cfg.heads, cfg.kv_heads, cfg.kv_heads], dim=2)
         head_rstd = None
     saved = kept.attention if kept is not None else None
-    recorded = RecordedAttention(
-        q, k, v, scale=cfg.scale, mask=mask, softcap=cfg.softcap, saved=saved
-    )
+    recorded = RecordedAttention(q, k, v, Scores(cfg.scale, mask, cfg.softcap), saved)
     del q, k, v, saved
     attended = recorded.output.reshape(len(tokens), -1)
     if kept is None:

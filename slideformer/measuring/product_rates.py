@@ -25,7 +25,7 @@ from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Product, ProductKind
 from slideformer.measuring.stand_in import Arithmetic, StandIn, plan_of
 from slideformer.measuring.update_rates import seconds_of
-from slideformer.models.attention import RecordedAttention, attention
+from slideformer.models.attention import RecordedAttention, Scores, attention
 from slideformer.models.units import model_spec
 
 HEAD_DIM = 128
@@ -136,12 +136,12 @@ def _attention(device: torch.device, seconds: float, seq_len: int) -> Measured:
         torch.randn(*shape[:2], heads // _SHARING, HEAD_DIM, device=device, dtype=torch.bfloat16)
         for _ in "kv"
     )
-    scale = HEAD_DIM**-0.5
+    scores = Scores(HEAD_DIM**-0.5)
 
     def backward() -> None:
-        RecordedAttention(q, k, v, scale=scale, mask=None).backward(dout)
+        RecordedAttention(q, k, v, scores).backward(dout)
 
-    took = _repeated(lambda: attention(q, k, v, scale=scale, mask=None), device, seconds)
+    took = _repeated(lambda: attention(q, k, v, scores), device, seconds)
     took += _repeated(backward, device, seconds)
     flops = (2 + ATTENTION_BACKWARD) * 2 * seq_len * seq_len * heads * HEAD_DIM * rows
     return [RatePoint(ProductKind.ATTENTION, HEAD_DIM, seq_len, flops / took)], took

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slideformer.models.attention import RecordedAttention, attention
+from slideformer.models.attention import RecordedAttention, Scores, attention
 from slideformer.models.documents import Documents, StepDocuments, packed_tensors
 
 SCALE = 0.3
@@ -43,8 +43,8 @@ def test_it_equals_attention_under_a_block_diagonal_mask(
     total = sum(lengths)
     q, k, v = heads(total, 4, 0), heads(total, kv_heads, 1), heads(total, kv_heads, 2)
     gradient = heads(total, 4, 3)
-    packed = RecordedAttention(q, k, v, scale=SCALE, mask=documents(lengths, window))
-    masked = RecordedAttention(q, k, v, scale=SCALE, mask=block_mask(lengths, window))
+    packed = RecordedAttention(q, k, v, Scores(SCALE, documents(lengths, window)))
+    masked = RecordedAttention(q, k, v, Scores(SCALE, block_mask(lengths, window)))
     torch.testing.assert_close(packed.output, masked.output)
     for ours, expected in zip(packed.backward(gradient), masked.backward(gradient), strict=True):
         torch.testing.assert_close(ours, expected)
@@ -54,7 +54,7 @@ def test_half_precision_heads_on_a_device_go_through_one_kernel() -> None:
     """Shapes only: the meta device knows the kernel's signature, as a GPU would call it."""
     q, k = (torch.empty(2, 8, n, 16, dtype=torch.bfloat16, device="meta") for n in (4, 2))
     mask = documents([5, 3, 8], 4, "meta")
-    recorded = RecordedAttention(q, k, k, scale=SCALE, mask=mask)
+    recorded = RecordedAttention(q, k, k, Scores(SCALE, mask))
     assert recorded.output.shape == q.shape
     dq, dk, dv = recorded.backward(torch.empty_like(q))
     assert (dq.shape, dk.shape, dv.shape) == (q.shape, k.shape, k.shape)
@@ -83,10 +83,10 @@ def test_one_kernel_equals_a_block_diagonal_mask(window: int | None, size: int) 
         torch.randn(2, total // 2, n, size, generator=generator).cuda().bfloat16()
         for n in (8, 2, 2, 8)
     )
-    packed = RecordedAttention(q, k, v, scale=0.1, mask=documents(lengths, window, "cuda"))
+    packed = RecordedAttention(q, k, v, Scores(0.1, documents(lengths, window, "cuda")))
     wide = [t.float().view(1, total, -1, size) for t in (q, k, v)]
     masked = RecordedAttention(
-        wide[0], wide[1], wide[2], scale=0.1, mask=block_mask(lengths, window).cuda()
+        wide[0], wide[1], wide[2], Scores(0.1, block_mask(lengths, window).cuda())
     )
     torch.testing.assert_close(
         packed.output.float().view(1, total, -1, size), masked.output, rtol=0.02, atol=0.02
@@ -96,5 +96,5 @@ def test_one_kernel_equals_a_block_diagonal_mask(window: int | None, size: int) 
         torch.testing.assert_close(
             ours.float().view(1, total, -1, size), wanted, rtol=0.03, atol=0.05
         )
-    again = attention(q, k, v, scale=0.1, mask=documents(lengths, window, "cuda"))
+    again = attention(q, k, v, Scores(0.1, documents(lengths, window, "cuda")))
     assert torch.equal(again, packed.output)
