@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import BudgetError
@@ -31,6 +31,16 @@ from slideformer.memory.solver import Lattice, Solution
 STEPS = 3
 """Simulated steps: the first fills the pipeline, and the time between the others' ends counts."""
 
+CONTENDERS = 16
+"""At most so many plans are simulated before one is chosen."""
+
+SIMULATED_TASKS = 12_000
+"""And no more than have as many tasks, so that planning takes no longer for a small model."""
+
+CAUTION = 0.9
+"""Share of the CPU's rate that they are compared at. Memory of a host is not equally fast from run
+to run, and a plan that wins by a hair at one rate may lose much at the next."""
+
 _MIB = 1 << 20
 
 
@@ -41,10 +51,9 @@ def make_plan(request: PlanRequest) -> MemoryPlan:
         found = lattice.solve(request.budgets)
         if found is None:
             raise _refusal(request, lattice)
-        graph = compile_step(request.spec, found.plan)
-        plan = _assign_gradients(request, found, graph)
-        step = request.predict(park_gradients(graph, plan.gradient_slot), STEPS)
-        plan = replace(plan, peaks=peaks(request, plan), step_seconds=step.seconds)
+        draft = _choose(request, lattice, found)
+        step = request.predict(draft.graph, request.profile, STEPS)
+        plan = replace(draft.plan, peaks=peaks(request, draft.plan), step_seconds=step.seconds)
         return _with_snapshot(request, plan) if request.checkpoints else plan
 
 
@@ -76,28 +85,55 @@ def _with_snapshot(request: PlanRequest, plan: MemoryPlan) -> MemoryPlan:
     return larger if used <= request.budgets.host else plan
 
 
-def _assign_gradients(request: PlanRequest, found: Solution, graph: TaskGraph) -> MemoryPlan:
+@dataclass(frozen=True)
+class _Draft:
+    """A plan with its gradient slots, and its graph."""
+
+    plan: MemoryPlan
+    graph: TaskGraph
+
+
+def _choose(request: PlanRequest, lattice: Lattice, found: Solution) -> _Draft:
+    """The plan that is fastest in simulation of those that the bound cannot tell from ``found``.
+
+    Without a GPU, copies between tiers cost what they spare, and the bound decides.
+    """
+    draft = _draft(request, found)
+    count = min(CONTENDERS, SIMULATED_TASKS // len(draft.graph.tasks))
+    if request.budgets.gpu is None or count < 2:
+        return draft
+    contenders = lattice.contenders(request.budgets, found, count)
+    machine = replace(request.profile, update=CAUTION * request.profile.update)
+
+    def rank(draft: _Draft) -> float:
+        return request.predict(draft.graph, machine, STEPS).seconds
+
+    return min([draft, *(_draft(request, other) for other in contenders[1:])], key=rank)
+
+
+def _draft(request: PlanRequest, found: Solution) -> _Draft:
     """Park as many gradients at once as the host budget allows; deferred, all of them.
 
     Each chunk takes, in program order, the slot that a simulated step frees first.
     """
-    plan = found.plan
+    plan, graph = found.plan, compile_step(request.spec, found.plan)
     if found.gradients == 0:
-        return plan
+        return _Draft(plan, park_gradients(graph, ()))
     count = min(found.gradients, MIN_GRADIENT_SLOTS + found.spare_host // found.gradient)
     if plan.deferred:
         count = found.gradients
-    if count == found.gradients:  # each in a place of its own
-        return replace(plan, gradient_slots=count, gradient_slot=tuple(range(count)))
-    stops = request.predict(graph, 1).stops
-    free = [0.0] * count
-    slots: list[int] = []
-    for name in graph.buffers:  # in program order
-        if name.startswith("gh."):
-            slot = min(range(count), key=lambda s: free[s])
-            slots.append(slot)
-            free[slot] = stops[name.replace("gh.", "update.", 1)]
-    return replace(plan, gradient_slots=count, gradient_slot=tuple(slots))
+    slots = list(range(count))
+    if count < found.gradients:  # else each has a place of its own
+        stops = request.predict(graph, request.profile, 1).stops
+        free = [0.0] * count
+        slots = []
+        for name in graph.buffers:  # in program order
+            if name.startswith("gh."):
+                slot = min(range(count), key=lambda s: free[s])
+                slots.append(slot)
+                free[slot] = stops[name.replace("gh.", "update.", 1)]
+    plan = replace(plan, gradient_slots=count, gradient_slot=tuple(slots))
+    return _Draft(plan, park_gradients(graph, plan.gradient_slot))
 
 
 def _refusal(request: PlanRequest, lattice: Lattice) -> BudgetError:

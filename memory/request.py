@@ -26,10 +26,11 @@ class PlanRequest:
     """What a plan is wanted for.
 
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
-    chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, under
-    the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and ``window``
-    fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of the plan.
-    ``checkpoints``: there will be some regularly, so what is left of the host may hold a snapshot.
+    chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, on a
+    machine under the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and
+    ``window`` fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of
+    the plan. ``checkpoints``: there will be some regularly, so what is left of the host may hold a
+    snapshot.
     """
 
     spec: ModelSpec
@@ -39,7 +40,7 @@ class PlanRequest:
     budgets: Budgets
     profile: MachineProfile
     workspace: Callable[[int, int, int], int]
-    predict: Callable[[TaskGraph, int], Prediction]
+    predict: Callable[[TaskGraph, MachineProfile, int], Prediction]
     micro_rows: int | None = None
     vocab_chunks: int | None = None
     head_tile: int | None = None

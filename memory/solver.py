@@ -35,6 +35,9 @@ from slideformer.memory.request import PlanRequest
 GRID = 0.01
 """Relative distance of what is told apart: less time does not pay for more memory."""
 
+NEAR = 0.02
+"""Relative error of the bound: plans this near to the best may be faster when simulated."""
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -92,6 +95,19 @@ class Lattice:
                 best = found
         return None if best is None else replace(best, fastest=fastest)
 
+    def contenders(self, budgets: Budgets, best: Solution, count: int) -> list[Solution]:
+        """``best`` and the plans that come next to it, ``count`` at most and all of them `NEAR` it.
+
+        None has more on NVMe. Of plans with the same units resident and as many layers spilled, on
+        one base, only the one that keeps most is among them.
+        """
+        found = [best]
+        for base in self._bases:
+            if base.least <= best.seconds * (1 + NEAR):
+                found += self._near_on(base, budgets, best)
+        others = sorted((s for s in found[1:] if s.plan != best.plan), key=lambda s: s.seconds)
+        return [best, *others[: count - 1]]
+
     def least_gpu(self, budgets: Budgets) -> int | None:
         """The least bytes of GPU memory that would do with the other budgets as they are."""
         found: list[int] = []
@@ -119,38 +135,40 @@ class Lattice:
         return min(found, default=None)
 
     def _best_on(self, base: _Base, budgets: Budgets) -> Solution | None:
-        needs = base.needs
+        fitting = self._fitting(base, budgets)
+        if not len(fitting.seconds):
+            return None
+        left: NDArray[np.bool_] = np.ones(len(fitting.seconds), bool)
+        for key in fitting.keys:
+            left &= key == key[left].min()
+        return fitting.solution(int(np.argmax(left)))
+
+    def _near_on(self, base: _Base, budgets: Budgets, best: Solution) -> list[Solution]:
+        fitting = self._fitting(base, budgets)
+        point, near = fitting.point, fitting.seconds <= best.seconds * (1 + NEAR)
+        near &= fitting.sizes.nbytes <= best.nvme
+        most: dict[tuple[int, int], int] = {}
+        for at in np.flatnonzero(near):
+            group = int(point.resident[at]), int(point.spilled[at])
+            if group not in most or point.kept[at] > point.kept[most[group]]:
+                most[group] = int(at)
+        return [fitting.solution(at) for at in most.values()]
+
+    def _fitting(self, base: _Base, budgets: Budgets) -> _Fitting:
+        """The points on a base that fit."""
         point, need = self._within_gpu(base, budgets)
         stored = base.fewest_stored(point, need - budgets.host, nvme_room(budgets))
         fits = stored >= 0
         point, need = point._replace(stored=stored).at(fits), need[fits]
-        if not len(need):
-            return None
         sizes = base.on_nvme(point)
-        seconds = base.bound.seconds(point, sizes)
         few = point._replace(offloaded=fewest_offloaded(self._spec, point.resident))
-        memory = needs.gpu(few) + needs.host(few)
-        left: NDArray[np.bool_] = np.ones(len(seconds), bool)
-        rank: list[int] = []
-        stored_on_grid = on_grid(np.maximum(sizes.nbytes, 1))
-        for key in (on_grid(seconds), stored_on_grid, memory, point.offloaded):
-            rank.append(int(key[left].min()))
-            left &= key == rank[-1]
-        at = int(np.argmax(left))
-        chosen = point.at(at)
-        plan = base.plan_at(chosen)
-        return Solution(
-            plan=replace(plan, boundary_slots=int(needs.boundary_slots(chosen))),
-            seconds=float(seconds[at]),
-            fastest=float(seconds.min()),
-            work={
-                lane: float(work) for lane, work in base.bound.work(chosen, sizes.at(at)).items()
-            },
-            rank=(*rank[:2], base.plan.micro_batches, *rank[2:]),
-            nvme=int(sizes.nbytes[at]),
-            spare_host=budgets.host - int(need[at]) + int(sizes.spared[at]),
-            gradients=int(needs.gradients[chosen.resident]),
-            gradient=int(needs.gradient[chosen.resident]),
+        return _Fitting(
+            base=base,
+            point=point,
+            sizes=sizes,
+            seconds=base.bound.seconds(point, sizes),
+            memory=base.needs.gpu(few) + base.needs.host(few),
+            spare_host=budgets.host - need + sizes.spared,
         )
 
     def _within_gpu(self, base: _Base, budgets: Budgets) -> tuple[Counts, Ints]:
@@ -187,6 +205,42 @@ class Lattice:
             low = np.minimum(low, np.maximum(high, self._few.offloaded))
             high = np.maximum(high, low)
         return np.where(possible, low, -1)
+
+
+@dataclass(frozen=True)
+class _Fitting:
+    """The points on a base that fit, with their bounds; ``memory`` as `Solution` ranks it."""
+
+    base: _Base
+    point: Counts
+    sizes: Sizes
+    seconds: Seconds
+    memory: Ints
+    spare_host: Ints
+
+    @cached_property
+    def keys(self) -> tuple[Ints, Ints, Ints, Ints]:
+        """What ranks them, the number of micro-batches aside."""
+        stored = on_grid(np.maximum(self.sizes.nbytes, 1))
+        return on_grid(self.seconds), stored, self.memory, self.point.offloaded
+
+    def solution(self, at: int) -> Solution:
+        """One of them."""
+        base, chosen, sizes = self.base, self.point.at(at), self.sizes.at(at)
+        needs, work = base.needs, base.bound.work(chosen, sizes)
+        time, stored, *rest = (int(key[at]) for key in self.keys)
+        slots = int(needs.boundary_slots(chosen))
+        return Solution(
+            plan=replace(base.plan_at(chosen), boundary_slots=slots),
+            seconds=float(self.seconds[at]),
+            fastest=float(self.seconds.min()),
+            work={lane: float(seconds) for lane, seconds in work.items()},
+            rank=(time, stored, base.plan.micro_batches, *rest),
+            nvme=int(sizes.nbytes),
+            spare_host=int(self.spare_host[at]),
+            gradients=int(needs.gradients[chosen.resident]),
+            gradient=int(needs.gradient[chosen.resident]),
+        )
 
 
 class _Base:

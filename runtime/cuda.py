@@ -6,11 +6,13 @@ thread per stream lane waits for its tasks' events and reports them; nothing els
 
 from __future__ import annotations
 
+import functools
 import queue
 import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -30,6 +32,15 @@ _STREAMS = {
 _SWITCH_SECONDS = 1e-4
 
 
+@functools.cache
+def _streams(index: int) -> dict[Lane, torch.cuda.Stream]:
+    """The streams of a GPU's lanes, the same for every run of this process.
+
+    cuBLAS keeps a workspace for every stream that it was used on, for good.
+    """
+    return {lane: torch.cuda.Stream(index) for lane in _STREAMS}
+
+
 class CudaDevice:
     """Stream lanes on one GPU; the host lanes run on threads as on the CPU device."""
 
@@ -38,7 +49,7 @@ class CudaDevice:
     def __init__(self, index: int = 0, widths: dict[Lane, int] | None = None) -> None:
         self._index = index
         self._widths = widths or {}
-        self._streams = {lane: torch.cuda.Stream(index) for lane in _STREAMS}
+        self._streams = _streams(index)
         self._launches: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._events: dict[TaskRun, torch.cuda.Event] = {}
 
@@ -87,11 +98,22 @@ class CudaDevice:
         """Launch tasks in the order in which the core issued them."""
         torch.cuda.set_device(self._index)
         with torch.no_grad():
+            self._take_workspace()
             while (work := self._launches.get()) is not None:
                 try:
                     self._launch(work)
                 except BaseException as error:  # the run fails by the task's name
                     self._post(Failed(work[0].run, error))
+
+    def _take_workspace(self) -> None:
+        """Let cuBLAS take its workspace before there are temporaries.
+
+        It stays where it is for good, and in their midst it would split what they could use.
+        """
+        # If even this fails, the first task says why.
+        with suppress(RuntimeError), torch.cuda.stream(self._streams[Lane.COMPUTE]):
+            one = torch.ones(1, 1, device=self._index, dtype=torch.bfloat16)
+            torch.mm(one, one)
 
     def _launch(self, work: Work) -> None:
         launch, operation, context = work

@@ -133,6 +133,7 @@ class Engine:
             )
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
+                torch.cuda.empty_cache()  # what filling took lies where no other stream takes it
             self._start()
         except BaseException:
             self._determinism.restore()

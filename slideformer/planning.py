@@ -108,9 +108,9 @@ def plan_request(
         most = max(layers, head + tokens * spec.hidden * size)
         return most + (allocator_slack(most) if profile.gpu_overhead else 0)
 
-    def predict(graph: TaskGraph, steps: int) -> Prediction:
+    def predict(graph: TaskGraph, machine: MachineProfile, steps: int) -> Prediction:
         """Simulate under a policy of the same kind."""
-        timeline = simulate(graph, make_policy(config.policy), profile, instances=steps)
+        timeline = simulate(graph, make_policy(config.policy), machine, instances=steps)
         stops = {span.task: span.stopped for span in timeline.instance(0).spans}
         return Prediction(timeline.step_seconds, stops)
 

@@ -7,6 +7,7 @@ host's memory is not equally fast at all times.
 from __future__ import annotations
 
 import importlib
+import itertools
 import math
 import statistics
 import time
@@ -24,6 +25,10 @@ UPDATE_BYTES = 26
 STREAM_BYTES = 24
 """What `stream_rmw` moves per element: three FP32 values in and out."""
 
+_WAYS = ("h2d", "d2h")
+
+_COPY_PIECES = 8
+
 _FASTEST_COPY = 150e9
 """Bytes/s that no bus exceeds, to start enough copies."""
 
@@ -31,34 +36,38 @@ _HYPER = AdamW(lr=1e-5, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0, step
 
 
 class Copies:
-    """Copies between pinned host memory and the GPU, one way or both at once.
+    """Copies of ``nbytes`` between pinned host memory and the GPU, one way or both at once.
 
-    On the CPU both ends are host memory and nothing overlaps.
+    Each takes the next of several pieces of host memory, since a step's copies do not find in the
+    CPU's cache what the one before left there. On the CPU both ends are host memory and nothing
+    overlaps.
     """
 
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.nbytes = nbytes
         self._cuda = device.type == "cuda"
-        self._host = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._cuda) for _ in "ab"]
-        self._far = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in "ab"]
-        self._streams = [torch.cuda.Stream(device) for _ in "ab"] if self._cuda else [None, None]
+        size = _COPY_PIECES * nbytes
+        self._host = [
+            itertools.cycle(
+                torch.zeros(size, dtype=torch.uint8, pin_memory=self._cuda).split(nbytes)
+            )
+            for _ in _WAYS
+        ]
+        self._far = [torch.zeros(nbytes, dtype=torch.uint8, device=device) for _ in _WAYS]
+        self._streams = [torch.cuda.Stream(device) for _ in _WAYS] if self._cuda else [None, None]
 
     def queue(self, ways: tuple[str, ...], times: int) -> None:
         """Start ``times`` copies of all bytes each way, ``"h2d"`` or ``"d2h"``."""
         for _ in range(times):
-            for way, host, far, stream in zip(
-                ("h2d", "d2h"), self._host, self._far, self._streams, strict=True
-            ):
-                if way not in ways:
-                    continue
-                source, target = (host, far) if way == "h2d" else (far, host)
-                with torch.cuda.stream(stream):
-                    target.copy_(source, non_blocking=True)
+            for way, stream in zip(_WAYS, self._streams, strict=True):
+                if way in ways:
+                    with torch.cuda.stream(stream):
+                        self.copy(way)
 
     def copy(self, way: str) -> None:
-        """Start one copy of all bytes on the current stream."""
-        side = ("h2d", "d2h").index(way)
-        source, target = self._host[side], self._far[side]
+        """Start one copy on the current stream."""
+        side = _WAYS.index(way)
+        source, target = next(self._host[side]), self._far[side]
         if way == "d2h":
             source, target = target, source
         target.copy_(source, non_blocking=True)

@@ -14,11 +14,11 @@ from slideformer.graph.errors import BudgetError
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
 from slideformer.graph.step import compile_step, park_gradients
 from slideformer.memory import lattice as lattice_module
-from slideformer.memory.needs import MIN_GRADIENT_SLOTS
-from slideformer.memory.planner import make_plan, plan_graphs
+from slideformer.memory.needs import MIN_GRADIENT_SLOTS, peaks
+from slideformer.memory.planner import CAUTION, CONTENDERS, STEPS, make_plan, plan_graphs
 from slideformer.memory.request import PlanRequest
-from slideformer.memory.solver import Lattice, Solution
-from tests.support.requests import AMPLE, MIB, UNBOUNDED, predict, request_for
+from slideformer.memory.solver import NEAR, Lattice, Solution
+from tests.support.requests import AMPLE, MIB, PROFILE, UNBOUNDED, predict, request_for
 from tests.support.specs import small_spec
 
 
@@ -63,6 +63,36 @@ def test_a_tight_gpu_budget_offloads_boundaries() -> None:
     assert plan.peaks[Tier.GPU] == least
 
 
+@settings(max_examples=5)
+@given(share=st.floats(0, 1))
+def test_of_plans_that_the_bound_cannot_tell_apart_the_fastest_is_taken(share: float) -> None:
+    """In simulation, on a host that is somewhat slower than assumed."""
+    request = request_for(spec=small_spec(layers=8), rows=8)
+    lattice = Lattice(request)
+    least, most = lattice.least_gpu(AMPLE), make_plan(request).peaks[Tier.GPU]
+    assert least is not None
+    budgets = replace(AMPLE, gpu=int(least + share * (most - least)))
+    request = replace(request, budgets=budgets)
+    best = lattice.solve(budgets)
+    assert best is not None
+    contenders = lattice.contenders(budgets, best, CONTENDERS)
+    assert contenders[0] == best
+    slower = replace(PROFILE, update=CAUTION * PROFILE.update)
+
+    def seconds(plan: MemoryPlan) -> float:
+        return predict(compile_step(request.spec, plan), slower, STEPS).seconds
+
+    drafts = [
+        replace(s.plan, gradient_slots=s.gradients, gradient_slot=tuple(range(s.gradients)))
+        for s in contenders
+    ]
+    for draft, solution in zip(drafts, contenders, strict=True):
+        assert peaks(request, draft)[Tier.GPU] <= budgets.gpu
+        assert solution.seconds <= best.seconds * (1 + NEAR)
+    chosen = make_plan(request)
+    assert seconds(chosen) == min(map(seconds, drafts))
+
+
 def tight(request: PlanRequest, slots: int) -> PlanRequest:
     """The request with host memory for what its plan needs, and for so many gradients more."""
     found = solved(request)
@@ -87,7 +117,7 @@ def test_each_gradient_takes_the_slot_that_is_free_first() -> None:
     request = tight(request_for(compute=Compute.FP32), 0)
     plan = make_plan(request)
     graph = plan_graphs(request.spec, replace(plan, gradient_slots=0, gradient_slot=()))[0]
-    stops = predict(graph, 1).stops
+    stops = predict(graph, PROFILE, 1).stops
     names = [name for name in graph.buffers if name.startswith("gh.")]
     free = dict.fromkeys(range(plan.gradient_slots), 0.0)
     for name, slot in zip(names, plan.gradient_slot, strict=True):

@@ -25,9 +25,9 @@ UNBOUNDED = 1 << 62
 AMPLE = Budgets(UNBOUNDED, UNBOUNDED)
 
 
-def predict(graph: TaskGraph, steps: int) -> Prediction:
+def predict(graph: TaskGraph, machine: MachineProfile, steps: int) -> Prediction:
     """Simulated steps."""
-    timeline = simulate(graph, make_policy("earliest-deadline"), PROFILE, steps)
+    timeline = simulate(graph, make_policy("earliest-deadline"), machine, steps)
     stops = {span.task: span.stopped for span in timeline.instance(0).spans}
     return Prediction(timeline.step_seconds, stops)
 
