@@ -24,7 +24,7 @@ from slideformer.kernels import reference
 from slideformer.kernels.adamw import AdamW, Segment
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
 from slideformer.kernels.cross_entropy import PLAIN, lse_accumulate, lse_init, softmax_grad_
-from slideformer.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
+from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
 
@@ -67,10 +67,6 @@ def norm_cases(tokens: int, n: int) -> Iterator[Case]:
         function = liger("rms_norm", "LigerRMSNormFunction")
         return lambda: function.apply(x, weight, EPS, 0.0, "llama", False)
 
-    def liger_add() -> Run:
-        function = liger("fused_add_rms_norm", "LigerFusedAddRMSNormFunction")
-        return lambda: function.apply(x, residual, weight, EPS)
-
     def liger_backward() -> Run:
         function = liger("rms_norm", "LigerRMSNormFunction")
         inputs = x.detach().requires_grad_(), weight.detach().requires_grad_()
@@ -85,15 +81,6 @@ def norm_cases(tokens: int, n: int) -> Iterator[Case]:
         reference.rms_norm,
         (x, weight, EPS, None, False),
         liger_forward,
-    )
-    yield Case(
-        "add_rms_norm",
-        shape,
-        4 * one,
-        lambda: add_rms_norm(x, residual, weight, EPS),
-        reference.add_rms_norm,
-        (x, residual, weight, EPS),
-        liger_add,
     )
     yield Case(
         "rms_norm_backward",

@@ -36,15 +36,6 @@ def rms_norm(
     return y if out is None else out.copy_(y), rstd.flatten()
 
 
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`slideformer.kernels.rms_norm.add_rms_norm`."""
-    total = x + residual
-    y, rstd = rms_norm(total, weight, eps, None, False)
-    return total, y, rstd
-
-
 def rms_norm_backward(
     dy: Tensor,
     x: Tensor,

@@ -1,4 +1,4 @@
-"""RMSNorm: forward, forward fused with the residual addition, and the hand-driven backward.
+"""RMSNorm: forward, and the hand-driven backward.
 
 Forward (Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467), in the rounding order of Hugging
 Face's ``LlamaRMSNorm``: with ``rstd = 1 / sqrt(mean(x^2) + eps)`` in FP32,
@@ -45,24 +45,6 @@ def rms_norm(
 
         return rms_norm_triton.rms_norm(x, weight, eps, out, centred)
     return reference.rms_norm(x, weight, eps, out, centred)
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Add the residual stream and normalise the sum.
-
-    ``x`` and ``residual`` are ``[..., n]`` of one shape and dtype, ``weight`` is ``[n]``.
-
-    Returns ``(total, y, rstd)``: ``total = x + residual`` in the input dtype, ``y`` and ``rstd`` as
-    :func:`rms_norm` gives for ``total``. Raises ``ValueError`` if the shapes do not fit.
-    """
-    _check(x, weight, residual)
-    if triton_enabled(x):
-        from slideformer.kernels import rms_norm_triton
-
-        return rms_norm_triton.add_rms_norm(x, residual, weight, eps)
-    return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def rms_norm_backward(

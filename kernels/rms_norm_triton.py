@@ -27,9 +27,7 @@ _PIPELINED_BYTES = 32768  # largest tile for which prefetching the next rows fit
 @jit
 def _forward_kernel(
     x: tl.tensor,
-    residual: tl.tensor | None,
     weight: tl.tensor,
-    total: tl.tensor | None,
     y: tl.tensor,
     rstd: tl.tensor,
     rows: tl.tensor,
@@ -39,8 +37,6 @@ def _forward_kernel(
     x_inner: tl.tensor,
     y_outer: tl.tensor,
     y_inner: tl.tensor,
-    residual_outer: tl.tensor,
-    residual_inner: tl.tensor,
     eps: tl.tensor,
     CENTRED: tl.constexpr,
     ROWS: tl.constexpr,
@@ -55,12 +51,6 @@ def _forward_kernel(
     dtype: tl.constexpr = y.dtype.element_ty
 
     value = tl.load(x + i * x_outer + j * x_inner + column, mask=mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        at = residual + i * residual_outer + j * residual_inner + column
-        value += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-        rounded = value.to(dtype)
-        tl.store(total + row.to(tl.int64)[:, None] * n + column, rounded, mask=mask)
-        value = rounded.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, 1) / n + eps)
     tl.store(rstd + row, scale, mask=row < rows)
     normalised = value * scale[:, None]
@@ -134,16 +124,24 @@ def rms_norm(
     """See :func:`slideformer.kernels.rms_norm.rms_norm`."""
     y = x.new_empty(x.shape) if out is None else out
     inner, strides = row_strides(x, y)
-    return y, _forward(x, None, weight, None, y, inner, (*strides, 0, 0), eps, centred)
-
-
-def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """See :func:`slideformer.kernels.rms_norm.add_rms_norm`."""
-    total, y = x.new_empty(x.shape), x.new_empty(x.shape)
-    inner, strides = row_strides(x, y, residual)
-    return total, y, _forward(x, residual, weight, total, y, inner, strides, eps, False)
+    rows, tile_rows, block, warps = _tile(x)
+    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
+    _forward_kernel[(triton.cdiv(rows, tile_rows),)](
+        x,
+        weight,
+        y,
+        rstd,
+        rows,
+        x.shape[-1],
+        inner,
+        *strides,
+        eps,
+        CENTRED=centred,
+        ROWS=tile_rows,
+        BLOCK=block,
+        num_warps=warps,
+    )
+    return y, rstd
 
 
 def rms_norm_backward(
@@ -183,39 +181,6 @@ def rms_norm_backward(
         num_warps=warps,
     )
     return dx, shares.sum(0)
-
-
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor,
-    total: Tensor | None,
-    y: Tensor,
-    inner: int,
-    strides: tuple[int, ...],
-    eps: float,
-    centred: bool,
-) -> Tensor:
-    rows, tile_rows, block, warps = _tile(x)
-    rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
-    _forward_kernel[(triton.cdiv(rows, tile_rows),)](
-        x,
-        residual,
-        weight,
-        total,
-        y,
-        rstd,
-        rows,
-        x.shape[-1],
-        inner,
-        *strides,
-        eps,
-        CENTRED=centred,
-        ROWS=tile_rows,
-        BLOCK=block,
-        num_warps=warps,
-    )
-    return rstd
 
 
 def _tile(x: Tensor) -> tuple[int, int, int, int]:

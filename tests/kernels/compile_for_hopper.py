@@ -24,7 +24,7 @@ from slideformer.kernels import (
 )
 
 TYPES = {
-    "*bf16": "x residual weight total y dy residual_grad dx dact gate_up act logits"
+    "*bf16": "x residual weight y dy residual_grad dx dact gate_up act logits"
     " values out left right gradient",
     "*fp32": "rstd dweight_shares cos sin running_max running_sum target_logit lse"
     " weights products",
@@ -42,17 +42,12 @@ CASES = {
     "rms_norm": (
         rms_norm_triton._forward_kernel,
         8,
-        {"residual": None, "total": None, "inner": 1, **_WIDE_ROW},
+        {"inner": 1, **_WIDE_ROW},
     ),
     "rms_norm heads": (
         rms_norm_triton._forward_kernel,
         4,
-        {"residual": None, "total": None, "CENTRED": False, "ROWS": 16, "BLOCK": 128},
-    ),
-    "add_rms_norm": (
-        rms_norm_triton._forward_kernel,
-        8,
-        {"inner": 1, **_WIDE_ROW},
+        {"CENTRED": False, "ROWS": 16, "BLOCK": 128},
     ),
     "rms_norm_backward": (
         rms_norm_triton._backward_kernel,
