@@ -25,7 +25,8 @@ from slideformer.graph.plan import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.policies import Policy, make_policy, policy_names
 from slideformer.runtime.simulated import simulate as simulate_graph
-from slideformer.runtime.trace import Span, Timeline
+from slideformer.runtime.trace import Span as Span
+from slideformer.runtime.trace import Timeline
 
 SCHEDULER = "scheduler"
 """Cause of idle time in which nothing that was waited for ran: the policy's choice, or overhead."""

@@ -14,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from slideformer.config import parse_size
+from slideformer.graph.serialise import from_json
+from slideformer.simulation import GraphTimeline
 from slideformer.tools import bench_trace
 from slideformer.tools.bench_report import summary
 from slideformer.tools.bench_rows import Row, Turns
 from slideformer.tools.bench_worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak
+from slideformer.traces import GRAPH_FILE, TRACE_FILE, from_chrome
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +97,12 @@ class Comparison:
             result["host_kind"] = host.kind
         return result
 
-    def trace(self, folder: Path) -> dict[str, Any]:
-        """The spans of the last steps, written into ``folder`` too."""
-        trace: dict[str, Any] = self._ours.ask("trace", folder=str(folder.absolute()))
-        return trace
+    def trace(self, folder: Path) -> GraphTimeline:
+        """When the tasks of the last steps ran; written into ``folder`` too."""
+        self._ours.ask("trace", folder=str(folder.absolute()))
+        graph = from_json((folder / GRAPH_FILE).read_bytes())
+        spans = from_chrome((folder / TRACE_FILE).read_bytes()).spans
+        return GraphTimeline(spans, graph=graph)
 
     def close(self) -> None:
         """End both processes."""

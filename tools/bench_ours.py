@@ -15,7 +15,6 @@ import torch
 
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
-from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import MemoryPlan
@@ -104,31 +103,10 @@ class Ours:
         handles = [self._engine.step(b, lr=lr) for b in array_batches(np.load(tokens))]
         return [handle.loss() for handle in handles]
 
-    def trace(self, folder: str) -> dict[str, Any]:
-        """Spans of the last steps, and what is known of the tasks of a step.
-
-        The step's graph and its trace are written into ``folder`` too.
-        """
+    def trace(self, folder: str) -> None:
+        """Write the step's graph, and when the tasks of the last steps ran, into ``folder``."""
         assert self._engine is not None
-        graph = self._engine.graph
-        write_trace(folder, graph, self._engine.timeline())
-        earlier = waits_for_previous(graph)
-        return {
-            "spans": [
-                [s.task, s.instance, str(s.lane), s.started, s.stopped]
-                for s in self._engine.timeline().spans
-            ],
-            "tasks": {
-                task.name: {
-                    "lane": str(task.lane),
-                    "nbytes": task.cost.nbytes,
-                    "flops": task.cost.total_flops,
-                    "after": [graph.tasks[i].name for i in before],
-                    "after_previous": earlier.get(task.name, []),
-                }
-                for task, before in zip(graph.tasks, graph.edges.predecessors, strict=True)
-            },
-        }
+        write_trace(folder, self._engine.graph, self._engine.timeline())
 
     def release(self) -> None:
         """Give the engine's memory back; `build` makes another one."""
@@ -164,12 +142,4 @@ def traffic(graph: TaskGraph) -> dict[str, dict[str, float]]:
         lane["nbytes"] += task.cost.nbytes
         lane["flops"] += task.cost.total_flops
         lane["params"] += task.cost.params
-    return found
-
-
-def waits_for_previous(graph: TaskGraph) -> dict[str, list[str]]:
-    """Task → tasks of the step before that must be done first, by the bytes they share."""
-    found: dict[str, list[str]] = {}
-    for before, after in next_instance_edges(graph):
-        found.setdefault(graph.tasks[after].name, []).append(graph.tasks[before].name)
     return found

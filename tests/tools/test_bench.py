@@ -17,21 +17,25 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
+from slideformer.graph.buffers import Tier
+from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.serialise import from_json
 from slideformer.graph.step import compile_step
+from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.measuring import overhead
 from slideformer.measuring.floors import compute_seconds, floors_of_step
 from slideformer.measuring.stand_in import Arithmetic
 from slideformer.models import layer
 from slideformer.runtime.policies import policy_names
+from slideformer.simulation import GraphTimeline, Span
 from slideformer.tools import bench as bench_module
 from slideformer.tools import bench_overhead, bench_trace, loss_check
 from slideformer.tools.baseline import RECIPES, Baseline
 from slideformer.tools.bench import Comparison, measure
 from slideformer.tools.bench_cli import bench
 from slideformer.tools.bench_floors import Floors
-from slideformer.tools.bench_ours import Ours, waits_for_previous
+from slideformer.tools.bench_ours import Ours
 from slideformer.tools.bench_report import floors_report, machine, summary, table
 from slideformer.tools.bench_rows import Row, Turns, parse_row, read_rows
 from slideformer.tools.bench_worker import Worker, WorkerError
@@ -247,8 +251,6 @@ def test_a_whole_row_with_floors_and_trace(in_process: None, tmp_path: Path) -> 
     assert {"fwd.L00.m0", "bwd.L01.m0"} <= {span.task for span in measured.spans}
     assert "busy: compute" in result["trace_report"][0]
     assert len(list(table({"machine": machine(), "rows": [result]}))) <= 25
-    earlier = [name for names in waits_for_previous(graph).values() for name in names]
-    assert any(name.startswith("update.L00") for name in earlier)  # its weights are read next
 
 
 def test_floors_follow_from_traffic() -> None:
@@ -395,52 +397,61 @@ def test_the_large_step_has_thousands_of_tasks() -> None:
 # -- traces ----------------------------------------------------------------------------------------
 
 MIB = 1 << 20
-TRACE: dict[str, Any] = {
-    "spans": [
-        ["update.A", 0, "cpu", 0.0, 1.5],
-        ["fwd.A", 0, "compute", 0.0, 1.0],
-        ["h2d.A", 1, "h2d", 1.5, 3.5],
-        ["d2h.A", 0, "d2h", 2.5, 4.5],
-        ["fwd.A", 1, "compute", 3.5, 4.0],
-        ["fwd.B", 1, "compute", 4.25, 5.0],
-        ["fwd.A", 2, "compute", 5.0, 6.0],
-    ],
-    "tasks": {
-        "h2d.A": {"nbytes": 20 * MIB, "after": [], "after_previous": ["update.A"]},
-        "d2h.A": {"nbytes": 8 * MIB, "after": ["fwd.A"]},
-        "fwd.A": {"nbytes": 0, "after": ["h2d.A"]},
-        "fwd.B": {"nbytes": 0, "after": ["fwd.A"]},
-        "update.A": {"nbytes": 0, "after": []},
-    },
-}
+
+
+def traced() -> GraphTimeline:
+    """Three steps; a copy up waits for the update of the step before."""
+    b = GraphBuilder("step")
+    hi = b.buffer("hi", 20 * MIB, Tier.PINNED, carried=True)
+    w = b.buffer("w", 20 * MIB, Tier.GPU)
+    state = b.buffer("state", 8 * MIB, Tier.GPU, carried=True)
+    down = b.buffer("down", 8 * MIB, Tier.PINNED)
+    b.task("h2d.A", TaskKind.H2D, reads=[hi], writes=[w], cost=Cost(nbytes=20 * MIB))
+    b.task("fwd.A", TaskKind.COMPUTE, reads=[w])
+    b.task("fwd.B", TaskKind.COMPUTE, after=["fwd.A"])
+    after, cost = ["fwd.A"], Cost(nbytes=8 * MIB)
+    b.task("d2h.A", TaskKind.D2H, reads=[state], writes=[down], after=after, cost=cost)
+    b.task("update.A", TaskKind.CPU_UPDATE, writes=[hi])
+    spans = [
+        Span("update.A", 0, Lane.CPU, 0.0, 1.5),
+        Span("fwd.A", 0, Lane.COMPUTE, 0.0, 1.0),
+        Span("h2d.A", 1, Lane.H2D, 1.5, 3.5),
+        Span("d2h.A", 0, Lane.D2H, 2.5, 4.5),
+        Span("fwd.A", 1, Lane.COMPUTE, 3.5, 4.0),
+        Span("fwd.B", 1, Lane.COMPUTE, 4.25, 5.0),
+        Span("fwd.A", 2, Lane.COMPUTE, 5.0, 6.0),
+    ]
+    return GraphTimeline(spans, graph=b.build())
 
 
 def test_gaps_name_what_was_waited_for() -> None:
-    start, stop, steps = bench_trace.window(bench_trace.spans_of(TRACE), 2)
+    timeline = traced()
+    start, stop, steps = bench_trace.window(timeline, 2)
     assert (start, stop, steps) == (0.0, 5.0, 2)
-    first, second = bench_trace.gaps(TRACE, "compute", start, stop)
+    first, second = bench_trace.gaps(timeline, Lane.COMPUTE, start, stop)
     assert (first.start, first.stop, first.task) == (1.0, 3.5, "fwd.A")
     assert first.behind == ("h2d.A", "update.A'")
     assert (second.seconds, second.behind[0]) == (0.25, "fwd.A")
     assert (first.overhead, second.overhead) == (0.0, 0.25)
     said = "could have run: 125.0 ms a step, 5.00%"
-    assert any(said in line for line in bench_trace.report(TRACE, 2))
+    assert any(said in line for line in bench_trace.report(timeline, 2))
 
 
 def test_a_window_is_no_longer_than_the_trace() -> None:
-    spans = bench_trace.spans_of(TRACE)
-    assert bench_trace.window(spans, 1) == (3.5, 5.0, 1)
-    assert bench_trace.window(spans, 9) == (0.0, 5.0, 2)
-    assert bench_trace.report({"spans": [], "tasks": {}}, 3) == ["trace: no whole step in it"]
+    timeline = traced()
+    assert bench_trace.window(timeline, 1) == (3.5, 5.0, 1)
+    assert bench_trace.window(timeline, 9) == (0.0, 5.0, 2)
+    nothing = GraphTimeline([], graph=timeline.graph)
+    assert bench_trace.report(nothing, 3) == ["trace: no whole step in it"]
 
 
 def test_copies_alone_and_together() -> None:
-    speeds = bench_trace.copy_speeds(TRACE, 0.0, 5.0)
+    speeds = bench_trace.copy_speeds(traced(), 0.0, 5.0)
     assert speeds == pytest.approx({"h2d": 10 * MIB, "d2h": 4 * MIB, "both": 14 * MIB})
 
 
 def test_overlapping_spans_are_covered_once() -> None:
-    spans = [bench_trace.Span("a", 0, "cpu", *at) for at in ((0, 2), (1, 3), (5, 6))]
+    spans = [Span("a", 0, Lane.CPU, *at) for at in ((0, 2), (1, 3), (5, 6))]
     assert bench_trace.covered(spans, 0.5, 5.5) == [(0.5, 3), (5, 5.5)]
 
 
