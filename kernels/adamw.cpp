@@ -31,7 +31,19 @@
 //     w' = w - fma(step_size, sign(c), decay * w)        sign(c) is 0 for zeros and for a NaN
 //     m' = fma(beta2, m, fma(comp2, g, fma(beta2_lo, m, comp2_lo * g)))
 //
-// Elements are independent, so neither threads nor chunks nor vector width can change a result.
+// Moments of 8 bits (Dettmers et al., "8-bit Optimizers via Block-wise Quantization", 2022) are codes
+// in blocks of 128 elements that share a scale, the largest magnitude among them. Code c > 0 is the
+// share of it whose bits are (c + 0x3F8 - top) << 20: top, 127 for m and 255 for v, is 1, and there
+// are eight steps to each power of two. m has its sign in the highest bit. Blocks are decoded,
+// updated as above and encoded again, for each segment that overlaps them:
+//
+//     x  = bits(gradient) + lo,  x *= 0x7FEB352D,  x ^= x >> 15,  x *= 0x2C1B3C6D   (lo before)
+//     c  = clamp((bits(|value| / scale) + (x >> 12) >> 20) - (0x3F8 - top), 0, top)
+//
+// Adding a hash below 2^20 rounds up in proportion to how near the next code is (Gupta et al., "Deep
+// Learning with Limited Numerical Precision", 2015). A scale is at most the largest finite number.
+//
+// Otherwise elements are independent, so neither threads nor chunks nor vector width can change a result.
 // The arrays of a call must not overlap. No function allocates memory or throws.
 
 #include <cfenv>
@@ -62,6 +74,7 @@ using Bf16 = uint16_t;
 
 constexpr int64_t kLine = 64;     // elements: two cache lines of the 16-bit arrays, four of FP32
 constexpr int64_t kDenseBlock = 1 << 16;  // elements that a thread updates at a time
+constexpr int64_t kShared = 128;  // elements whose 8-bit moments share a scale
 constexpr int64_t kBlock = 1024;  // columns of a row whose gradient is summed at a time
 constexpr int kLanes = 8;         // partial sums of a row's squares; fixed, so the order is too
 
@@ -177,7 +190,79 @@ struct State {
     }
 };
 
-template <class Grad>
+constexpr uint32_t kFirst = 127, kSecond = 255;  // highest codes of the 8-bit moments
+constexpr uint32_t kMagnitude = 0x7FFFFFFFu;     // all bits of a float but its sign
+
+inline uint32_t rounding_noise(int16_t lo, float gradient) {
+    uint32_t x = bit_cast<uint32_t>(gradient) + uint32_t(int32_t(lo));
+    x *= 0x7FEB352Du;
+    x ^= x >> 15;
+    return (x * 0x2C1B3C6Du) >> 12;
+}
+
+template <uint32_t kTop>
+void decode(const uint8_t* __restrict codes, float scale, int64_t n, float* __restrict values) {
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t code = codes[i] & kTop, sign = codes[i] & (0xFFu ^ kTop);
+        const uint32_t bits = code ? (code + (0x3F8u - kTop)) << 20 : 0u;
+        values[i] = bit_cast<float>(bits | sign << 24) * scale;
+    }
+}
+
+template <uint32_t kTop>
+void encode(const float* __restrict values, const uint32_t* __restrict noise, int64_t n,
+            uint8_t* __restrict codes, float& scale) {
+    uint32_t most = 0;  // as integers: magnitudes sort alike, and any order gives the same
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & kMagnitude;
+        most = magnitude > most ? magnitude : most;
+    }
+    scale = bit_cast<float>(most < 0x7F7FFFFFu ? most : 0x7F7FFFFFu);
+    const float divisor = most ? scale : 1.0f;
+    for (int64_t i = 0; i < n; ++i) {
+        const uint32_t bits = bit_cast<uint32_t>(values[i]);
+        const float share = bit_cast<float>(bits & kMagnitude) / divisor;
+        int32_t code = int32_t((bit_cast<uint32_t>(share) + noise[i]) >> 20);
+        code -= int32_t(0x3F8u - kTop);
+        code = code < 0 ? 0 : code > int32_t(kTop) ? int32_t(kTop) : code;
+        codes[i] = uint8_t(uint32_t(code) | (kTop == kFirst ? bits >> 31 << 7 : 0u));
+    }
+}
+
+// The same with moments of 8 bits; scales are those of m and v of each block in turn.
+struct State8 {
+    uint16_t* hi;
+    int16_t* lo;
+    uint8_t* m;
+    uint8_t* v;
+    float* scales;
+    int64_t numel;
+
+    template <class Grad>
+    void update(int64_t first, const Grad* grad, int64_t n, float step_size, float decay,
+                const Constants& constants) const {
+        float m_block[kShared], v_block[kShared];
+        uint32_t noise[kShared];
+        for (int64_t begin = first / kShared * kShared; begin < first + n; begin += kShared) {
+            const int64_t count = numel - begin < kShared ? numel - begin : kShared;
+            const int64_t from = first > begin ? first : begin;
+            const int64_t to = first + n < begin + count ? first + n : begin + count;
+            const Grad* block_grad = grad + (begin - first);
+            float* scale = scales + begin / kShared * 2;
+            for (int64_t i = 0; i < count; ++i)
+                noise[i] = rounding_noise(lo[begin + i], to_float(block_grad[i]));
+            decode<kFirst>(m + begin, scale[0], count, m_block);
+            decode<kSecond>(v + begin, scale[1], count, v_block);
+            update_elements(hi + from, lo + from, m_block + (from - begin),
+                            v_block + (from - begin), grad + (from - first), to - from, step_size,
+                            decay, constants);
+            encode<kFirst>(m_block, noise, count, m + begin, scale[0]);
+            encode<kSecond>(v_block, noise, count, v + begin, scale[1]);
+        }
+    }
+};
+
+template <class State, class Grad>
 void dense(State state, const Grad* grad, const Segment* segments, int64_t count,
            const Constants& constants, int threads) {
     if (count == 0) return;
@@ -314,6 +399,17 @@ extern "C" {
 void adamw_dense(uint16_t* hi, int16_t* lo, float* m, float* v, const void* grad, int grad_is_fp32,
                  const Segment* segments, int64_t count, const Constants* constants, int threads) {
     const State state{hi, lo, m, v};
+    if (grad_is_fp32)
+        dense(state, static_cast<const float*>(grad), segments, count, *constants, threads);
+    else
+        dense(state, static_cast<const Bf16*>(grad), segments, count, *constants, threads);
+}
+
+// The same with moments of 8 bits; hi points to the first of numel elements, and a block.
+void adamw8_dense(uint16_t* hi, int16_t* lo, uint8_t* m, uint8_t* v, float* scales, int64_t numel,
+                  const void* grad, int grad_is_fp32, const Segment* segments, int64_t count,
+                  const Constants* constants, int threads) {
+    const State8 state{hi, lo, m, v, scales, numel};
     if (grad_is_fp32)
         dense(state, static_cast<const float*>(grad), segments, count, *constants, threads);
     else

@@ -32,6 +32,7 @@ from torch import Tensor
 from slideformer.kernels.adamw_checks import (
     GRADIENTS,
     check_rows,
+    check_segments,
     check_state,
     check_tensor,
     check_threads,
@@ -138,25 +139,17 @@ def adamw_update(
     lion = isinstance(hyper, Lion)
     check_state(hi, lo, m, v, threads, second=not lion)
     check_tensor("grad", grad, GRADIENTS, n)
-    previous = 0
-    for segment in segments:
-        if not previous <= segment.begin <= segment.end <= n:
-            raise ValueError(f"{segment} overlaps the one before or leaves [0, {n})")
-        previous = segment.end
+    check_segments(segments, n)
     library = (kernels or default_kernels()).library
     if library is None:
         adamw_reference(hi, lo, m, v, grad, segments, hyper)
         return
-    table = (_Segment * len(segments))()
-    for row, segment in zip(table, segments, strict=True):
-        row.begin, row.end = segment.begin, segment.end
-        row.step_size, row.decay = _rates(segment.lr, segment.weight_decay, hyper)
     library.adamw_dense(
         *_pointers(hi, lo, m),
         None if lion else v.data_ptr(),
         grad.data_ptr(),
         grad.dtype == torch.float32,
-        table,
+        _table(segments, hyper),
         len(segments),
         _constants(hyper),
         threads,
@@ -289,6 +282,10 @@ def _declare(library: ctypes.CDLL) -> None:
     pointers = (_Pointer,) * 7
     library.adamw_dense.restype = None
     library.adamw_dense.argtypes = [*pointers[:5], integer, table, long, constants, integer]
+    library.adamw8_dense.restype = None
+    library.adamw8_dense.argtypes = [
+        *(*pointers[:5], long, _Pointer, integer, table, long, constants, integer),
+    ]
     library.adamw_rows.restype = ctypes.c_double
     library.adamw_rows.argtypes = [
         *(*pointers, long, _Pointer, integer, _Pointer, integer, long),
@@ -300,6 +297,15 @@ def _declare(library: ctypes.CDLL) -> None:
     ]
     library.stream_rmw.restype = None
     library.stream_rmw.argtypes = [*pointers[:3], long, integer]
+
+
+def _table(segments: Sequence[Segment], hyper: AdamW) -> ctypes.Array[_Segment]:
+    """Segments as adamw.cpp takes them."""
+    table = (_Segment * len(segments))()
+    for row, segment in zip(table, segments, strict=True):
+        row.begin, row.end = segment.begin, segment.end
+        row.step_size, row.decay = _rates(segment.lr, segment.weight_decay, hyper)
+    return table
 
 
 def _rates(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float, float]:

@@ -5,8 +5,12 @@ TypeError for a dtype, ValueError for all else. Values of gradients are not look
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
+
+from slideformer.kernels.adamw_reference import Segment
 
 GRADIENTS = (torch.bfloat16, torch.float32)
 """What a gradient may be."""
@@ -16,6 +20,15 @@ def check_threads(threads: int) -> None:
     """Refuse fewer threads than one."""
     if threads < 1:
         raise ValueError(f"threads is {threads}; it must be at least 1")
+
+
+def check_segments(segments: Sequence[Segment], n: int) -> None:
+    """Refuse segments that do not ascend, that overlap, or that leave ``[0, n)``."""
+    previous = 0
+    for segment in segments:
+        if not previous <= segment.begin <= segment.end <= n:
+            raise ValueError(f"{segment} overlaps the one before or leaves [0, {n})")
+        previous = segment.end
 
 
 def check_state(

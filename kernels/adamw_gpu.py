@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.adamw import AdamW, Lion, Segment, _constants, _rates
-from slideformer.kernels.adamw_checks import GRADIENTS
+from slideformer.kernels.adamw_checks import GRADIENTS, check_segments
 from slideformer.kernels.triton_support import triton_enabled
 
 
@@ -55,11 +55,7 @@ def adamw_update_gpu(
     state = _check_state(hi, lo, m, v, hyper)
     _check("grad", grad, GRADIENTS, (n,), hi)
     _check("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
-    previous = 0
-    for segment in segments:
-        if not previous <= segment.begin <= segment.end <= n:
-            raise ValueError(f"{segment} overlaps the one before or leaves [0, {n})")
-        previous = segment.end
+    check_segments(segments, n)
     from slideformer.kernels import adamw_triton
 
     for segment in segments:

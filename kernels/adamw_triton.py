@@ -10,7 +10,6 @@ is converted between the 16-bit and the 32-bit arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slideformer.kernels.adamw_step_triton import (
+    adamw_step,
+    jit_any_range,
+    load_master,
+    store_master,
+)
 from slideformer.kernels.triton_jit import jit
 
 _BLOCK = 1024  # elements of a dense program
 _COLUMNS = 512  # of a row's program; divides most models' hidden sizes, so that no thread idles
 _THREAD = 4  # elements of a thread
 _AHEAD = 8  # gradient rows whose loads are in flight together; their sum is serial
-
-_jit_any_range: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=("begin", "end"))
-"""Compile once for all element ranges; their alignment is seen at run time."""
 
 
 @jit
@@ -53,37 +55,27 @@ def _update(
     grad_scale: tl.tensor,
 ) -> None:
     """One step of the elements ``at``, whose gradient is ``g``."""
-    high = tl.load(hi + at, mask=mask).to(tl.int32)
-    low = tl.load(lo + at, mask=mask).to(tl.int32)
+    w = load_master(hi, lo, at, mask)
     first = tl.load(m + at, mask=mask)
-    w = ((high << 16) + low).to(tl.float32, bitcast=True)
-    g = g * grad_scale
-
-    mixed = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
     if v is None:  # Lion
+        g = g * grad_scale
+        mixed = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
         sign = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
         w -= tl.fma(step_size, sign, decay * w)
         first = tl.fma(beta2, first, tl.fma(comp2, g, tl.fma(beta2_lo, first, comp2_lo * g)))
     else:
-        first = mixed
         second = tl.load(v + at, mask=mask)
-        p = comp2 * g
-        r = tl.fma(comp2_lo, g, tl.fma(comp2, g, -p))
-        second = tl.fma(beta2, second, tl.fma(p, g, tl.fma(beta2_lo, second, r * g)))
-        d = tl.fma(tl.sqrt_rn(second), inv_sqrt_bias2, eps)
-        w -= tl.fma(step_size, tl.div_rn(first, d), decay * w)
+        w, first, second = adamw_step(
+            *(w, first, second, g, step_size, decay),
+            *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
+            *(inv_sqrt_bias2, eps, grad_scale),
+        )
         tl.store(v + at, second, mask=mask)
-
-    bits = w.to(tl.int32, bitcast=True)
-    high = (bits + 0x8000) >> 16
-    low = bits - (high << 16)
-    nan = w != w
-    tl.store(hi + at, tl.where(nan, 0x7FC0, high).to(tl.int16), mask=mask)
-    tl.store(lo + at, tl.where(nan, 0, low).to(tl.int16), mask=mask)
+    store_master(hi, lo, at, mask, w)
     tl.store(m + at, first, mask=mask)
 
 
-@_jit_any_range
+@jit_any_range
 def _range_kernel(
     hi: tl.tensor,
     lo: tl.tensor,

@@ -18,6 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ from slideformer.kernels.adamw import (
     adamw_update,
     default_kernels,
 )
+from slideformer.kernels.adamw8 import BLOCK, adamw8_update
+from slideformer.kernels.adamw8_gpu import adamw8_update_gpu
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
+from slideformer.kernels.quantise import FIRST, SECOND, encode
 from slideformer.kernels.split import join_master, split_master
 
 State = list[Tensor]
@@ -668,15 +672,21 @@ def test_the_compiled_kernels_round_every_operation_and_move_16_bytes_at_once(
     )
     assert done.returncode == 0, done.stderr
     facts = json.loads(done.stdout)
-    assert facts.keys() == {"range", "squares", "rows", "idle rows"}
+    assert facts.keys() == {"range", "8 bits", "squares", "rows", "idle rows"}
     for case, found in facts.items():
         assert found["flushing"] == 0, case
         assert found["contractible"] == 0, case
         if case == "squares":
             continue  # reads BF16 only: 8 bytes a thread
+        # No layout is converted, but for that of eight scales.
+        assert found["shared_bytes"] == (32 if case == "8 bits" else 0), case
+        if case == "8 bits":
+            assert found["divisions"] == 3 * found["roots"] > 0, "by both scales too"
+            assert found["fma"] == 10 * found["roots"]
+            assert found["pairs"] >= 5, "four of 16 bits at once: gradient, halves in and out"
+            continue
         assert found["wide_loads"] >= 2, case
         assert found["wide_stores"] >= 2, case
-        assert found["shared_bytes"] == 0, case  # no layout is converted
         assert found["divisions"] == found["roots"] > 0, case
         if case != "idle rows":  # their gradient is a constant
             assert found["fma"] == 10 * found["divisions"], case
@@ -688,21 +698,23 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from slideformer.kernels import adamw8_triton
     from slideformer.kernels import adamw_triton as kernels
 
     names = {
         "*i16": "hi lo",
-        "*fp32": "m v norm squares",
+        "*fp32": "m v scales norm squares",
         "*fp64": "shares",
         "*bf16": "grad dx dense_grad",
         "*i64": "counts rows starts order",
-        "i32": "begin end hidden",
+        "i32": "begin end n hidden",
     }
     types = {name: kind for kind, listed in names.items() for name in listed.split()}
     columns = {"COLUMNS": kernels._COLUMNS, "AHEAD": kernels._AHEAD}
     idle = {"order": None, "dense_grad": None}
     cases = {
         "range": (kernels._range_kernel, {"BLOCK": kernels._BLOCK}),
+        "8 bits": (adamw8_triton._range_kernel, adamw8_triton.CONSTANTS),
         "squares": (kernels._squares_kernel, columns),
         "rows": (kernels._rows_kernel, columns),
         "idle rows": (kernels._rows_kernel, columns | idle),
@@ -711,6 +723,8 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
     for case, (kernel, constants) in cases.items():
         arguments = kernel.arg_names
         signature = {name: types.get(name, "fp32") for name in arguments}
+        if case == "8 bits":
+            signature |= {"m": "*u8", "v": "*u8"}
         signature |= dict.fromkeys(constants, "constexpr")
         plain = ("fp32", "constexpr")
         aligned = [
@@ -724,7 +738,7 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
             constexprs={(arguments.index(name),): x for name, x in constants.items()},
             attrs={(i,): [["tt.divisibility", 16]] for i in aligned},
         )
-        elements = constants.get("BLOCK", kernels._COLUMNS)
+        elements = constants.get("BLOCK", kernels._COLUMNS) * constants.get("BLOCKS", 1)
         options = {"num_warps": kernels._warps(elements), "enable_fp_fusion": False}
         compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
         ptx = compiled.asm["ptx"]
@@ -734,16 +748,13 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
             "fma": r"fma\.rn\.f32",
             "divisions": r"div\.rn\.f32",
             "roots": r"sqrt\.rn\.f32",
+            "pairs": r"(?:ld|st)\.global\S*\.v2\.b32",
             "wide_loads": r"ld\.global\S*\.v4\.b32",
             "wide_stores": r"st\.global\S*\.v4\.b32",
         }
         facts[case] = {fact: len(re.findall(pattern, ptx)) for fact, pattern in patterns.items()}
         facts[case]["shared_bytes"] = compiled.metadata.shared
     return facts
-
-
-if __name__ == "__main__":
-    json.dump(compile_for_hopper(), sys.stdout)
 
 
 # Lion
@@ -788,3 +799,78 @@ def test_lion_gives_rows_the_bits_of_the_cpu(device: torch.device) -> None:
     table = (torch.tensor([3]), rows, starts, order, dx, dense)
     adamw_rows_gpu(*found, *(x.to(device) for x in table), squares, LION)
     assert_same_bits(found, expected)
+
+
+# Moments of 8 bits
+
+
+def encoded(state: State) -> State:
+    """hi, lo, m, v and scales, its moments rounded to the nearest code."""
+    hi, lo, *moments = state
+    half = torch.full((len(hi),), 1 << 19, dtype=torch.int32)
+    (m, first), (v, second) = (
+        encode(values, half, top) for values, top in zip(moments, (FIRST, SECOND), strict=True)
+    )
+    return [hi, lo, m, v, torch.stack([first, second], 1).view(-1)]
+
+
+def assert_all_same(found: State, expected: State) -> None:
+    for name, x, y in zip(("hi", "lo", "m", "v", "scales"), found, expected, strict=True):
+        wrong = (x.cpu().view(torch.uint8) != y.view(torch.uint8)).nonzero()
+        assert not len(wrong), f"{name}: {len(wrong)} bytes differ, first {wrong[0]}"
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("hyper", HYPERS, ids=["usual", "first step", "late step"])
+def test_moments_of_8_bits_get_the_bits_of_the_cpu_for_any_finite_input(
+    hyper: AdamW, dtype: torch.dtype, device: torch.device
+) -> None:
+    n = 3_000_017 if device.type == "cuda" else 3_017
+    make = torch.Generator().manual_seed(hyper.step)
+    start = encoded(any_state(n, make))
+    start[2], start[3] = torch.randint(0, 256, (2, n), generator=make).to(torch.uint8)
+    grad = gradient(any_finite(n, make), dtype, device)
+    expected, found = copies(start), copies(start, device)
+    adamw8_update(*expected, grad, whole(n, hyper), hyper, 2)
+    adamw8_update_gpu(
+        *found, grad.to(device), torch.ones((), device=device), whole(n, hyper), hyper
+    )
+    assert_all_same(found, expected)
+    for x, y in zip(expected, start, strict=True):
+        assert not torch.equal(x.view(torch.uint8), y.view(torch.uint8))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_moments_of_8_bits_get_the_bits_of_the_cpu_step_after_step(
+    dtype: torch.dtype, device: torch.device
+) -> None:
+    """Segments that begin and end within blocks, and elements between them."""
+    n, steps = (1_000_001, 100) if device.type == "cuda" else (2_300, 4)
+    make = torch.Generator().manual_seed(5)
+    start = encoded(training_state(n, make))
+    found, expected = copies(start, device), copies(start)
+    norm = torch.ones(1, device=device)
+    cuts = [0, 130, 131, 131, 700, n - 3]
+    segments = [Segment(a, b, 1e-3 * (i + 1), 0.1 * i) for i, (a, b) in enumerate(pairwise(cuts))]
+    del segments[3]
+    for step in range(1, steps + 1):
+        hyper = replace(HYPER, step=step, grad_scale=0.7)
+        grad = (1e-2 * torch.randn(n, generator=make)).to(dtype)
+        grad[BLOCK : 2 * BLOCK] = 0.0
+        adamw8_update(*expected, grad, segments, hyper, 2)
+        adamw8_update_gpu(*found, grad.to(device), norm, segments, hyper)
+    assert_all_same(found, expected)
+    assert torch.equal(expected[0][131:700], start[0][131:700]), "no segment has these"
+    before = copies(expected)
+    adamw8_update_gpu(*found, grad.to(device), norm * math.inf, segments, HYPER)
+    assert_all_same(found, before)
+
+
+def test_moments_of_8_bits_on_the_cpu_are_refused() -> None:
+    state = encoded(training_state(8, torch.Generator().manual_seed(0)))
+    with pytest.raises(ValueError, match="hi is on cpu; it must be on a GPU"):
+        adamw8_update_gpu(*state, torch.ones(8), torch.ones(()), whole(8), HYPER)
+
+
+if __name__ == "__main__":
+    json.dump(compile_for_hopper(), sys.stdout)
