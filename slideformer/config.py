@@ -54,7 +54,7 @@ class EngineConfig(BaseModel):
     )
 
     model: Location
-    """Checkpoint folder to start from."""
+    """Model folder to start from."""
     gpu_memory: Budget = None
     """Bytes the run may use on the GPU; accepts sizes like ``"24GiB"``."""
     cpu_memory: Budget = None

@@ -71,7 +71,7 @@ _TRAIN, _EVALUATE, _SAVE, _CHECKPOINT = range(4)
 class Engine:
     """Fine-tunes one model; use as a context manager, or `close` it.
 
-    ``initial`` replaces the checkpoint folder by random weights of that shape (for benchmarks), and
+    ``initial`` replaces the model folder by random weights of that shape (for benchmarks), and
     ``phantom`` backs the state of most layers by that of others (``phantom.py``). ``policy``
     replaces the one that ``config`` names. With ``checkpoint`` it goes on from there and keeps its
     numerics. ``on_plan`` is called with the plan before anything large is allocated; what it raises
@@ -299,7 +299,7 @@ class Engine:
         return pending
 
     def save(self, output: Path | str, records: Records = dict, *, replace: bool = False) -> Path:
-        """Write a Hugging Face checkpoint of all submitted steps, for PEFT where it is of adapters.
+        """Write a model folder of all submitted steps, one for PEFT where it is of adapters.
 
         It appears whole or not at all, with what ``records`` gives in the end as further files, by
         name, and with ``replace`` in place of a folder there. Returns where it lies: at ``output``,

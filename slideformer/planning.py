@@ -155,4 +155,4 @@ def model_settings(model: Path | None, shape: str | None) -> ModelSettings:
         return read_model_config(model)
     if shape is not None and model is None:
         return shape_settings(shape)
-    raise ConfigError("give either --model, a checkpoint folder, or --shape, a named shape")
+    raise ConfigError("give either --model, a model folder, or --shape, a named shape")

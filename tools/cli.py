@@ -68,7 +68,7 @@ def train(
     ),
     **settings: Any,
 ) -> None:
-    """Fine-tune a model on a file and save it as a Hugging Face checkpoint."""
+    """Fine-tune a model on a file and save it as a Hugging Face model folder."""
     merged = load_config(config, settings)
     from slideformer.trainer import Trainer
 

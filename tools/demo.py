@@ -1,6 +1,6 @@
 """``make demo``: the whole way on one small model, in a few minutes on two cores.
 
-Writes a Llama with random weights and a byte-level tokenizer as a Hugging Face checkpoint, trains
+Writes a Llama with random weights and a byte-level tokenizer as a Hugging Face model folder, trains
 it on the language reference that ships with Python, reloads the result with plain transformers and
 prints a text generated before and after. Needs no network.
 """

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from slideformer.planning import PlanRequest
 
 Model = Annotated[
-    Path | None, typer.Option(help="Checkpoint folder; its config.json is enough.", metavar="DIR")
+    Path | None, typer.Option(help="Model folder; its config.json is enough.", metavar="DIR")
 ]
 Shape = Annotated[str | None, typer.Option(help="Named shape, as llama3-8b.", metavar="NAME")]
 _MACHINE = typer.Option(
