@@ -123,6 +123,11 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
         for operand, module, parts, _, has_bias in projections
         if has_bias
     ]
+    return groups + _norm_groups(decoder, prefix)
+
+
+def _norm_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
+    hidden = decoder.hidden
     norms = [("input_norm.weight", "input_layernorm", hidden)]
     if decoder.output_norms:
         norms += [
@@ -137,11 +142,10 @@ def _layer_groups(decoder: DecoderConfig, prefix: str) -> list[ParamGroup]:
             ("q_norm.weight", "self_attn.q_norm", decoder.head_dim),
             ("k_norm.weight", "self_attn.k_norm", decoder.head_dim),
         ]
-    groups += [
+    return [
         ParamGroup(operand, ((f"{prefix}{module}.weight", (size,)),), decay=False)
         for operand, module, size in norms
     ]
-    return groups
 
 
 def _expert_groups(experts: Experts, hidden: int, prefix: str) -> list[ParamGroup]:

@@ -97,16 +97,7 @@ class NvmeStore:
 
         def move(number: int, piece: Piece) -> int:
             part = view[piece.start : piece.stop]
-            file = self._files[piece.file]
-            file.check()
-            done = 0
-            while done < len(part):
-                count = os.preadv(file.descriptor, [part[done:]], piece.offset + done)
-                if count == 0:
-                    raise OSError(
-                        errno.EIO, f"only {done:,} of {len(part):,} bytes are there; it was cut"
-                    )
-                done += count
+            self._files[piece.file].read(part, piece.offset)
             if known is not None and zlib.crc32(part) != known[number]:
                 raise OSError(errno.EIO, "the bytes are not those that were written (CRC-32)")
             return 0
@@ -124,14 +115,7 @@ class NvmeStore:
 
         def move(number: int, piece: Piece) -> int:
             part = view[piece.start : piece.stop]
-            file = self._files[piece.file]
-            file.check()
-            done = 0
-            while done < len(part):
-                count = os.pwritev(file.descriptor, [part[done:]], piece.offset + done)
-                if count == 0:
-                    raise OSError(errno.EIO, f"only {done:,} of {len(part):,} bytes are written")
-                done += count
+            self._files[piece.file].write(part, piece.offset)
             return 0 if sums is None else zlib.crc32(part)
 
         def remember(found: list[int]) -> None:

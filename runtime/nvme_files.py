@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 PAGE = 4096
 
 _PATTERN = "slideformer-*.nvme"
+
+_Transfer = Callable[[int, list[memoryview], int], int]
+"""`os.preadv` or `os.pwritev`: file descriptor, memory and offset to the bytes moved."""
 
 
 class RunFile:
@@ -55,6 +58,14 @@ class RunFile:
         if os.fstat(self.descriptor).st_nlink == 0:
             raise FileNotFoundError(errno.ENOENT, "the file, or its folder, has been removed")
 
+    def read(self, into: memoryview, offset: int) -> None:
+        """Fill ``into`` with the bytes at ``offset``; raises `OSError`."""
+        self._move(os.preadv, into, offset, "are there; it was cut")
+
+    def write(self, source: memoryview, offset: int) -> None:
+        """Put bytes to ``offset``; raises `OSError`."""
+        self._move(os.pwritev, source, offset, "are written")
+
     def close(self) -> None:
         """Remove the file and give its space back; a second time does nothing."""
         if self.descriptor < 0:
@@ -64,6 +75,16 @@ class RunFile:
                 path.unlink()
         os.close(self.descriptor)
         self.descriptor = -1
+
+    def _move(self, call: _Transfer, part: memoryview, offset: int, what: str) -> None:
+        """Repeat a system call, which may move less than it is asked for, until all is moved."""
+        self.check()
+        done = 0
+        while done < len(part):
+            count = call(self.descriptor, [part[done:]], offset + done)
+            if count == 0:
+                raise OSError(errno.EIO, f"only {done:,} of {len(part):,} bytes {what}")
+            done += count
 
     def _bypass_cache(self) -> bool:
         """Turn direct I/O on and try it, since some file systems refuse it only when it is used."""
