@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import stat
+import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from slideformer.graph.plan import MachineProfile
 from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Lane, ProductKind
-from slideformer.measuring import product_rates
+from slideformer.measuring import lane_rates, product_rates
 from slideformer.measuring.lane_rates import LaneSizes
 from slideformer.measuring.product_rates import ProductSizes, layer_config, measure_products
 from slideformer.measuring.profiling import LIBRARY_NBYTES, ProfileSizes, measure_machine, sizes_for
@@ -73,6 +75,27 @@ def test_everything_that_exists_is_measured(measured: tuple[Machine, list[str]])
         ProductKind.ATTENTION: [(128, 32)],
         ProductKind.HEAD: [(128, 16), (128, 32), (256, 16), (256, 32)],
     }
+
+
+def test_building_the_kernel_is_no_part_of_an_update(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else so few would follow in the time of a run that no two lanes were at work together."""
+    real_update, together, calls, counted = lane_rates.adamw_update, lane_rates._together, [], []
+
+    def update(*arguments: Any) -> None:
+        if not calls:
+            time.sleep(0.5)
+        calls.append(real_update(*arguments))
+
+    def counting(device: torch.device, work: Any) -> Any:
+        counted.append({lane: count for lane, (_, count) in work.items()})
+        return together(device, work)
+
+    monkeypatch.setattr(lane_rates, "adamw_update", update)
+    monkeypatch.setattr(lane_rates, "_together", counting)
+    lane_rates.measure_lanes(CPU, SIZES.lanes, threads=1)
+    updates = [counts[Lane.CPU] for counts in counted if Lane.CPU in counts]
+    assert len(updates) == 2
+    assert min(updates) > 10
 
 
 def test_a_machine_without_nvme_is_assumed_to_have_a_generic_one(
