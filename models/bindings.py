@@ -17,11 +17,7 @@ from slideformer.models.update_ops import UpdateOps
 
 
 def model_bindings(
-    memory: ModelMemory,
-    threads: int,
-    clip: ClipOps,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
+    memory: ModelMemory, threads: int, clip: ClipOps, label_smoothing: float, z_loss: float
 ) -> dict[str, Binding]:
     """Op name → binding; ``threads`` are those of updates on the CPU.
 
@@ -29,7 +25,7 @@ def model_bindings(
     """
     return {
         **StreamOps(memory).table(),
-        **HeadOps(memory, label_smoothing=label_smoothing, z_loss=z_loss).table(),
+        **HeadOps(memory, label_smoothing, z_loss).table(),
         **UpdateOps(memory, threads).table(),
         **ResidentOps(memory, threads).table(),
         **SaveOps(memory).table(),

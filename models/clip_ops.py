@@ -45,7 +45,7 @@ class ClipOps:
     """
 
     def __init__(
-        self, memory: ModelMemory, max_norm: float | None, *, skip: bool, skipped: int = 0
+        self, memory: ModelMemory, max_norm: float | None, *, skip: bool, skipped: int
     ) -> None:
         self._memory = memory
         self._max_norm = max_norm

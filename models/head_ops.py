@@ -42,9 +42,7 @@ class _Loss(TypedDict):
 class HeadOps:
     """Loss and gradients, in one sweep over the output matrix or in two."""
 
-    def __init__(
-        self, memory: ModelMemory, *, label_smoothing: float = 0.0, z_loss: float = 0.0
-    ) -> None:
+    def __init__(self, memory: ModelMemory, label_smoothing: float, z_loss: float) -> None:
         """Training has these beside cross-entropy (`LossForm`), evaluation has not."""
         self._memory = memory
         tile, plain = memory.plan.head_tile, LossForm(softcap=memory.decoder.final_softcap)

@@ -46,9 +46,8 @@ class CudaDevice:
 
     stream_lanes = frozenset(_STREAMS)
 
-    def __init__(self, index: int = 0, widths: dict[Lane, int] | None = None) -> None:
+    def __init__(self, index: int) -> None:
         self._index = index
-        self._widths = widths or {}
         self._streams = _streams(index)
         self._launches: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._events: dict[TaskRun, torch.cuda.Event] = {}
@@ -66,9 +65,7 @@ class CudaDevice:
         self._origin.synchronize()
         self._origin_time = time.perf_counter()
         self._host = {
-            lane: LaneThreads(lane, self._widths.get(lane, 1), post)
-            for lane in Lane
-            if lane not in self.stream_lanes
+            lane: LaneThreads(lane, 1, post) for lane in Lane if lane not in self.stream_lanes
         }
         self._waiters = {lane: _Waiter(lane, self._report) for lane in _STREAMS}
         self._launcher = threading.Thread(

@@ -84,13 +84,13 @@ def gaps(timeline: GraphTimeline, lane: Lane, start: float, stop: float) -> list
     return sorted(found, key=lambda gap: -gap.seconds)
 
 
-def _behind(timeline: GraphTimeline, span: Span, length: int = 3) -> Iterator[str]:
+def _behind(timeline: GraphTimeline, span: Span) -> Iterator[str]:
     """The task that finished last of those a task waits for, then the one behind it, and so on.
 
     Names of tasks of an earlier step than the first end in an apostrophe.
     """
     instance = span.instance
-    for _ in range(length):
+    for _ in range(3):
         known = timeline.waited_for(span)
         if not known:
             return
