@@ -10,7 +10,7 @@ from graphlib import TopologicalSorter
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.hazards import HazardMap
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 
 

@@ -10,7 +10,7 @@ from typing import TypeVar
 from slideformer.graph.analysis import critical_path
 from slideformer.graph.buffers import Tier
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, Task, TaskKind
 
 _Key = TypeVar("_Key", TaskKind, Lane)

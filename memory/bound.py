@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import MachineProfile, MemoryPlan, kept_nbytes
+from slideformer.graph.plan import MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step_update import update_nbytes
 from slideformer.graph.tasks import Lane
 from slideformer.memory.lattice import Counts

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile
+from slideformer.graph.plan import Budgets, Compute
+from slideformer.graph.profile import MachineProfile
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.runtime.device import Device, Operation
 from slideformer.runtime.policies import Policy
 from slideformer.runtime.scheduler import Scheduler

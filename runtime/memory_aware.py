@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Protocol
 from slideformer.graph.analysis import due_times, tails
 from slideformer.graph.errors import ConfigError, PolicyError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.memory_aware import MemoryAware
 

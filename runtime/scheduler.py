@@ -13,7 +13,7 @@ from typing import Any
 
 from slideformer.graph.errors import GraphError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.runtime.core import (
     Core,
     Event,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.core import Core, Finished, Instruction, Launch, Stop, TaskRun
 from slideformer.runtime.policies import Policy, prepare

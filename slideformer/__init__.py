@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from slideformer.graph.graph import TaskGraph as TaskGraph
     from slideformer.graph.machines import load_machine as load_machine
     from slideformer.graph.plan import Budgets as Budgets
-    from slideformer.graph.plan import MachineProfile as MachineProfile
+    from slideformer.graph.profile import MachineProfile as MachineProfile
     from slideformer.graph.serialise import from_json as from_json
     from slideformer.graph.serialise import to_json as to_json
     from slideformer.graph.tasks import Cost as Cost
@@ -55,7 +55,7 @@ _EXPORTS = {
     "GraphBuilder": "slideformer.graph.builder",
     "GraphTimeline": "slideformer.simulation",
     "Lane": "slideformer.graph.tasks",
-    "MachineProfile": "slideformer.graph.plan",
+    "MachineProfile": "slideformer.graph.profile",
     "Policy": "slideformer.runtime.policies",
     "Product": "slideformer.graph.tasks",
     "ProductKind": "slideformer.graph.tasks",

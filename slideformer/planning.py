@@ -17,7 +17,8 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.machines import Machine
 from slideformer.graph.model import Lora, ModelSpec
-from slideformer.graph.plan import UNLIMITED, Budgets, Compute, MachineProfile, MemoryPlan, mlp_tile
+from slideformer.graph.plan import UNLIMITED, Budgets, Compute, MemoryPlan, mlp_tile
+from slideformer.graph.profile import MachineProfile
 from slideformer.memory.limits import free_nvme
 from slideformer.memory.planner import make_plan as make_plan
 from slideformer.memory.request import PlanRequest as PlanRequest

@@ -21,7 +21,7 @@ from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Buffer, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.machines import load_machine
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.policies import Policy, make_policy, policy_names
 from slideformer.runtime.simulated import simulate as simulate_graph

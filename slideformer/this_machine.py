@@ -11,7 +11,8 @@ import torch
 from slideformer.config import EngineConfig
 from slideformer.devices import find_device
 from slideformer.graph.errors import DeviceError
-from slideformer.graph.plan import Budgets, MachineProfile
+from slideformer.graph.plan import Budgets
+from slideformer.graph.profile import MachineProfile
 from slideformer.memory.gpu_io import direct_storage
 from slideformer.memory.limits import available_host_memory, free_nvme
 from slideformer.profiles import announce, cached_machine

@@ -12,7 +12,8 @@ from slideformer.config import EngineConfig, format_size
 from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.machines import Machine
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
-from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.graph.plan import Budgets, MemoryPlan
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages

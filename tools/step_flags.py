@@ -13,7 +13,8 @@ import typer
 
 from slideformer.config import EngineConfig, load_engine_config
 from slideformer.graph.machines import Machine, load_machine
-from slideformer.graph.plan import Budgets, MachineProfile, MemoryPlan
+from slideformer.graph.plan import Budgets, MemoryPlan
+from slideformer.graph.profile import MachineProfile
 from slideformer.profiles import announce, cached_machine
 from slideformer.tools.setting_flags import PLANNED
 

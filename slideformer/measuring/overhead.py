@@ -10,7 +10,8 @@ import torch
 
 from slideformer.devices import make_lanes
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import Compute, MachineProfile, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec

@@ -16,7 +16,7 @@ import torch
 
 from slideformer.engine import default_threads
 from slideformer.graph.machines import Machine
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, ProductKind
 from slideformer.measuring.gpu_overhead import gpu_overhead
 from slideformer.measuring.lane_rates import (

@@ -17,7 +17,7 @@ from slideformer.graph.analysis import (
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.exchange import to_networkx
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, TaskKind
 from tests.support.graphs import step_like, task_graphs
 

@@ -12,7 +12,7 @@ import pytest
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.machines import load_machine, machine_names, parse_machine, write_machine
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.rates import RatePoint
 from slideformer.graph.tasks import Cost, Lane, ProductKind, Task, TaskKind
 

@@ -9,7 +9,7 @@ from hypothesis import given
 
 from slideformer.graph.buffers import Tier
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.stats import graph_stats
 from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import Lane, TaskKind

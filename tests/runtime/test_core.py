@@ -15,7 +15,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import GraphError, NonFiniteError, PolicyError, TaskError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, TaskKind
 from slideformer.runtime.core import (
     STREAM_DEPTH,

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, TaskKind
 from slideformer.runtime.memory_aware import MemoryAware
 from slideformer.simulation import simulate

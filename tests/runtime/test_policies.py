@@ -13,7 +13,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import ConfigError, PolicyError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.runtime.core import Instance, TaskRun
 from slideformer.runtime.policies import make_policy, policy_names

@@ -24,7 +24,7 @@ from slideformer.graph.errors import (
     TaskError,
 )
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, Task, TaskKind
 from slideformer.runtime.core import TaskRun
 from slideformer.runtime.cpu import CpuDevice

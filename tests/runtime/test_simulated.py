@@ -15,7 +15,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import PolicyError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.runtime.policies import Fifo, make_policy, policy_names
 from slideformer.runtime.simulated import STREAM_LANES, simulate

@@ -24,7 +24,8 @@ from slideformer import planning
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError, ConfigError, StoreError
-from slideformer.graph.plan import Budgets, MachineProfile
+from slideformer.graph.plan import Budgets
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import footprint
 from slideformer.models.families import read_model_config
 from slideformer.runtime import nvme

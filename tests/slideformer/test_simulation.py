@@ -16,7 +16,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.memory.ledger import replay

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from slideformer.graph.errors import ConfigError, DataError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.serialise import from_json
 from slideformer.simulation import simulate
 from slideformer.traces import from_chrome, to_chrome, write_trace

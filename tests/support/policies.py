@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import MachineProfile
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.core import TaskRun
 

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import Lora, UnitSpec
-from slideformer.graph.plan import Budgets, Compute, MachineProfile
+from slideformer.graph.plan import Budgets, Compute
+from slideformer.graph.profile import MachineProfile
 from slideformer.memory.request import PlanRequest, Prediction
 from slideformer.runtime.policies import make_policy
 from slideformer.runtime.simulated import simulate

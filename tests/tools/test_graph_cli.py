@@ -14,7 +14,8 @@ from slideformer.config import EngineConfig
 from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import BudgetError, ConfigError, GraphError, SlideFormerError
-from slideformer.graph.plan import Budgets, MachineProfile
+from slideformer.graph.plan import Budgets
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import TaskKind

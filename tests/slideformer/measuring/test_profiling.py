@@ -15,8 +15,8 @@ import torch
 from slideformer import profiles
 from slideformer.graph.errors import DeviceError
 from slideformer.graph.machines import Machine, load_machine
-from slideformer.graph.plan import MachineProfile
 from slideformer.graph.products import backward_products, forward_products
+from slideformer.graph.profile import MachineProfile
 from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Lane, ProductKind
 from slideformer.measuring import lane_rates, product_rates
