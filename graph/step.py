@@ -53,7 +53,7 @@ def compile_evaluation(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
 
 
 def compile_save(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
-    """The graph that hands every unit's weights to the checkpoint writer, one unit at a time."""
+    """The graph that hands every unit's weights to the writer of a model folder, one at a time."""
     return write_save(spec, plan).build()
 
 
@@ -221,31 +221,34 @@ class _LayerWriter:
             trained = self.spec.adapters.get(unit.name, unit)
             accumulators = memory.gradients.accumulate(trained, "acc.0")
             for m in self._micro:
-                if position < self._offloaded:
-                    memory.activations.reload_boundary(unit.name, m)
-                x, dx = (
-                    memory.activations.boundaries[unit.name, m],
-                    memory.activations.boundaries["dx", m],
-                )
-                if position in self._spilling:
-                    memory.activations.reload_kept(unit.name, m)
-                kept = [memory.activations.kept[unit.name, m]] if position in self._keeping else []
-                memory.task(
-                    f"bwd.{unit.name}.m{m}",
-                    TaskKind.COMPUTE,
-                    reads=[*weights, x, dx, *kept, *self._layout, *self._balance]
-                    + (accumulators if m else []),
-                    writes=[dx, *kept, *accumulators],
-                    cost=Cost(
-                        products=backward_products(self.spec, unit, self.plan, kept=bool(kept))
-                    ),
-                    unit=unit.name,
-                    micro=m,
-                )
-                for buffer in (x, *kept):
-                    memory.activations.release(buffer)
+                self._differentiate(position, unit, weights, accumulators, m)
             if position == 0:
                 updates.late_rows(unit.name)
             updates.finish_unit(trained, accumulators)
         for m in self._micro:
             memory.activations.release(memory.activations.boundaries["dx", m])
+
+    def _differentiate(
+        self, position: int, unit: UnitSpec, weights: list[str], accumulators: list[str], m: int
+    ) -> None:
+        activations = self.memory.activations
+        if position < self._offloaded:
+            activations.reload_boundary(unit.name, m)
+        if position in self._spilling:
+            activations.reload_kept(unit.name, m)
+        x = activations.boundaries[unit.name, m]
+        dx = activations.boundaries["dx", m]
+        kept = [activations.kept[unit.name, m]] if position in self._keeping else []
+        products = backward_products(self.spec, unit, self.plan, kept=bool(kept))
+        self.memory.task(
+            f"bwd.{unit.name}.m{m}",
+            TaskKind.COMPUTE,
+            reads=[*weights, x, dx, *kept, *self._layout, *self._balance]
+            + (accumulators if m else []),
+            writes=[dx, *kept, *accumulators],
+            cost=Cost(products=products),
+            unit=unit.name,
+            micro=m,
+        )
+        for buffer in (x, *kept):
+            activations.release(buffer)

@@ -92,10 +92,8 @@ class HeadWriter:
         for part in self._vocab:
             weights = memory.weights(self._key(part), self._chunks(part), "fwd")
             for m in self._micro:
-                x, stats = (
-                    memory.activations.boundaries[self.spec.norm.name, m],
-                    memory.softmax_stats(m),
-                )
+                x = memory.activations.boundaries[self.spec.norm.name, m]
+                stats = memory.softmax_stats(m)
                 last = part is self._vocab[-1]
                 memory.task(
                     f"stats.head.v{part.index}.m{m}",
@@ -120,10 +118,8 @@ class HeadWriter:
             accumulators = memory.gradients.accumulate_chunks(chunks, "acc.0")
             for m in self._micro:
                 dxn = memory.norm_output_gradient(m)
-                x, stats = (
-                    memory.activations.boundaries[self.spec.norm.name, m],
-                    memory.softmax_stats(m),
-                )
+                x = memory.activations.boundaries[self.spec.norm.name, m]
+                stats = memory.softmax_stats(m)
                 memory.task(
                     f"grad.head.v{part.index}.m{m}",
                     TaskKind.COMPUTE,
