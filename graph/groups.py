@@ -1,6 +1,6 @@
 """Parameter groups: how the parameters of a pattern are trained, written into a model's spec.
 
-Patterns apply to names in a checkpoint, so a group may cover a part of an operand that stacks
+Patterns apply to names in a model folder, so a group may cover a part of an operand that stacks
 several parameters.
 """
 

@@ -33,7 +33,7 @@ class UnitKind(StrEnum):
 class ParamSpec:
     """One parameter of a unit.
 
-    ``key`` is its full name in a checkpoint (``model.layers.7.self_attn.q_proj.weight``),
+    ``key`` is its full name in a model folder (``model.layers.7.self_attn.q_proj.weight``),
     ``offset`` the index of its first element in the unit's flat storage, ``decay`` whether weight
     decay is for it, as for matrices. ``lr_scale`` multiplies the learning rate of a step, and
     ``weight_decay`` replaces the run's. A ``frozen`` parameter is used and never changed.
@@ -200,7 +200,7 @@ class ModelSpec:
 
     @cached_property
     def own_units(self) -> tuple[UnitSpec, ...]:
-        """The units that a checkpoint of the model has: all but adapters."""
+        """The units that the model folder has: all but adapters."""
         return tuple(u for u in self.units if u.kind is not UnitKind.ADAPTER)
 
     @cached_property
@@ -222,7 +222,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class ParamGroup:
-    """Parameters of one operand before layout: ``(checkpoint key, shape)`` in stacking order.
+    """Parameters of one operand before layout: ``(key, shape)`` in stacking order.
 
     ``share`` is that of the operand.
     """

@@ -18,7 +18,7 @@ class Experts:
 
     A router gives each token a probability for every expert; the most probable are chosen, and
     their outputs weighted by their probabilities, with ``normalise`` scaled to add up to one. In a
-    checkpoint they are ``module.experts.N.name`` for the ``names`` of gate, up and down, and the
+    model folder they are ``module.experts.N.name`` for the ``names`` of gate, up and down, and the
     router is ``module.gate``. ``balance`` is the weight of the loss that balances their load (see
     ``balance.py``), None without one.
     """
@@ -42,8 +42,8 @@ class DecoderConfig:
     queries and keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The
     embedding's row ``padding_idx`` receives no gradient from the look-up (it does receive one as a
     row of a tied output matrix), as in ``torch.nn.Embedding``. The first ``rotary_dim`` elements of
-    a head are rotated. With ``fused`` the checkpoint stores queries, keys and values as one matrix,
-    and gate and up as another.
+    a head are rotated. With ``fused`` the model folder stores queries, keys and values as one
+    matrix, and gate and up as another.
 
     With ``centred`` norms a weight is stored less one (see ``kernels/rms_norm.py``); with
     ``output_norms`` what attention and the MLP add to the stream passes a norm before. Scores of

@@ -42,7 +42,7 @@ class Family:
 
     ``rotary`` names the class of its rotary embedding in
     ``transformers.models.<model_type>.modeling_<model_type>``. ``partial_rotary``: whether that
-    class heeds ``partial_rotary_factor``. ``fused``: whether the checkpoint stores queries, keys
+    class heeds ``partial_rotary_factor``. ``fused``: whether the model folder stores queries, keys
     and values as one matrix, and gate and up as another. ``dropouts`` are its dropout settings,
     ``activation`` is the name of that setting. ``gemma``: the norms, caps and embedding of Gemma.
     ``softcapped``: whether it caps scores of attention. ``rope_by_type``: whether it has a rotary

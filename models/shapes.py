@@ -1,4 +1,4 @@
-"""Shapes of well-known models, for benchmarks and memory plans without a checkpoint.
+"""Shapes of well-known models, for benchmarks and memory plans without a model folder.
 
 Only sizes and positions matter here; weights, tokenizers and token ids of the models do not. A
 shape can be planned without loading transformers, which takes longer than planning.

@@ -1,7 +1,7 @@
-"""How a model's parameters are named in a checkpoint and laid out in units.
+"""How a model's parameters are named in a model folder and laid out in units.
 
-Operand names are those that ``layer.py`` reads; parameter names are those of a Hugging Face
-checkpoint. Sizes come from a Hugging Face config, so a spec needs no weights.
+Operand names are those that ``layer.py`` reads; parameter names are those of Hugging
+Face. Sizes come from a Hugging Face config, so a spec needs no weights.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ n the unit's ``numel`` (see ``slideformer.kernels.split``). Of a frozen unit ``l
 then its weights are known in BF16 alone."""
 
 EMBED_KEY = "model.embed_tokens.weight"
-"""Name of the token matrix in a checkpoint."""
+"""Name of the token matrix in a model folder."""
 
 HEAD_KEY = "lm_head.weight"
-"""Name of the output matrix in a checkpoint; absent or equal to the token matrix when tied."""
+"""Name of the output matrix in a model folder; absent or equal to the token matrix when tied."""
 
 
 def model_spec(config: ModelSettings) -> ModelSpec:
     """Split a model into units: ``embed``, ``L00`` …, ``norm`` and, unless tied, ``head``.
 
-    The names of all parameters are those of the model's checkpoint.
+    The names of all parameters are those of the model folder.
 
     Raises:
         UnsupportedModelError: the family, or a setting of it, is not implemented.

@@ -179,7 +179,7 @@ class Config(EngineConfig):
     validation_split: Number | None = Field(default=None, gt=0, lt=1)
     """Share of the training documents to set aside for validation, drawn by the seed."""
     output: Location
-    """Folder for the fine-tuned checkpoint."""
+    """Folder for the fine-tuned model."""
     steps: Count | None = None
     """Optimizer steps to run."""
     epochs: Count | None = None

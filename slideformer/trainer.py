@@ -1,4 +1,4 @@
-"""The trainer: from a config to a fine-tuned checkpoint.
+"""The trainer: from a config to a fine-tuned model.
 
     result = Trainer(load_config("run.yaml", {})).train()
 
