@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
@@ -79,8 +78,7 @@ class AdapterWriter(HuggingFaceWriter):
     def _write_config(self) -> None:
         assert self._spec.lora is not None
         config = adapter_config(self._spec, self._spec.lora, str(self._base.absolute()))
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (self._aside / ADAPTER_CONFIG).write_text(text, encoding="utf-8")
+        self._write_json(ADAPTER_CONFIG, config)
 
 
 def weights_writer(

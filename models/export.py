@@ -202,22 +202,26 @@ class HuggingFaceWriter:
     def _write_index(self) -> None:
         index = {
             "metadata": {"total_parameters": self._spec.param_count, "total_size": self._bytes},
-            "weight_map": {
-                param.key: self._shards[unit.name]
-                for unit in self._spec.units
-                for param in unit.params
-            },
+            "weight_map": dict(
+                sorted(
+                    (param.key, self._shards[unit.name])
+                    for unit in self._spec.units
+                    for param in unit.params
+                )
+            ),
         }
-        text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-        (self._aside / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        self._write_json("model.safetensors.index.json", index)
 
     def _write_config(self) -> None:
         """Copy the config, with the dtype that the weights are in now."""
         config = json.loads((self._source / "config.json").read_text(encoding="utf-8"))
         config.pop("torch_dtype", None)  # its name before transformers 5
         config["dtype"] = str(self._dtype).removeprefix("torch.")
-        text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"
-        (self._aside / "config.json").write_text(text, encoding="utf-8")
+        self._write_json("config.json", config)
+
+    def _write_json(self, name: str, content: Mapping[str, object]) -> None:
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (self._aside / name).write_text(text, encoding="utf-8")
 
     @contextmanager
     def _cleaned_up(self) -> Iterator[None]:
