@@ -46,6 +46,12 @@ def available_host_memory() -> int:
     return int(room * _MARGIN)
 
 
+def host_memory() -> int:
+    """Bytes of memory that there are at all, within the limits of control groups."""
+    limits = (_number(folder / version.limit) for version, folder in _groups())
+    return min([psutil.virtual_memory().total, *(limit for limit in limits if limit is not None)])
+
+
 def _groups() -> Iterator[tuple[_Version, Path]]:
     """This process's memory groups, with those around them.
 

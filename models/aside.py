@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from slideformer.graph.errors import CheckpointError
+from slideformer.models.paths import path_problem
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,8 @@ def check_output(output: Path, *, replace: bool = False) -> None:
         CheckpointError: ``output`` is there and not such a folder, or it could not be created.
     """
     output = output.absolute()
+    if problem := path_problem(output) or (not output.name and "it has no name"):
+        raise CheckpointError(f"output {str(output)!r:.60}: {problem}; give another path")
     if output.is_dir():
         if any(output.iterdir()) and not replace:
             raise CheckpointError(

@@ -24,6 +24,7 @@ from pydantic import (
 
 from slideformer.config_problems import describe, flag_name
 from slideformer.config_values import (
+    MOST_ROWS,
     Budget,
     Count,
     Groups,
@@ -107,9 +108,9 @@ class EngineConfig(BaseModel):
     """Name of the scheduling policy."""
     micro_batch: Count | None = None
     """Rows per forward-backward pass; a divisor of ``batch_size``."""
-    window: int | None = Field(default=None, strict=True, ge=2)
+    window: int | None = Field(default=None, strict=True, ge=2, le=1024)
     """How many units' weight slots are on the GPU at once."""
-    threads: Count | None = None
+    threads: int | None = Field(default=None, strict=True, ge=1, le=1024)
     """Threads of the CPU update."""
     deterministic: bool = Field(default=False, strict=True)
     """Whether the GPU uses deterministic kernels only."""
@@ -131,6 +132,11 @@ class EngineConfig(BaseModel):
 
     @model_validator(mode="after")
     def _divides(self) -> Self:
+        if self.step_rows > MOST_ROWS:
+            raise ValueError(
+                f"batch_size is {self.batch_size} and accumulate is {self.accumulate}, together "
+                f"{self.step_rows} rows a step; lower them to at most {MOST_ROWS}"
+            )
         if self.micro_batch is not None and self.batch_size % self.micro_batch:
             divisors = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
             raise ValueError(

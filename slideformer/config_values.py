@@ -13,6 +13,7 @@ from pydantic.fields import FieldInfo
 
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.sources import Source, parse_sources
+from slideformer.models.paths import path_problem
 from slideformer.sections import LoraSettings, ParameterGroup, read_groups, read_lora
 
 _UNITS = {
@@ -23,6 +24,11 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 _LEAST_BUDGET = 2**20
+_MOST_BUDGET = 2**60
+"""More than any memory has; sums of budgets stay within 64 bits."""
+
+MOST_ROWS = 2**20
+"""Rows of a step: the planner looks at all ways to divide them."""
 
 
 def parse_size(text: str | int) -> int:
@@ -60,6 +66,11 @@ def _budget(value: Any) -> Any:
             f"{value!r} is {format_size(size)}, below the least budget of "
             f"{format_size(_LEAST_BUDGET)}; write it like 24GiB"
         )
+    if size > _MOST_BUDGET:
+        raise ValueError(
+            f"{value!r} is above the largest budget of {format_size(_MOST_BUDGET)}; "
+            "write it like 24GiB"
+        )
     return size
 
 
@@ -73,7 +84,9 @@ def _path(value: Any) -> Any:
     if isinstance(value, str):
         if not value.strip():
             raise ValueError(f"{value!r} is not a path; name a file or folder")
-        return Path(os.path.expanduser(value))
+        value = Path(os.path.expanduser(value))
+    if isinstance(value, Path) and (problem := path_problem(value)):
+        raise ValueError(f"{str(value)!r:.60} is not a path: {problem}; name a file or folder")
     return value
 
 
@@ -94,7 +107,7 @@ def is_size(field: FieldInfo) -> bool:
 
 
 Budget = Annotated[int | None, BeforeValidator(_budget)]
-Count = Annotated[int, Field(strict=True, ge=1)]
+Count = Annotated[int, Field(strict=True, ge=1, le=10**9)]
 Number = Annotated[float, BeforeValidator(_number), Field(allow_inf_nan=False)]
 Location = Annotated[Path, BeforeValidator(_path)]
 Locations = Annotated[tuple[Location, ...], BeforeValidator(_several)]

@@ -102,7 +102,7 @@ class Engine:
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
         self._profile = profile_for(self._device, config.nvme)
-        budgets = budgets_for(config, self._device)
+        budgets = budgets_for(config, self._device, here=not phantom)
         kept = checkpoint.info.numerics if checkpoint else {}
         if phantom:
             budgets = phantom_budgets(self.spec, budgets, Compute(config.compute), config.moments)

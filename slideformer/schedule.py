@@ -19,12 +19,21 @@ Schedule = Callable[[int], float]
 of a run, in order and before memory is allocated, so it cannot depend on losses."""
 
 
+MOST_STEPS = 10**7
+"""Steps of a run: all their rates are held in memory."""
+
+
 def learning_rates(config: Config, steps: int, schedule: Schedule | None = None) -> list[float]:
     """The learning rates of a run of ``steps`` steps; ``schedule`` replaces the configured one.
 
-    Raises `ConfigError` if the parts of the schedule are longer than the run, or if a rate is
-    negative or not finite.
+    Raises `ConfigError` if the run has more than `MOST_STEPS`, the parts of the schedule are longer
+    than the run, or a rate is negative or not finite.
     """
+    if steps > MOST_STEPS:
+        raise ConfigError(
+            f"the run has {steps} steps, more than the {MOST_STEPS} that a schedule is made for; "
+            "use fewer steps or epochs"
+        )
     chosen = schedule or _configured(config, steps)
     rates = [float(chosen(step)) for step in range(1, steps + 1)]
     for step, rate in enumerate(rates, start=1):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from slideformer.config import EngineConfig
+from slideformer.config import EngineConfig, format_size
 from slideformer.devices import find_device
 from slideformer.graph.errors import DeviceError
 from slideformer.graph.plan import Budgets
 from slideformer.graph.profile import MachineProfile
 from slideformer.memory.gpu_io import direct_storage
-from slideformer.memory.limits import available_host_memory, free_nvme
+from slideformer.memory.limits import available_host_memory, free_nvme, host_memory
 from slideformer.profiles import announce, cached_machine
 from slideformer.runtime.nvme_files import stale_nbytes
+
+logger = logging.getLogger(__name__)
 
 
 def device_for(config: EngineConfig) -> torch.device:
@@ -45,12 +48,29 @@ def profile_for(device: torch.device, nvme: Sequence[Path] = ()) -> MachineProfi
     return replace(profile, direct_storage=bool(nvme) and direct_storage())
 
 
-def budgets_for(config: EngineConfig, device: torch.device) -> Budgets:
-    """The budgets asked for; otherwise what the machine has left."""
+def budgets_for(config: EngineConfig, device: torch.device, *, here: bool = False) -> Budgets:
+    """The budgets asked for; otherwise what the machine has left.
+
+    With ``here``, for a run on this machine, no more than it has at all, and a warning says so.
+    """
     host = config.cpu_memory or available_host_memory()
     gpu = config.gpu_memory
-    if gpu is None and device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        gpu = free + torch.cuda.memory_reserved(device)
+    if here:
+        host = _at_most("cpu_memory", host, host_memory())
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        if gpu is None:
+            gpu = free + torch.cuda.memory_reserved(device)
+        elif here:
+            gpu = _at_most("gpu_memory", gpu, total)
     nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
+
+
+def _at_most(name: str, asked: int, there: int) -> int:
+    if asked > there:
+        logger.warning(
+            "%s is %s, but there are %s here; the plan is made for these",
+            name, format_size(asked), format_size(there),
+        )  # fmt: skip
+    return min(asked, there)

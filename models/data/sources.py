@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from slideformer.graph.errors import ConfigError
+from slideformer.models.paths import path_problem
+
+_MOST_WEIGHT = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,10 +50,16 @@ def _source(entry: object) -> Source:
     split: object = settings.get("split", "train")
     if not isinstance(path, str | Path) or not str(path).strip():
         raise ConfigError(f"{path!r} is not a path; name a file")
-    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
+    if problem := path_problem(Path(path)):
+        raise ConfigError(f"{str(path)!r:.60} is not a path: {problem}; name a file")
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, int | float)
+        or not 0 < weight <= _MOST_WEIGHT
+    ):
         raise ConfigError(
-            f"the weight of {path} is {weight!r}; it must be a number above 0, where 1 shows each "
-            "document once an epoch"
+            f"the weight of {path} is {weight!r}; it must be a number above 0 and at most "
+            f"{_MOST_WEIGHT}, where 1 shows each document once an epoch"
         )
     if not isinstance(split, str) or not split:
         raise ConfigError(f"the split of {path} is {split!r}; write a name, such as train")

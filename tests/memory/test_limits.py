@@ -12,7 +12,7 @@ import pytest
 
 from slideformer.graph.errors import StoreError
 from slideformer.memory import limits
-from slideformer.memory.limits import available_host_memory, free_nvme
+from slideformer.memory.limits import available_host_memory, free_nvme, host_memory
 
 
 def group(folder: Path, limit: str | None, usage: str | None, *, v1: bool = False) -> None:
@@ -58,6 +58,15 @@ def test_the_limit_of_a_container_counts(
 ) -> None:
     group(mount / "memory" if v1 else mount, limit, usage, v1=v1)
     assert available_host_memory() == int(room * 0.95)
+
+
+def test_all_memory_is_that_of_the_machine_or_of_its_tightest_group(mount: Path) -> None:
+    total = psutil.virtual_memory().total
+    assert host_memory() == total
+    group(mount, f"{total - 5}\n", "1\n")
+    assert host_memory() == total - 5
+    group(mount / "memory", f"{total - 7}\n", None, v1=True)
+    assert host_memory() == total - 7
 
 
 def test_the_tightest_of_all_groups_around_counts(mount: Path) -> None:

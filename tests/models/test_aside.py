@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from slideformer.graph.errors import CheckpointError
-from slideformer.models.aside import AsideFolder, free_name, remove_orphans
+from slideformer.models.aside import AsideFolder, check_output, free_name, remove_orphans
 
 
 def names(folder: Path) -> list[str]:
@@ -75,3 +75,9 @@ def test_a_free_name_beside_what_is_taken(tmp_path: Path) -> None:
     assert free_name(output) == tmp_path / "out-2"
     with pytest.raises(CheckpointError, match="cannot be created in /proc"):
         free_name(Path("/proc/out"))
+
+
+@pytest.mark.parametrize("path", ["/", "a\0b", "x" * 300])
+def test_a_path_that_no_folder_can_have_is_refused(path: str) -> None:
+    with pytest.raises(CheckpointError, match="give another path"):
+        check_output(Path(path))

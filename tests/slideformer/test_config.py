@@ -259,6 +259,10 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"gpu_memory": "24G"}, "gpu_memory: '24G' is not a size; write it like 24GiB"),
         ({"cpu_memory": 100}, "cpu_memory: 100 is 100 B, below the least budget of 1.00 MiB"),
         ({"data": " "}, "data: ' ' is not a path"),
+        ({"output": "a\0b"}, r"output: 'a\x00b' is not a path: it has a null character"),
+        ({"output": "x" * 300}, "is not a path: a name in it is longer than 255 bytes"),
+        ({"nvme": ["a", "ü" * 130]}, "is not a path: a name in it is longer than 255 bytes"),
+        ({"data": "d/" + "x" * 300}, "is not a path: a name in it is longer than 255 bytes"),
         ({"data": ["a", 3]}, "data: 3 is not a path; name a file"),
         ({"data": [{"path": "a", "weight": 0}]}, "data: the weight of a is 0; it must be a number"),
         ({"data": [{"path": "a", "weight": True}]}, "data: the weight of a is True; it must"),
@@ -274,6 +278,16 @@ def test_an_unknown_name_is_refused_with_the_nearest(name: str, nearest: str | N
         ({"version": 2}, "version is 2: it should be 1"),
         ({"steps": 1, "epochs": 2}, "steps is 1 and epochs is 2; give only one of them"),
         ({"micro_batch": 3}, "does not divide batch_size 8; use one of 1, 2, 4, 8 or leave it out"),
+        (
+            {"batch_size": 10**9 - 7, "micro_batch": 2, "accumulate": 2},
+            "together 1999999986 rows a step; lower them to at most 1048576",
+        ),
+        ({"batch_size": 10**30}, "it should be less than or equal to 1000000000"),
+        ({"threads": 10**6}, "threads is 1000000: it should be less than or equal to 1024"),
+        ({"window": 10**9}, "window is 1000000000: it should be less than or equal to 1024"),
+        ({"cpu_memory": "9999999999GiB"}, "is above the largest budget of 1073741824.00 GiB"),
+        ({"gpu_memory": 2**70}, "is above the largest budget"),
+        ({"data": [{"path": "a", "weight": 1e12}]}, "it must be a number above 0 and at most 1000"),
         ({"micro_batch": 16}, "micro_batch is 16, which does not divide batch_size 8"),
     ],
 )
@@ -312,6 +326,9 @@ def test_every_problem_has_its_line_and_its_source(tmp_path: Path) -> None:
         ("model", ": holds a str"),
         ("data: 2026-13-01\n", ": not valid YAML: month must be"),
         ("\0", ": not a text file in UTF-8"),
+        ("[" * 5000, ": not valid YAML: nested too deeply"),
+        ("lr: 1\nmodel: m\nlr: 2\n", ", line 3: not valid YAML: 'lr' is set a second time; write"),
+        ("lora:\n  rank: 1\n  rank: 2\n", ", line 3: not valid YAML: 'rank' is set a second time"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(tmp_path: Path, text: str, words: str) -> None:

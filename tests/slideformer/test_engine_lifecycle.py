@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from slideformer import this_machine
 from slideformer.engine import MAX_OPEN_STEPS, Engine
 from slideformer.graph.errors import (
+    BudgetError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -477,6 +479,16 @@ def test_an_engine_that_cannot_begin_leaves_nothing(
 def test_a_sequence_longer_than_the_model_allows_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"seq_len is 65.*64"):
         Engine(config_for(folder, seq_len=65))
+
+
+def test_a_budget_beyond_the_machine_is_not_planned_with(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What lies beyond it would be found out by the system, which kills without a word."""
+    monkeypatch.setattr(this_machine, "host_memory", lambda: 2 << 20)
+    with pytest.raises(BudgetError, match="no plan fits 2 MiB"):
+        Engine(config_for(folder, cpu_memory="900GiB"))
+    assert "cpu_memory is 900.00 GiB, but there are 2.00 MiB here" in caplog.text
 
 
 def test_an_engine_works_within_a_running_loop(folder: Path) -> None:

@@ -108,6 +108,11 @@ def test_any_callable_is_a_schedule() -> None:
     assert learning_rates(config(), 3, lambda step: 0.5**step) == [0.5, 0.25, 0.125]
 
 
+def test_a_run_too_long_for_memory_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match="the run has 1000000000 steps, more than the 10000000"):
+        learning_rates(config(), 10**9)
+
+
 @pytest.mark.parametrize("rate", [-1e-9, math.nan, math.inf])
 def test_a_rate_that_is_none_is_refused_before_the_first_step(rate: float) -> None:
     with pytest.raises(ConfigError, match=f"step 3 the learning rate {rate}; it must be finite"):

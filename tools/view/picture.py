@@ -5,6 +5,7 @@ Files are PNG or SVG, by their suffix. Pages that one can search and zoom are ma
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from slideformer.graph.errors import ConfigError
@@ -68,5 +69,6 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
         figure.savefig(aside, dpi=200, format=path.suffix[1:])
         aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        with suppress(OSError):
+            aside.unlink()
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
