@@ -15,7 +15,9 @@ from slideformer.graph.tasks import Lane
 
 
 def topological_order(graph: TaskGraph) -> list[int]:
-    """Task positions, each after all it waits for."""
+    """Task positions, each after all it waits for: program order, unless an ``after`` bends it."""
+    if graph.in_order:
+        return list(range(len(graph.tasks)))
     return list(TopologicalSorter(dict(enumerate(graph.edges.predecessors))).static_order())
 
 

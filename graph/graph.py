@@ -73,20 +73,23 @@ class TaskGraph:
         hazards: HazardMap[int] = HazardMap()
         waits: list[set[int]] = [set() for _ in self.tasks]
         entries: list[Entry] = []
-        for position, task in enumerate(self.tasks):
+        for position, (task, before) in enumerate(zip(self.tasks, waits, strict=True)):
             for names, write in ((task.reads, False), (task.writes, True)):
                 for name in names:
                     buffer = self._buffer(task, name)
-                    for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+                    place = buffer.place
+                    for segment in hazards.cut(place, buffer.offset, buffer.stop):
                         if segment.writer is None:
-                            span = (buffer.place, segment.start, segment.stop)
-                            entries.append(Entry(position, *span, write))
+                            entries.append(
+                                Entry(position, place, segment.start, segment.stop, write)
+                            )
                         if write:
-                            waits[position].update(write_segment(segment, position, name))
+                            before.update(write_segment(segment, position, name))
                         else:
-                            waits[position].update(read_segment(segment, position))
-            waits[position].discard(position)
-            waits[position].update(self._after(task))
+                            before.update(read_segment(segment, position))
+            before.discard(position)
+            if task.after:
+                before.update(self._after(task))
         successors: list[list[int]] = [[] for _ in self.tasks]
         for position, preds in enumerate(waits):
             for pred in preds:
@@ -100,6 +103,14 @@ class TaskGraph:
             tuple(tuple(s) for s in successors),
             tuple(entries),
             exits,
+        )
+
+    @cached_property
+    def in_order(self) -> bool:
+        """Whether every edge leads onward in program order; only an ``after`` can lead back."""
+        return all(
+            not preds or preds[-1] < position
+            for position, preds in enumerate(self.edges.predecessors)
         )
 
     def _buffer(self, task: Task, name: str) -> Buffer:

@@ -21,7 +21,7 @@ _start = attrgetter("start")
 _stop = attrgetter("stop")
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Segment(Generic[T]):
     """Bytes ``[start, stop)`` of a place with one access history.
 
@@ -44,16 +44,27 @@ class HazardMap(Generic[T]):
 
     def __init__(self) -> None:
         self._places: dict[str, list[Segment[T]]] = {}
+        self._known: dict[str, dict[tuple[int, int], list[Segment[T]]]] = {}
+        """What was asked for of each place since its segments last changed: most of it again."""
 
     def cut(self, place: str, start: int, stop: int) -> list[Segment[T]]:
         """The segments that exactly tile ``[start, stop)``, split and created as needed."""
+        known = self._known.setdefault(place, {})
+        found = known.get((start, stop))
+        if found is None:
+            found, changed = self._cut(place, start, stop)
+            if changed:
+                known.clear()
+            known[start, stop] = found
+        return found
+
+    def _cut(self, place: str, start: int, stop: int) -> tuple[list[Segment[T]], bool]:
+        """The same, and whether the place has other segments now."""
         segments = self._places.get(place)
         if segments is None:
             fresh: Segment[T] = Segment(start, stop, None, [], None)
             self._places[place] = [fresh]
-            return [fresh]
-        if len(segments) == 1 and segments[0].start == start and segments[0].stop == stop:
-            return segments[:]
+            return [fresh], True
         first = bisect_right(segments, start, key=_stop)
         last = bisect_left(segments, stop, lo=first, key=_start)
         before: list[Segment[T]] = []
@@ -75,8 +86,9 @@ class HazardMap(Generic[T]):
             cursor = high
         if cursor < stop:
             inside.append(Segment(cursor, stop, None, [], None))
+        changed = inside != segments[first:last]
         segments[first:last] = [*before, *inside, *after]
-        return inside
+        return inside, changed
 
     def segments(self) -> Iterator[tuple[str, Segment[T]]]:
         """Every segment with the name of its place."""

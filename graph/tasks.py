@@ -49,7 +49,7 @@ LANE_OF: Mapping[TaskKind, Lane] = {
     TaskKind.SAVE: Lane.NVME_WRITE,
 }
 
-_PART = re.compile(r"[A-Za-z0-9_-]+")
+_PARTS = re.compile(r"[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 
 
 class TaskName(NamedTuple):
@@ -68,13 +68,13 @@ class TaskName(NamedTuple):
     @classmethod
     def parse(cls, text: str) -> TaskName:
         """Split a name; raises `GraphError` if a part is missing or has a foreign character."""
-        parts = text.split(".")
-        if len(parts) < 2 or not all(_PART.fullmatch(part) for part in parts):
+        if not _PARTS.fullmatch(text):
             raise GraphError(
                 f"task name {text!r} is malformed: expected verb.subject[.qualifier…] "
                 "of letters, digits, '_' and '-', as in fwd.L07.m0"
             )
-        return cls(parts[0], parts[1], tuple(parts[2:]))
+        verb, subject, *qualifiers = text.split(".")
+        return cls(verb, subject, tuple(qualifiers))
 
 
 class ProductKind(StrEnum):
@@ -144,8 +144,8 @@ class Task:
     after: tuple[str, ...] = ()
     cost: Cost = Cost()
     args: Mapping[str, int | str] = field(default_factory=dict)
+    lane: Lane = field(init=False, repr=False, compare=False)
+    """That of its kind; looked at so often that it is kept."""
 
-    @property
-    def lane(self) -> Lane:
-        """The lane of this task's kind."""
-        return LANE_OF[self.kind]
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "lane", LANE_OF[self.kind])

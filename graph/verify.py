@@ -85,7 +85,15 @@ def _check_tasks(graph: TaskGraph) -> Iterator[str]:
             (task.reads, task.writes), _TIERS[task.kind], ("reads", "writes"), strict=True
         ):
             for name in names:
-                yield from _check_access(graph, task, name, allowed, verb)
+                buffer = graph.buffers.get(name)
+                if buffer is None:
+                    yield f"task {task.name}: {verb} {name!r}, which does not exist"
+                elif buffer.tier not in allowed:
+                    tiers = ", ".join(sorted(allowed))
+                    yield (
+                        f"task {task.name}: {verb} {name} in {buffer.tier}; {task.kind} may only "
+                        f"use {tiers}"
+                    )
         yield from _check_overlaps(graph, task)
         for name in task.after:
             if name not in graph.index:
@@ -95,26 +103,16 @@ def _check_tasks(graph: TaskGraph) -> Iterator[str]:
             yield f"task {name}: {count} tasks have this name"
 
 
-def _check_access(
-    graph: TaskGraph, task: Task, name: str, allowed: frozenset[Tier], verb: str
-) -> Iterator[str]:
-    buffer = graph.buffers.get(name)
-    if buffer is None:
-        yield f"task {task.name}: {verb} {name!r}, which does not exist"
-    elif buffer.tier not in allowed:
-        tiers = ", ".join(sorted(allowed))
-        yield f"task {task.name}: {verb} {name} in {buffer.tier}; {task.kind} may only use {tiers}"
-
-
 def _check_overlaps(graph: TaskGraph, task: Task) -> Iterator[str]:
     """What a task writes must not change its other buffers; in place it is one buffer."""
     names = dict.fromkeys((*task.reads, *task.writes))
-    by_place: dict[str, list[Buffer]] = {}
-    for buffer in (graph.buffers[name] for name in names if name in graph.buffers):
-        by_place.setdefault(buffer.place, []).append(buffer)
+    used = [graph.buffers[name] for name in names if name in graph.buffers]
+    by_place: dict[str, list[Buffer]] = {buffer.place: [] for buffer in used}
+    if len(by_place) == len(used):  # nearly always
+        return
+    for buffer in used:
+        by_place[buffer.place].append(buffer)
     for place, buffers in by_place.items():
-        if len(buffers) == 1:  # nearly always
-            continue
         furthest: Buffer | None = None  # of those that begin no later
         furthest_written: Buffer | None = None
         for buffer in sorted(buffers, key=lambda each: each.offset):
@@ -176,6 +174,8 @@ def _writer(graph: TaskGraph, segment: Segment[int]) -> str:
 
 
 def _check_cycles(graph: TaskGraph) -> Iterator[str]:
+    if graph.in_order:
+        return
     try:
         TopologicalSorter(dict(enumerate(graph.edges.predecessors))).prepare()
     except CycleError as error:

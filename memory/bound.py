@@ -56,11 +56,14 @@ class Bound:
         self._resident += adapters
         self._resident_trained += adapters
         again, spared = [], [0.0]
+        backward: dict[bool, tuple[float, float]] = {}  # by whether a layer is frozen
         for unit in reversed(spec.layers[spec.lowest_trained :]):
-            plain, kept = (
-                rates.seconds(backward_products(spec, unit, base, kept=kept))
-                for kept in (False, True)
-            )
+            if unit.frozen not in backward:
+                backward[unit.frozen] = (
+                    rates.seconds(backward_products(spec, unit, base, kept=False)),
+                    rates.seconds(backward_products(spec, unit, base, kept=True)),
+                )
+            plain, kept = backward[unit.frozen]
             again.append(plain)
             spared.append(plain - kept)
         self._spared = np.cumsum(spared)

@@ -42,12 +42,15 @@ def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
 class Needs:
     """Bytes that plans on ``base`` take, overheads included, for points with nothing on NVMe.
 
-    Gradients are counted in the fewest slots that work, deferred each in one of its own;
+    Gradients are counted in the fewest slots that work, deferred each in one of its own.
     ``gradients`` is, by the number of resident units, how many of them could be parked at once, and
-    ``gradient`` the bytes of one's slot.
+    ``gradient`` the bytes of one's slot. ``chunks``, if given, are those of a base with as many
+    vocabulary chunks.
     """
 
-    def __init__(self, request: PlanRequest, base: MemoryPlan) -> None:
+    def __init__(
+        self, request: PlanRequest, base: MemoryPlan, chunks: Chunks | None = None
+    ) -> None:
         self._request, self._base, self._spec = request, base, request.spec
         self._layers, self._dropped = len(request.spec.layers), request.spec.lowest_trained
         self._micro = base.micro_batches
@@ -55,7 +58,7 @@ class Needs:
         kept = kept_nbytes(request.spec, base)
         self._boundary, self._boundaries = aligned(boundary), aligned(self._micro * boundary)
         self._kept, self._spilled = aligned(kept), aligned(self._micro * kept)
-        self._chunks = Chunks(request.spec, base)
+        self._chunks = chunks or Chunks(request.spec, base)
         units = np.arange(self._layers + 2)
         self._gpu = self._gpu_by_resident(units)
         self.gradients, self.gradient = self._gradients_by_resident(units)

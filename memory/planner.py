@@ -44,9 +44,12 @@ to run, and a plan that wins by a hair at one rate may lose much at the next."""
 _MIB = 1 << 20
 
 
-def make_plan(request: PlanRequest) -> MemoryPlan:
-    """The plan for ``request``; raises `BudgetError` with the least budgets that would work."""
-    lattice = Lattice(request)
+def make_plan(request: PlanRequest, lattice: Lattice | None = None) -> MemoryPlan:
+    """The plan for ``request``; raises `BudgetError` with the least budgets that would work.
+
+    ``lattice``, if given, is that of ``request``.
+    """
+    lattice = lattice or Lattice(request)
     with _collector_off():
         found = lattice.solve(request.budgets)
         if found is None:

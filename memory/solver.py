@@ -31,6 +31,7 @@ from slideformer.memory.layout import Ints
 from slideformer.memory.needs import Needs
 from slideformer.memory.nvme_needs import Chain, Sizes, StateSizes, nvme_room
 from slideformer.memory.request import PlanRequest
+from slideformer.memory.unit_sizes import Chunks
 
 GRID = 0.01
 """Relative distance of what is told apart: less time does not pay for more memory."""
@@ -76,8 +77,10 @@ class Lattice:
         self._all = points(request.spec, request.compute)
         self._few = self._all._replace(offloaded=fewest_offloaded(request.spec, self._all.resident))
         states: dict[int, StateSizes] = {}
+        chunks: dict[int, Chunks] = {}
         self._bases = sorted(
-            (_Base(request, plan, states) for plan in bases(request)), key=lambda base: base.least
+            (_Base(request, plan, states, chunks) for plan in bases(request)),
+            key=lambda base: base.least,
         )
 
     def solve(self, budgets: Budgets) -> Solution | None:
@@ -94,6 +97,15 @@ class Lattice:
             if best is None or found.rank < best.rank:
                 best = found
         return None if best is None else replace(best, fastest=fastest)
+
+    def fastest(self, budgets: Budgets) -> float:
+        """The least bound of all plans within ``budgets``, infinite if there is none."""
+        least = math.inf
+        for base in self._bases:
+            if base.least >= least:
+                break
+            least = min(least, self._fitting(base, budgets).seconds.min(initial=math.inf))
+        return least
 
     def contenders(self, budgets: Budgets, best: Solution, count: int) -> list[Solution]:
         """``best`` and the plans that come next to it, ``count`` at most and all of them `NEAR` it.
@@ -161,13 +173,12 @@ class Lattice:
         fits = stored >= 0
         point, need = point._replace(stored=stored).at(fits), need[fits]
         sizes = base.on_nvme(point)
-        few = point._replace(offloaded=fewest_offloaded(self._spec, point.resident))
         return _Fitting(
             base=base,
             point=point,
             sizes=sizes,
             seconds=base.bound.seconds(point, sizes),
-            memory=base.needs.gpu(few) + base.needs.host(few),
+            few=point._replace(offloaded=fewest_offloaded(self._spec, point.resident)),
             spare_host=budgets.host - need + sizes.spared,
         )
 
@@ -179,9 +190,11 @@ class Lattice:
         needs = base.needs
         if budgets.gpu is None:
             return self._few, needs.host(self._few) + needs.gpu(self._few)
-        offloaded = needs.fewest_offloaded(self._all, budgets.gpu)
-        fits = offloaded <= len(self._spec.layers)
-        point = self._all._replace(offloaded=offloaded).at(fits)
+        layers = len(self._spec.layers)
+        all_offloaded = self._all._replace(offloaded=np.full_like(self._all.resident, layers))
+        point = self._all.at(needs.gpu(all_offloaded) <= budgets.gpu)  # mostly few are left
+        point = point._replace(offloaded=needs.fewest_offloaded(point, budgets.gpu))
+        point = point.at(point.offloaded <= layers)
         return point, needs.host(point)
 
     def _most_offloaded(self, base: _Base, budgets: Budgets) -> Ints:
@@ -209,20 +222,21 @@ class Lattice:
 
 @dataclass(frozen=True)
 class _Fitting:
-    """The points on a base that fit, with their bounds; ``memory`` as `Solution` ranks it."""
+    """The points on a base that fit, with their bounds; ``few`` offload what they must anyway."""
 
     base: _Base
     point: Counts
     sizes: Sizes
     seconds: Seconds
-    memory: Ints
+    few: Counts
     spare_host: Ints
 
     @cached_property
     def keys(self) -> tuple[Ints, Ints, Ints, Ints]:
         """What ranks them, the number of micro-batches aside."""
         stored = on_grid(np.maximum(self.sizes.nbytes, 1))
-        return on_grid(self.seconds), stored, self.memory, self.point.offloaded
+        memory = self.base.needs.gpu(self.few) + self.base.needs.host(self.few)
+        return on_grid(self.seconds), stored, memory, self.point.offloaded
 
     def solution(self, at: int) -> Solution:
         """One of them."""
@@ -247,9 +261,14 @@ class _Base:
     """A base, and what is known of plans on it."""
 
     def __init__(
-        self, request: PlanRequest, plan: MemoryPlan, states: dict[int, StateSizes]
+        self,
+        request: PlanRequest,
+        plan: MemoryPlan,
+        states: dict[int, StateSizes],
+        chunks: dict[int, Chunks],
     ) -> None:
-        self._request, self._spec, self._states = request, request.spec, states
+        self._request, self._spec = request, request.spec
+        self._states, self._chunks = states, chunks  # shared with the others
         self.plan = plan
         self.bound = Bound(request.spec, plan, request.profile)
         self.least = self.bound.least()
@@ -257,7 +276,10 @@ class _Base:
     @cached_property
     def needs(self) -> Needs:
         """What its plans take."""
-        return Needs(self._request, self.plan)
+        number = self.plan.vocab_chunks
+        if number not in self._chunks:
+            self._chunks[number] = Chunks(self._spec, self.plan)
+        return Needs(self._request, self.plan, self._chunks[number])
 
     def plan_at(self, point: Counts) -> MemoryPlan:
         """The plan at one point."""

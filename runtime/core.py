@@ -19,9 +19,11 @@ Ordering (`stream lanes` are lanes whose tasks run in order on a device stream o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import NamedTuple
 
 from slideformer.graph.errors import PolicyError, SlideFormerError, TaskError
 from slideformer.graph.graph import TaskGraph
@@ -54,6 +56,7 @@ class TaskRun:
     position: int
     task: Task
     missing: int
+    streamed: bool = False  # whether its lane is a stream lane
     state: State = State.WAITING
     waits: list[TaskRun] = field(default_factory=list)
     later: list[TaskRun] = field(default_factory=list)
@@ -72,8 +75,7 @@ class Instance:
     unfinished: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(NamedTuple):
     """Event: a task is done. Times are seconds on the device's clock."""
 
     run: TaskRun
@@ -92,8 +94,7 @@ class Failed:
 Event = Finished | Failed
 
 
-@dataclass(frozen=True, slots=True)
-class Launch:
+class Launch(NamedTuple):
     """Instruction: start ``run``; on a stream lane, behind the unfinished tasks in ``waits``."""
 
     run: TaskRun
@@ -139,7 +140,8 @@ class Core:
         self._open: list[Instance] = []
         self._error: SlideFormerError | None = None
         self._stopped = False
-        self._story: list[str] = []
+        self._story: deque[tuple[str, int]] = deque(maxlen=5)
+        """The last tasks that finished, and their instances."""
 
     # -- ways in ---------------------------------------------------------------------------------
 
@@ -151,7 +153,7 @@ class Core:
         instance = Instance(self._instances, graph, unfinished=len(graph.tasks))
         self._instances += 1
         instance.runs = [
-            TaskRun(instance, position, task, len(preds))
+            TaskRun(instance, position, task, len(preds), task.lane in self._streams)
             for position, (task, preds) in enumerate(
                 zip(graph.tasks, graph.edges.predecessors, strict=True)
             )
@@ -176,13 +178,12 @@ class Core:
                 self._fail(_task_error(run, event.error, self._story))
                 continue
             run.state = State.DONE
-            self._story.append(f"{run!r} finished")
+            self._story.append((run.task.name, run.instance.number))
             run.instance.unfinished -= 1
             if run.instance.unfinished == 0:
                 self._open.remove(run.instance)
                 instructions.append(InstanceDone(run.instance))
             self._release(run, issued=False)
-        del self._story[:-40]
         instructions += self._dispatch()
         return instructions
 
@@ -221,31 +222,25 @@ class Core:
         """Make ``run`` wait for a task of an earlier instance that has not gone far enough yet."""
         if pred.state is State.DONE:
             return
-        if self._both_streams(run, pred) and pred.state is State.ISSUED:
+        if run.streamed and pred.streamed and pred.state is State.ISSUED:
             run.waits.append(pred)
             return
         run.missing += 1
         pred.later.append(run)
 
-    def _both_streams(self, one: TaskRun, other: TaskRun) -> bool:
-        return one.task.lane in self._streams and other.task.lane in self._streams
-
-    def _successors(self, run: TaskRun) -> Iterator[TaskRun]:
-        runs = run.instance.runs
-        for position in run.instance.graph.edges.successors[run.position]:
-            yield runs[position]
-        yield from run.later
-
     def _release(self, run: TaskRun, *, issued: bool) -> None:
         """Tell the tasks that wait for ``run`` that it is issued, or done."""
-        for successor in self._successors(run):
-            both = self._both_streams(run, successor)
-            if both and issued:
+        runs, streamed = run.instance.runs, run.streamed
+        own = [runs[position] for position in run.instance.graph.edges.successors[run.position]]
+        for successor in own + run.later:
+            # Between streams the issue counts, for all others the end.
+            if (streamed and successor.streamed) is not issued:
+                continue
+            if issued:
                 successor.waits.append(run)
-            if both == issued:
-                successor.missing -= 1
-                if successor.missing == 0:
-                    self._make_ready(successor)
+            successor.missing -= 1
+            if successor.missing == 0:
+                self._make_ready(successor)
         if not issued:
             run.later.clear()
             run.waits.clear()
@@ -267,7 +262,7 @@ class Core:
                     if run is None:
                         break
                     instructions.append(self._issue(run))
-                    progress = True
+                    progress |= run.streamed  # others may be ready now
         if not any(self._in_flight.values()):
             self._check_stuck()
             if self._error is not None and not self._stopped:
@@ -299,8 +294,10 @@ class Core:
         lane = run.task.lane
         run.state = State.ISSUED
         self._in_flight[lane] += 1
-        waits = tuple(w for w in run.waits if w.state is not State.DONE and w.task.lane != lane)
-        if lane in self._streams:
+        waits = tuple(
+            [w for w in run.waits if w.state is not State.DONE and w.task.lane is not lane]
+        )
+        if run.streamed:
             self._release(run, issued=True)
         return Launch(run, waits)
 
@@ -339,12 +336,14 @@ def _program_order(run: TaskRun) -> tuple[int, int]:
     return run.instance.number, run.position
 
 
-def _task_error(run: TaskRun, error: BaseException, story: list[str]) -> SlideFormerError:
+def _task_error(
+    run: TaskRun, error: BaseException, story: Iterable[tuple[str, int]]
+) -> SlideFormerError:
     """A user's error keeps its class and gets the task's name; others become a `TaskError`."""
     if isinstance(error, SlideFormerError):
         named: SlideFormerError = type(error)(f"{run!r}: {error}")
     else:
-        recent = "; ".join(story[-5:]) or "nothing"
+        recent = "; ".join(f"{name}#{number} finished" for name, number in story) or "nothing"
         named = TaskError(f"{run!r} failed: {type(error).__name__}: {error} (before it: {recent})")
     named.__cause__ = error
     return named

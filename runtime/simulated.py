@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
@@ -31,7 +32,7 @@ def simulate(
     """
     prepare(policy, graph, profile)
     core = Core(policy, profile.widths, STREAM_LANES)
-    machine, trace = _Machine(profile), Trace(keep=instances)
+    machine, trace = _Machine(graph, profile), Trace(keep=instances)
     for _ in range(instances):
         _, instructions = core.submit(graph)
         machine.carry_out(instructions)
@@ -42,22 +43,27 @@ def simulate(
     return trace.timeline()
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Running:
     """A task at work. ``stop`` is when it ends if it keeps its ``speed``; ``order`` breaks ties."""
 
     stop: float
     order: int
     run: TaskRun
+    lane: Lane
     begin: float
     speed: float
+
+
+_end = attrgetter("stop", "order")
 
 
 class _Machine:
     """Lanes on a virtual clock, which slow each other down as the profile says."""
 
-    def __init__(self, profile: MachineProfile) -> None:
+    def __init__(self, graph: TaskGraph, profile: MachineProfile) -> None:
         self._profile = profile
+        self._seconds = [profile.seconds(task) for task in graph.tasks]
         self._clock = 0.0
         self._count = 0
         self._places = {
@@ -67,6 +73,8 @@ class _Machine:
             lane: deque() for lane in Lane
         }
         self._running: list[_Running] = []
+        self._changed = False
+        """Whether other tasks are at work than when speeds were last looked at."""
         self._issued: set[TaskRun] = set()
         """Tasks that are queued or at work."""
         self._speeds: dict[frozenset[Lane], dict[Lane, float]] = {}
@@ -94,8 +102,9 @@ class _Machine:
                 return events
             self._clock = first.stop
             self._running.remove(first)
+            self._changed = True
             self._issued.remove(first.run)
-            self._places[first.run.task.lane] += 1
+            self._places[first.lane] += 1
             events.append(Finished(first.run, first.begin, first.stop))
 
     def _begin(self) -> None:
@@ -107,22 +116,21 @@ class _Machine:
                     break
                 queue.popleft()
                 self._places[lane] -= 1
-                stop = self._clock + self._profile.seconds(run.task)
-                self._running.append(_Running(stop, order, run, self._clock, 1.0))
-        self._change_speeds()
+                stop = self._clock + self._seconds[run.position]
+                self._running.append(_Running(stop, order, run, lane, self._clock, 1.0))
+                self._changed = True
+        if self._changed:
+            self._change_speeds()
+            self._changed = False
 
     def _change_speeds(self) -> None:
-        busy = frozenset(each.run.task.lane for each in self._running)
+        busy = frozenset([each.lane for each in self._running])
         speeds = self._speeds.get(busy)
         if speeds is None:
             speeds = {lane: self._profile.speed(lane, busy) for lane in busy}
             self._speeds[busy] = speeds
         for each in self._running:
-            speed = speeds[each.run.task.lane]
+            speed = speeds[each.lane]
             if speed != each.speed:
                 each.stop = self._clock + (each.stop - self._clock) * each.speed / speed
                 each.speed = speed
-
-
-def _end(running: _Running) -> tuple[float, int]:
-    return running.stop, running.order

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
@@ -24,6 +25,9 @@ class Span:
     def seconds(self) -> float:
         """Its duration."""
         return self.stopped - self.started
+
+
+_started = attrgetter("started")
 
 
 @dataclass(slots=True)
@@ -55,25 +59,23 @@ class Timeline:
         instance: where one never idles, tasks of the last instance find it less crowded.
         """
         ends: dict[int, float] = {}
+        lanes: dict[Lane, list[Span]] = {}
         for span in self.spans:
-            ends[span.instance] = max(span.stopped, ends.get(span.instance, span.stopped))
+            if span.stopped >= ends.get(span.instance, span.stopped):
+                ends[span.instance] = span.stopped
+            lanes.setdefault(span.lane, []).append(span)
         if len(ends) < 2:
             return self.makespan
         between = (ends[max(ends)] - ends[min(ends)]) / (len(ends) - 1)
-        lanes = {span.lane for span in self.spans}
-        return max(between, *(self.busy(lane) / len(ends) for lane in lanes))
+        return max(between, *(_busy(spans) / len(ends) for spans in lanes.values()))
 
     def of_lane(self, lane: Lane) -> list[Span]:
         """The spans of one lane in order of their start."""
-        return sorted((s for s in self.spans if s.lane is lane), key=lambda s: s.started)
+        return sorted((s for s in self.spans if s.lane is lane), key=_started)
 
     def busy(self, lane: Lane) -> float:
         """Seconds in which at least one task of the lane ran."""
-        total, reached = 0.0, float("-inf")
-        for span in self.of_lane(lane):
-            total += max(0.0, span.stopped - max(span.started, reached))
-            reached = max(reached, span.stopped)
-        return total
+        return _busy([span for span in self.spans if span.lane is lane])
 
     def instance(self, number: int) -> Timeline:
         """The spans of one instance."""
@@ -86,6 +88,16 @@ class Timeline:
             if span.started > reached:
                 yield reached, span.started, span.task
             reached = max(reached, span.stopped)
+
+
+def _busy(spans: Iterable[Span]) -> float:
+    """Seconds in which at least one of them ran."""
+    total, reached = 0.0, float("-inf")
+    for span in sorted(spans, key=_started):
+        if span.stopped > reached:
+            total += span.stopped - max(span.started, reached)
+            reached = span.stopped
+    return total
 
 
 class Trace:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from slideformer.graph.plan import Budgets
 from slideformer.graph.tasks import Lane
 from slideformer.memory.request import PlanRequest
-from slideformer.memory.solver import Lattice
+from slideformer.memory.solver import Lattice as Lattice
 from slideformer.memory.solver import Solution as Solution
 
 MORE = 1 << 30
@@ -34,16 +34,11 @@ class Outlook:
         return max(self.work, key=lambda lane: self.work[lane])
 
 
-def outlook(request: PlanRequest) -> Outlook:
-    """The outlook for a request that has a plan."""
-    lattice, budgets = Lattice(request), request.budgets
+def outlook(lattice: Lattice, budgets: Budgets) -> Outlook:
+    """The outlook for budgets that a plan fits."""
     found = lattice.solve(budgets)
     assert found is not None
-    gains: dict[str, float] = {}
-    for name, more in _raised(budgets):
-        better = lattice.solve(more)
-        assert better is not None, "a plan fits larger budgets as well"
-        gains[name] = 1 - better.fastest / found.fastest
+    gains = {name: 1 - lattice.fastest(more) / found.fastest for name, more in _raised(budgets)}
     return Outlook(found.seconds, found.work, gains)
 
 

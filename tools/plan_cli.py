@@ -20,7 +20,7 @@ from slideformer.tools.graph_cli import stdout_console
 from slideformer.tools.setting_flags import settings_as_flags
 
 if TYPE_CHECKING:
-    from slideformer.outlook import Solution
+    from slideformer.outlook import Outlook, Solution
     from slideformer.planning import PlanRequest
 
 POINTS = 13
@@ -57,18 +57,17 @@ def plan(
         return
     if plot is not None:
         raise ConfigError("--plot draws a sweep; give --sweep as well")
+    from slideformer.outlook import Lattice, outlook
     from slideformer.planning import make_plan
     from slideformer.tools.plan_report import print_plan
 
-    request, made = step.request, make_plan(step.request)
+    request, lattice = step.request, Lattice(step.request)
+    made = make_plan(request, lattice)
     print_plan(console, step.config, request.spec, made, request.budgets, step.machine)
-    _print_outlook(console, request, made)
+    _print_outlook(console, made, outlook(lattice, request.budgets))
 
 
-def _print_outlook(console: Console, request: PlanRequest, made: MemoryPlan) -> None:
-    from slideformer.outlook import outlook
-
-    found = outlook(request)
+def _print_outlook(console: Console, made: MemoryPlan, found: Outlook) -> None:
     lanes = sorted(found.work.items(), key=lambda item: -item[1])
     work = ", ".join(f"{lane} {seconds:.3g} s" for lane, seconds in lanes if seconds)
     gap = made.step_seconds / found.bound - 1

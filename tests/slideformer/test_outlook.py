@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +22,7 @@ def test_gains_are_those_of_a_larger_budget() -> None:
     gpu = lattice.least_gpu(AMPLE)
     assert gpu is not None
     budgets = Budgets(gpu, UNBOUNDED)
-    found = outlook(replace(request, budgets=budgets))
+    found = outlook(lattice, budgets)
     before, after = solve_each(request, [budgets, Budgets(gpu + MORE, UNBOUNDED)])
     assert before is not None
     assert after is not None
@@ -40,9 +38,10 @@ def test_gains_are_those_of_a_larger_budget() -> None:
 @settings(max_examples=10)
 @given(requests(), st.sampled_from([0, UNBOUNDED - MORE]))
 def test_no_gain_is_negative(request: PlanRequest, nvme: int) -> None:
-    gpu, host = Lattice(request).least_gpu(AMPLE), Lattice(request).least_host(AMPLE)
+    lattice = Lattice(request)
+    gpu, host = lattice.least_gpu(AMPLE), lattice.least_host(AMPLE)
     assert gpu is not None
     assert host is not None
-    found = outlook(replace(request, budgets=Budgets(2 * gpu, 2 * host, nvme)))
+    found = outlook(lattice, Budgets(2 * gpu, 2 * host, nvme))
     assert all(0 <= gain < 1 for gain in found.gains.values())
     assert ("NVMe" in found.gains) == bool(nvme)
