@@ -11,12 +11,12 @@ import typer
 import yaml
 
 from slideformer.graph.errors import ConfigError
-from slideformer.tools.bench import measure
-from slideformer.tools.bench_overhead import decision_costs
-from slideformer.tools.bench_report import machine, table
-from slideformer.tools.bench_rows import Turns, make_row, parse_row, read_rows
+from slideformer.tools.bench.comparison import measure
+from slideformer.tools.bench.loss_check import check_losses
+from slideformer.tools.bench.overhead import decision_costs
+from slideformer.tools.bench.report import machine, table
+from slideformer.tools.bench.rows import Turns, make_row, parse_row, read_rows
 from slideformer.tools.console import run_alone
-from slideformer.tools.loss_check import check_losses
 
 FORMAT_VERSION = 1
 

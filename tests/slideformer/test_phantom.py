@@ -16,7 +16,7 @@ from slideformer.measuring.trial import random_batches
 from slideformer.phantom import REAL_LAYERS, phantom_budgets, phantom_layers, spared_nbytes
 from slideformer.planning import plan_for, spec_for
 from slideformer.this_machine import profile_for
-from slideformer.tools.bench_rows import parse_row
+from slideformer.tools.bench.rows import parse_row
 from tests.models.tiny import tiny_config
 
 LAYERS = 5

@@ -29,16 +29,17 @@ from slideformer.measuring.stand_in import Arithmetic
 from slideformer.models import layer
 from slideformer.runtime.policies import policy_names
 from slideformer.simulation import GraphTimeline, Span
-from slideformer.tools import bench as bench_module
-from slideformer.tools import bench_overhead, bench_trace, loss_check
-from slideformer.tools.baseline import RECIPES, Baseline
-from slideformer.tools.bench import Comparison, measure
+from slideformer.tools.bench import comparison, loss_check
+from slideformer.tools.bench import overhead as bench_overhead
+from slideformer.tools.bench import trace as bench_trace
+from slideformer.tools.bench.baseline import RECIPES, Baseline
+from slideformer.tools.bench.comparison import Comparison, measure
+from slideformer.tools.bench.floors import Floors
+from slideformer.tools.bench.ours import Ours
+from slideformer.tools.bench.report import floors_report, machine, summary, table
+from slideformer.tools.bench.rows import Row, Turns, parse_row, read_rows
+from slideformer.tools.bench.worker import Worker, WorkerError
 from slideformer.tools.bench_cli import bench
-from slideformer.tools.bench_floors import Floors
-from slideformer.tools.bench_ours import Ours
-from slideformer.tools.bench_report import floors_report, machine, summary, table
-from slideformer.tools.bench_rows import Row, Turns, parse_row, read_rows
-from slideformer.tools.bench_worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak, process_bytes, tree_bytes
 from slideformer.tools.view_cli import read_trace
 from tests.support.specs import small_plan, small_spec
@@ -78,7 +79,7 @@ class InProcess(Worker):
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_module, "Worker", InProcess)
+    monkeypatch.setattr(comparison, "Worker", InProcess)
     monkeypatch.setattr(loss_check, "Worker", InProcess)
 
 
@@ -324,7 +325,7 @@ class Scripted:
 def test_what_does_not_fit_together_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     log: list[str] = []
     Scripted.log = log
-    monkeypatch.setattr(bench_module, "Worker", Scripted)
+    monkeypatch.setattr(comparison, "Worker", Scripted)
     result = measure(Row(**TINY), Turns(pairs=2), "cpu")
     assert result["sharing"].startswith("in turn")
     assert result["summary"]["ratio"] == 2.0
@@ -341,7 +342,7 @@ def test_a_failing_row_is_told_and_closed(monkeypatch: pytest.MonkeyPatch) -> No
             return super().ask(method, **arguments)
 
     Scripted.log = []
-    monkeypatch.setattr(bench_module, "Worker", Failing)
+    monkeypatch.setattr(comparison, "Worker", Failing)
     result = measure(Row(**TINY), TURNS, "cpu", floors=True)
     assert result["error"] == "Ours.build: too small"
     assert Scripted.log[-2:] == ["Ours.close", "Baseline.close"]
@@ -464,7 +465,7 @@ def test_the_command_measures_in_processes_of_their_own(tmp_path: Path) -> None:
     where = ["--json", str(tmp_path / "all.json"), "--trace", str(tmp_path / "traces")]
     done = subprocess.run(
         [*command, *rows, *where, "--pairs", "1", "--steps", "1", "--warmup", "1"],
-        cwd=Path(bench_module.__file__).resolve().parent.parent,
+        cwd=Path(comparison.__file__).resolve().parents[2],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -506,7 +507,7 @@ def test_the_command_line_needs_no_torch() -> None:
     program = "import sys; sys.modules['torch'] = None; import slideformer.tools.bench_cli"
     done = subprocess.run(
         [sys.executable, "-c", program],
-        cwd=Path(bench_module.__file__).resolve().parent.parent,
+        cwd=Path(comparison.__file__).resolve().parents[2],
         capture_output=True,
         text=True,
         check=False,
@@ -515,8 +516,8 @@ def test_the_command_line_needs_no_torch() -> None:
 
 
 def test_comparison_needs_no_baseline(in_process: None) -> None:
-    comparison = Comparison(Row(**TINY, baseline="none"), TURNS, "cpu")
-    result = comparison.run()
-    comparison.close()
+    compared = Comparison(Row(**TINY, baseline="none"), TURNS, "cpu")
+    result = compared.run()
+    compared.close()
     assert result["theirs"] == []
     assert "ratio" not in summary(result)

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from slideformer.graph.errors import ConfigError
-from slideformer.tools.bench_plot import bench_plot, curves, main, read_points
-from slideformer.tools.bench_rows import read_rows
+from slideformer.tools.bench.plot import bench_plot, curves, main, read_points
+from slideformer.tools.bench.rows import read_rows
 
 ROWS = Path(__file__).parents[2] / "docs" / "benchmark-rows.yaml"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from slideformer.tools import checkpoint_bench
+from slideformer.tools.bench import checkpoints
 
 ARGUMENTS = ["--shape", "tiny", "--batch-size", "2", "--seq-len", "16", "--device", "cpu"]
 
@@ -17,7 +17,7 @@ def test_a_checkpoint_is_timed_against_the_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        checkpoint_bench.main(
+        checkpoints.main(
             [*ARGUMENTS, "--folder", str(tmp_path), "--steps", "3", "--plain", "8MiB", *more]
         )
     assert not left.value.code
@@ -32,4 +32,4 @@ def test_a_checkpoint_is_timed_against_the_disk(
 
 def test_a_folder_that_is_missing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no is not a folder"):
-        checkpoint_bench.main([*ARGUMENTS, "--folder", str(tmp_path / "no")])
+        checkpoints.main([*ARGUMENTS, "--folder", str(tmp_path / "no")])

@@ -12,14 +12,14 @@ import pytest
 from slideformer import engine
 from slideformer.graph.buffers import Tier
 from slideformer.graph.plan import MemoryPlan
-from slideformer.tools import nvme_bench
+from slideformer.tools.bench import nvme
 
 ARGUMENTS = ["--shape", "tiny", "--batch-size", "2", "--seq-len", "16", "--lr", "1e-3"]
 
 
 def run(disk: Path, *more: str) -> None:
     """Run the command as a user would."""
-    nvme_bench.main([*ARGUMENTS, "--nvme", str(disk), "--plain", "8MiB", "--device", "cpu", *more])
+    nvme.main([*ARGUMENTS, "--nvme", str(disk), "--plain", "8MiB", "--device", "cpu", *more])
 
 
 def test_losses_fall_and_rates_are_compared(

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from slideformer.measuring.trial import log_normal_stream
-from slideformer.tools import packing_bench
+from slideformer.tools.bench import packing
 
 
 def test_both_sides_run_and_their_ratio_is_that_of_the_figures(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as left:
-        packing_bench.main(
+        packing.main(
             ["--shape=tiny", "--batch-size=2", "--seq-len=32", "--steps=2", "--device=cpu"]
         )
     assert not left.value.code

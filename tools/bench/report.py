@@ -14,9 +14,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from slideformer.tools.bench_overhead import overhead_report
-from slideformer.tools.bench_rows import Row
-from slideformer.tools.loss_check import report as loss_report
+from slideformer.tools.bench.loss_check import report as loss_report
+from slideformer.tools.bench.overhead import overhead_report
+from slideformer.tools.bench.rows import Row
 
 _GIB = 1 << 30
 _PACKAGES = ("torch", "triton", "transformers", "liger-kernel", "deepspeed", "numpy")
@@ -63,7 +63,7 @@ def machine() -> dict[str, Any]:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
-    root = Path(__file__).resolve().parent.parent
+    folder = Path(__file__).resolve().parent
     return {
         "host": platform.node(),
         "gpu": gpu or None,
@@ -73,7 +73,9 @@ def machine() -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "versions": versions,
-        "commit": _output("git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"),
+        "commit": _output(
+            "git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=12"
+        ),
         "command": shlex.join([Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]]),
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
     }

@@ -35,7 +35,7 @@ class Worker:
 
     def __init__(self, contestant: str) -> None:
         self.name = contestant.rpartition(":")[2]
-        program = "import sys; from slideformer.tools.bench_worker import serve; serve(sys.argv[1])"
+        program = "import sys; from slideformer.tools.bench.worker import serve; serve(sys.argv[1])"
         self._process = subprocess.Popen(
             [sys.executable, "-c", program, contestant],
             stdin=subprocess.PIPE,

@@ -1,6 +1,6 @@
 """What a checkpoint costs the steps around it, against the rate of the disk.
 
-    python -m slideformer.tools.checkpoint_bench --shape llama3-1b --folder /mnt/disk \
+    python -m slideformer.tools.bench.checkpoints --shape llama3-1b --folder /mnt/disk \
         --gpu-memory 24GiB --cpu-memory 100GiB --batch-size 16
 
 Trains a shape from random weights: first steps alone, then as many with a checkpoint begun behind

@@ -1,4 +1,4 @@
-"""`python -m slideformer.tools.bench_plot FILE.json … --output FILE.png`: measured rows as curves.
+"""`python -m slideformer.tools.bench.plot FILE.json … --output FILE.png`: measured rows as curves.
 
 Reads what `slideformer bench --json` wrote. Left: tokens/s against batch size, a curve for each
 shape and GPU budget; right: against GPU budget, a curve for each shape and batch. Baselines are
@@ -18,7 +18,7 @@ import typer
 
 from slideformer.config import parse_size
 from slideformer.graph.errors import ConfigError
-from slideformer.tools.bench_rows import Row
+from slideformer.tools.bench.rows import Row
 from slideformer.tools.console import run_alone
 
 _GIB = 1 << 30

@@ -1,6 +1,6 @@
 """Trains a shape from random weights with state on NVMe, and measures its lanes against the disk.
 
-    python -m slideformer.tools.nvme_bench --shape llama2-13b --nvme /mnt/disk \
+    python -m slideformer.tools.bench.nvme --shape llama2-13b --nvme /mnt/disk \
         --gpu-memory 24GiB --cpu-memory 115GiB --nvme-memory 55GiB --batch-size 8 --steps 6
 
 Every step learns the same batch of random tokens, so the loss must fall. The plain loop of direct

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from slideformer.tools.bench_worker import Worker
+from slideformer.tools.bench.worker import Worker
 
 LEAST_FALL = 0.20
 """Share of the first loss that training must take off."""
@@ -77,8 +77,8 @@ def check_losses(
     ``frozen`` trains the engine with a learning rate of zero, which the check must notice. Raises
     `WorkerError` if one of the two cannot run.
     """
-    ours = Worker("slideformer.tools.bench_ours:Ours")
-    theirs = Worker("slideformer.tools.baseline:Baseline")
+    ours = Worker("slideformer.tools.bench.ours:Ours")
+    theirs = Worker("slideformer.tools.bench.baseline:Baseline")
     try:
         with tempfile.TemporaryDirectory(prefix="slideformer-loss-") as folder:
             device = ours.ask("hello", device=device)["device"]

@@ -16,10 +16,10 @@ from typing import Any
 from slideformer.config import parse_size
 from slideformer.graph.serialise import from_json
 from slideformer.simulation import GraphTimeline
-from slideformer.tools import bench_trace
-from slideformer.tools.bench_report import summary
-from slideformer.tools.bench_rows import Row, Turns
-from slideformer.tools.bench_worker import Worker, WorkerError
+from slideformer.tools.bench.report import summary
+from slideformer.tools.bench.rows import Row, Turns
+from slideformer.tools.bench.trace import report as trace_report
+from slideformer.tools.bench.worker import Worker, WorkerError
 from slideformer.tools.host_memory import HostPeak
 from slideformer.traces import GRAPH_FILE, TRACE_FILE, from_chrome
 
@@ -48,7 +48,7 @@ def measure(
         try:
             comparison.run()
             if trace is not None:
-                result["trace_report"] = bench_trace.report(comparison.trace(trace), turns.steps)
+                result["trace_report"] = trace_report(comparison.trace(trace), turns.steps)
         finally:
             comparison.close()
         if floors:
@@ -68,10 +68,10 @@ class Comparison:
         self._turns = turns
         self._device = device
         self._together = True
-        self._ours = Worker("slideformer.tools.bench_ours:Ours")
+        self._ours = Worker("slideformer.tools.bench.ours:Ours")
         self._baseline: Worker | None = None
         if row.baseline != "none":
-            self._baseline = Worker("slideformer.tools.baseline:Baseline")
+            self._baseline = Worker("slideformer.tools.bench.baseline:Baseline")
         self.result: dict[str, Any] = {"row": row.model_dump()}
 
     def run(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ def measure_floors(result: Mapping[str, Any]) -> dict[str, Any]:
     """What the machine could do at best for a row that was measured. Raises `WorkerError`."""
     row, engine = Row.model_validate(result["row"]), result["engine"]
     plan = engine["plan"]
-    worker = Worker("slideformer.tools.bench_floors:Floors")
+    worker = Worker("slideformer.tools.bench.floors:Floors")
     try:
         found: dict[str, Any] = worker.ask(
             "measure",

@@ -1,6 +1,6 @@
 """Trains a shape on documents of uneven lengths, one to a row and packed, and compares the speeds.
 
-    python -m slideformer.tools.packing_bench --shape llama3-3b --gpu-memory 24GiB \
+    python -m slideformer.tools.bench.packing --shape llama3-3b --gpu-memory 24GiB \
         --cpu-memory 60GiB --batch-size 16 --seq-len 1024 --steps 8
 
 Both sides get the same documents of random tokens: log-normal lengths, a third of the row on

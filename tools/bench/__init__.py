@@ -1,0 +1,1 @@
+"""The benchmark: the engine against baselines, its parts against what the machine can do."""
