@@ -98,13 +98,13 @@ def _load(folder: Path, name: str, source: Path, command: list[str]) -> ctypes.C
     """The library of that name in ``folder``, compiled if absent. OSError: the folder is no use."""
     path = folder / name
     if not path.exists():
-        with _aside(path) as temporary:
+        with aside(path) as temporary:
             _run([*command, *_OPTIONS, str(source), "-o", str(temporary)])
     return ctypes.CDLL(str(path))
 
 
 @contextmanager
-def _aside(path: Path) -> Iterator[Path]:
+def aside(path: Path) -> Iterator[Path]:
     """A new file beside ``path`` that takes its place if the block succeeds.
 
     Raises OSError if it cannot be made there.

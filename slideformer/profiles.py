@@ -15,8 +15,7 @@ from pathlib import Path
 
 from slideformer.graph.errors import ConfigError, DeviceError
 from slideformer.graph.machines import Machine, parse_machine, write_machine
-from slideformer.kernels.build import cache_folder
-from slideformer.whole_files import write_whole
+from slideformer.kernels.build import aside, cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,8 @@ def store_machine(device: str, machine: Machine) -> Path:
     """
     try:
         path = cache_folder() / _file_name(machine_key(device))
-        write_whole(path, write_machine(machine))
+        with aside(path) as temporary:
+            temporary.write_text(write_machine(machine), encoding="utf-8")
     except OSError as error:
         raise DeviceError(
             f"the profile cannot be kept ({error}); set XDG_CACHE_HOME to a folder of yours, or "
