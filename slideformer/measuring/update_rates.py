@@ -113,19 +113,7 @@ def update_rates(
     torch.set_num_threads(threads)
     try:
         state = UpdateState(numel)
-        contenders: dict[str, Callable[[], None]] = {
-            "adamw": lambda: state.adamw(threads),
-            "stream": lambda: stream_rmw(*state.thirds, threads),
-            "torch": state.torch,
-            "torch_casts": state.torch_casts,
-        }
-        problem = None
-        try:
-            contenders["deepspeed"] = state.deepspeed()
-        except ImportError:
-            problem = "not installed"
-        except Exception as error:  # its build at run time fails in many ways
-            problem = f"{type(error).__name__}: {error}"
+        contenders, problem = _contenders(state, threads)
         copies = Copies(device, copy_nbytes) if device.type == "cuda" else None
         times: dict[str, list[float]] = {name: [] for name in contenders}
         for _ in range(rounds):
@@ -157,6 +145,25 @@ def update_rates(
     }
 
 
+def _contenders(
+    state: UpdateState, threads: int
+) -> tuple[dict[str, Callable[[], None]], str | None]:
+    """The contenders by name, and why DeepSpeed is not among them, if it is not."""
+    found: dict[str, Callable[[], None]] = {
+        "adamw": lambda: state.adamw(threads),
+        "stream": lambda: stream_rmw(*state.thirds, threads),
+        "torch": state.torch,
+        "torch_casts": state.torch_casts,
+    }
+    try:
+        found["deepspeed"] = state.deepspeed()
+    except ImportError:
+        return found, "not installed"
+    except Exception as error:  # its build at run time fails in many ways
+        return found, f"{type(error).__name__}: {error}"
+    return found, None
+
+
 def hyper_parameters(numel: int) -> tuple[AdamW, list[Segment]]:
     """Settings of an update of ``numel`` parameters as in the middle of training."""
     return _HYPER, [Segment(0, numel, _HYPER.lr, _HYPER.weight_decay)]
@@ -168,13 +175,10 @@ class UpdateState:
     def __init__(self, numel: int) -> None:
         self.numel = numel
         self._arena = HostArena(24 * numel)
-        arrays = self._arena.tensor.split([4 * numel] * 6)
-        self._master, self.m, self.v, self.p32, self.g32, halves = arrays
-        views = (x.view(torch.float32) for x in arrays[:3])
-        self.thirds = next(views), next(views), next(views)
-        self.hi, self.lo = self._master.view(torch.int16).split(numel)
-        self.m, self.v = self.m.view(torch.float32), self.v.view(torch.float32)
-        self.p32, self.g32 = self.p32.view(torch.float32), self.g32.view(torch.float32)
+        arrays = self._arena.tensor.view(torch.float32).split(numel)
+        master, self.m, self.v, self.p32, self.g32, halves = arrays
+        self.thirds = master, self.m, self.v
+        self.hi, self.lo = master.view(torch.int16).split(numel)
         self.out16, self.g16 = halves.view(torch.bfloat16).split(numel)
         block = torch.randn(min(numel, 1 << 20), generator=torch.Generator().manual_seed(0))
         self._block = block.repeat(-(-numel // block.numel()))[:numel].bfloat16()
