@@ -176,14 +176,18 @@ def _ways(lattice: Lattice, budgets: Budgets) -> Iterator[str]:
 
 
 def _knobs(request: PlanRequest) -> Iterator[str]:
-    """What else would need less memory."""
-    smaller = ["--batch-size", "--accumulate", "--seq-len"]
-    if request.micro_rows is not None and request.micro_rows > 1:
+    """What else would need less memory, and may be changed."""
+    smaller = [] if request.resumed else ["--batch-size", "--accumulate", "--seq-len"]
+    if request.micro_rows is not None and request.micro_rows > 1 and not request.resumed:
         smaller.append("--micro-batch")
     if request.window is not None and request.window > min(WINDOWS):
         smaller.append("--window")
-    yield f"A smaller {', '.join(smaller[:-1])} or {smaller[-1]} needs less."
-    if request.deferred:
+    if request.resumed:
+        yield "A resumed run keeps its batch."
+    if smaller:
+        *others, last = smaller
+        yield f"A smaller {', '.join(others)}{' or ' if others else ''}{last} needs less."
+    if request.deferred and not request.resumed:
         yield "Without --max-grad-norm and --skip-nonfinite, gradients need not all wait at once."
     if not request.budgets.nvme:
         yield "With --nvme FOLDER, optimizer state waits there and not on the host."

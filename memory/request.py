@@ -30,8 +30,8 @@ class PlanRequest:
     chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, on a
     machine under the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and
     ``window`` fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of
-    the plan. ``checkpoints``: there will be some regularly, so what is left of the host may hold a
-    snapshot.
+    the plan. ``resumed``: it is for a run that goes on, and keeps its batch. ``checkpoints``: there
+    will be some regularly, so what is left of the host may hold a snapshot.
     """
 
     spec: ModelSpec
@@ -49,4 +49,5 @@ class PlanRequest:
     packed: bool = False
     moments: int = 2
     deferred: bool = False
+    resumed: bool = False
     checkpoints: bool = False

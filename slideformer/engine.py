@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -57,7 +56,7 @@ from slideformer.runtime.device import bind
 from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import Policy, make_policy
 from slideformer.runtime.trace import Timeline, Trace
-from slideformer.this_machine import budgets_for, device_for, profile_for
+from slideformer.this_machine import budgets_for, device_for, profile_for, threads_for
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +144,7 @@ class Engine:
     def _start(self) -> None:
         config = self.config
         memory = ModelMemory(self.spec, self._decoder, self.plan, self._memory.states)
-        threads = config.threads or default_threads()
+        threads = threads_for(config)
         self._clip = ClipOps(
             memory, config.max_grad_norm, skip=config.skip_nonfinite, skipped=self._skipped
         )
@@ -339,8 +338,3 @@ class Engine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-def default_threads() -> int:
-    """Threads of the CPU update: all cores but two, which launch and decide."""
-    return max(1, len(os.sched_getaffinity(0)) - 2)

@@ -131,6 +131,7 @@ def plan_request(
         packed=config.packing,
         moments=config.moments,
         deferred=config.deferred,
+        resumed=bool(numerics),
         checkpoints=isinstance(config, Config) and config.checkpoint_every is not None,
     )
 

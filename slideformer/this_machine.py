@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,27 @@ def budgets_for(config: EngineConfig, device: torch.device, *, here: bool = Fals
             gpu = _at_most("gpu_memory", gpu, total)
     nvme = config.nvme_memory or free_nvme(config.nvme, stale_nbytes)
     return Budgets(gpu, host, nvme, config.nvme_write_limit)
+
+
+def threads_for(config: EngineConfig) -> int:
+    """Threads of the CPU update: those asked for, but one a core at most, and a warning says so."""
+    asked, cores = config.threads or default_threads(), usable_cores()
+    if asked > cores:
+        logger.warning(
+            "threads is %d, but this process may use %d cores; updates take %d threads",
+            asked, cores, cores,
+        )  # fmt: skip
+    return min(asked, cores)
+
+
+def default_threads() -> int:
+    """Threads of the CPU update: all cores but two, which launch and decide."""
+    return max(1, usable_cores() - 2)
+
+
+def usable_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0))
 
 
 def _at_most(name: str, asked: int, there: int) -> int:

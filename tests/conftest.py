@@ -15,7 +15,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from slideformer import profiles
+from slideformer import profiles, this_machine
 
 HAS_CUDA = torch.cuda.is_available()
 
@@ -32,6 +32,15 @@ def _nothing_measured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
     folder = tmp_path_factory.mktemp("profiles")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(profiles, "cache_folder", lambda: folder)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _some_cores() -> Iterator[None]:
+    """Runs may have four threads, whatever this machine has."""
+    cores = max(4, this_machine.usable_cores())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(this_machine, "usable_cores", lambda: cores)
         yield
 
 

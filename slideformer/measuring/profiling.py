@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 
-from slideformer.engine import default_threads
 from slideformer.graph.machines import Machine
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, ProductKind
@@ -30,6 +29,7 @@ from slideformer.measuring.nvme_rates import disk_rates
 from slideformer.measuring.product_rates import ProductSizes, measure_products
 from slideformer.memory.limits import available_host_memory
 from slideformer.profiles import machine_key
+from slideformer.this_machine import default_threads
 
 _MOST_WALKED = 32 << 30
 """Bytes of host memory to update at most; touching them takes two seconds."""

@@ -491,6 +491,18 @@ def test_a_budget_beyond_the_machine_is_not_planned_with(
     assert "cpu_memory is 900.00 GiB, but there are 2.00 MiB here" in caplog.text
 
 
+def test_more_threads_than_cores_are_not_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(this_machine, "usable_cores", lambda: 3)
+    with Engine(config_for(folder, threads=3)) as made:
+        made.step(make_batch(0))
+    assert "cores" not in caplog.text
+    with Engine(config_for(folder, threads=1000)) as made:
+        made.step(make_batch(0))
+    assert "threads is 1000, but this process may use 3 cores; updates take 3" in caplog.text
+
+
 def test_an_engine_works_within_a_running_loop(folder: Path) -> None:
     """As in a notebook."""
 

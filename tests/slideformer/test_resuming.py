@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -22,7 +23,14 @@ from slideformer import engine as engine_module
 from slideformer.checkpointing import Checkpoint
 from slideformer.config import Config, load_config
 from slideformer.engine import Engine
-from slideformer.graph.errors import CheckpointError, ConfigError, DataError, StoreError, TaskError
+from slideformer.graph.errors import (
+    BudgetError,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    StoreError,
+    TaskError,
+)
 from slideformer.graph.plan import MemoryPlan
 from slideformer.models import aside
 from slideformer.models.data.sources import Source
@@ -289,6 +297,10 @@ def test_what_cannot_be_resumed_is_refused(config: Config, tmp_path: Path) -> No
     deeper = write_checkpoint(tmp_path / "deeper", num_hidden_layers=4)
     with pytest.raises(CheckpointError, match=r"manifest\.json: .* of another model: its layers"):
         Trainer.resume(config.output, {"model": deeper}).train()
+    with pytest.raises(BudgetError, match="A resumed run keeps its batch") as raised:
+        Trainer.resume(config.output, {"cpu_memory": "1MiB", "window": 3}).train()
+    named = re.findall(r"--([a-z-]+)", str(raised.value))
+    assert {name.replace("-", "_") for name in named} == {"cpu_memory", "window", "nvme"}
     (config.output / CONFIG_FILE).write_text("data: x\nmodel: y\noutput: z\n")
     with pytest.raises(CheckpointError, match="not empty and not of this run"):
         Trainer.resume(config.output).train()

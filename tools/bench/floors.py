@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from slideformer.engine import default_threads
 from slideformer.measuring.floors import compute_seconds, copy_rates, floors_of_step
 from slideformer.measuring.stand_in import Arithmetic
 from slideformer.measuring.trial import torch_device
 from slideformer.measuring.update_rates import update_rates
+from slideformer.this_machine import default_threads
 
 _ROUNDS = 9
 
