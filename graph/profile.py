@@ -8,10 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from slideformer.graph.rates import ProductRates, RatePoint
-from slideformer.graph.tasks import Lane, Task, TaskKind
-
-HOST_LANES = frozenset({Lane.CPU, Lane.NVME_READ, Lane.NVME_WRITE})
-"""Lanes whose tasks threads of the host carry out."""
+from slideformer.graph.tasks import HOST_LANES, Lane, Task, TaskKind
 
 RIVALS: Mapping[Lane, frozenset[Lane]] = {
     Lane.COMPUTE: frozenset({Lane.H2D, Lane.D2H, Lane.CPU}),

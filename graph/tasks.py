@@ -25,6 +25,13 @@ class Lane(StrEnum):
     NVME_WRITE = "nvme_write"
 
 
+STREAM_LANES = frozenset({Lane.COMPUTE, Lane.H2D, Lane.D2H})
+"""Lanes that are streams of their own on a GPU; copies have one each way, as PCIe has."""
+
+HOST_LANES = frozenset(Lane) - STREAM_LANES
+"""Lanes whose tasks threads of the host carry out."""
+
+
 class TaskKind(StrEnum):
     """What a task does; the kind decides the lane."""
 

@@ -17,17 +17,9 @@ from typing import Any
 
 import torch
 
-from slideformer.graph.tasks import Lane
+from slideformer.graph.tasks import HOST_LANES, STREAM_LANES, Lane
 from slideformer.runtime.core import Event, Failed, Finished, TaskRun
 from slideformer.runtime.cpu import LaneThreads, Work
-
-_STREAMS = {
-    Lane.COMPUTE: "forward, recompute, backward; everything else must hide behind it",
-    Lane.H2D: "weights and boundaries come up while the layer before computes",
-    Lane.D2H: "gradients and boundaries go down while weights come up: PCIe is full duplex",
-}
-"""The stream lanes, each with what it overlaps."""
-
 
 _SWITCH_SECONDS = 1e-4
 
@@ -38,13 +30,13 @@ def _streams(index: int) -> dict[Lane, torch.cuda.Stream]:
 
     cuBLAS keeps a workspace for every stream that it was used on, for good.
     """
-    return {lane: torch.cuda.Stream(index) for lane in _STREAMS}
+    return {lane: torch.cuda.Stream(index) for lane in Lane if lane in STREAM_LANES}
 
 
 class CudaDevice:
     """Stream lanes on one GPU; the host lanes run on threads as on the CPU device."""
 
-    stream_lanes = frozenset(_STREAMS)
+    stream_lanes = STREAM_LANES
 
     def __init__(self, index: int) -> None:
         self._index = index
@@ -64,10 +56,8 @@ class CudaDevice:
         self._origin.record(self._streams[Lane.COMPUTE])
         self._origin.synchronize()
         self._origin_time = time.perf_counter()
-        self._host = {
-            lane: LaneThreads(lane, 1, post) for lane in Lane if lane not in self.stream_lanes
-        }
-        self._waiters = {lane: _Waiter(lane, self._report) for lane in _STREAMS}
+        self._host = {lane: LaneThreads(lane, 1, post) for lane in HOST_LANES}
+        self._waiters = {lane: _Waiter(lane, self._report) for lane in STREAM_LANES}
         self._launcher = threading.Thread(
             target=self._serve, name="slideformer-launcher", daemon=True
         )
@@ -77,7 +67,7 @@ class CudaDevice:
         """Queue stream tasks for the launcher and host tasks on their threads."""
         for work in launches:
             lane = work[0].run.task.lane
-            if lane in self.stream_lanes:
+            if lane in STREAM_LANES:
                 self._launches.put(work)
             else:
                 self._host[lane].put(work)

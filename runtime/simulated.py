@@ -14,13 +14,10 @@ from operator import attrgetter
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
-from slideformer.graph.tasks import Lane
+from slideformer.graph.tasks import STREAM_LANES, Lane
 from slideformer.runtime.core import Core, Finished, Instruction, Launch, Stop, TaskRun
 from slideformer.runtime.policies import Policy, prepare
 from slideformer.runtime.trace import Timeline, Trace
-
-STREAM_LANES = frozenset({Lane.COMPUTE, Lane.H2D, Lane.D2H})
-"""Lanes with the stream semantics of a GPU."""
 
 
 def simulate(

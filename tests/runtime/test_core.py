@@ -16,7 +16,7 @@ from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import GraphError, NonFiniteError, PolicyError, TaskError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
-from slideformer.graph.tasks import Lane, TaskKind
+from slideformer.graph.tasks import STREAM_LANES, Lane, TaskKind
 from slideformer.runtime.core import (
     STREAM_DEPTH,
     Core,
@@ -32,8 +32,6 @@ from slideformer.runtime.core import (
 )
 from slideformer.runtime.policies import Policy, make_policy, policy_names
 from tests.support.graphs import Machine, conflicts, run_sequentially, task_graphs
-
-STREAMS = frozenset({Lane.COMPUTE, Lane.H2D, Lane.D2H})
 
 
 @dataclass
@@ -199,7 +197,7 @@ def runs(draw: st.DrawFn) -> Run:
     graphs = draw(st.lists(task_graphs(max_tasks=9), min_size=1, max_size=3))
     order = draw(st.lists(st.integers(0, len(graphs) - 1), min_size=1, max_size=4))
     widths = draw(st.dictionaries(st.sampled_from(Lane), st.integers(1, 3)))
-    streams = draw(st.sampled_from([frozenset(), STREAMS]))
+    streams = draw(st.sampled_from([frozenset(), STREAM_LANES]))
     name = draw(st.sampled_from([*policy_names(), "whimsical"]))
     policy: Policy
     seed = draw(st.integers(0, 1000))
@@ -266,7 +264,7 @@ def launched(instructions: Sequence[Instruction]) -> list[str]:
 
 
 def test_a_stream_task_is_issued_behind_its_producer_on_another_stream() -> None:
-    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
     _, instructions = core.submit(chain(TaskKind.H2D, TaskKind.COMPUTE, TaskKind.D2H))
     assert [show(i) for i in instructions] == [
         "launch t0.x#0 behind ()",
@@ -276,7 +274,7 @@ def test_a_stream_task_is_issued_behind_its_producer_on_another_stream() -> None
 
 
 def test_a_host_task_waits_until_its_stream_producer_has_finished() -> None:
-    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
     instance, instructions = core.submit(chain(TaskKind.D2H, TaskKind.CPU, TaskKind.H2D))
     assert launched(instructions) == ["t0.x"]
     instructions = core.handle([Finished(instance.runs[0], 0.0, 1.0)])
@@ -293,7 +291,7 @@ def test_without_streams_every_task_waits_for_the_finish() -> None:
 
 
 def test_tasks_of_one_stream_need_no_event_between_them() -> None:
-    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
     _, instructions = core.submit(chain(TaskKind.COMPUTE, TaskKind.COMPUTE))
     assert [show(i) for i in instructions] == [
         "launch t0.x#0 behind ()",
@@ -303,7 +301,7 @@ def test_tasks_of_one_stream_need_no_event_between_them() -> None:
 
 def test_a_lane_takes_as_many_as_it_is_wide_and_a_stream_a_few() -> None:
     kinds = [TaskKind.CPU] * 4 + [TaskKind.COMPUTE] * 4 + [TaskKind.H2D] * 3 + [TaskKind.SAVE] * 2
-    core = Core(make_policy("fifo"), {Lane.CPU: 3, Lane.COMPUTE: 9, Lane.H2D: 9}, STREAMS)
+    core = Core(make_policy("fifo"), {Lane.CPU: 3, Lane.COMPUTE: 9, Lane.H2D: 9}, STREAM_LANES)
     instance, instructions = core.submit(free(*kinds))
     compute, copies, updates = ["t4.x", "t5.x", "t6.x"], ["t8.x", "t9.x"], ["t0.x", "t1.x", "t2.x"]
     assert launched(instructions) == [*compute, *copies, *updates, "t11.x"]
@@ -357,7 +355,7 @@ def test_a_launch_is_not_told_to_wait_for_what_has_finished() -> None:
         builder.task(f"t{number}.x", TaskKind.COMPUTE)
     builder.task("h2d.x", TaskKind.H2D, writes=[up])
     builder.task("use.x", TaskKind.COMPUTE, reads=[up])
-    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
     instance, instructions = core.submit(builder.build())
     assert launched(instructions) == ["t0.x", "t1.x", "t2.x", "h2d.x"]
     assert core.handle([Finished(instance.runs[3], 0.0, 1.0)]) == []
@@ -374,7 +372,7 @@ def test_a_stream_task_waits_for_a_ready_one_of_an_earlier_instance_to_be_issued
     builder = GraphBuilder()
     builder.buffer("up", 4, Tier.GPU)
     builder.task("use.x", TaskKind.COMPUTE, writes=["up"])
-    core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+    core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
     instance, instructions = core.submit(first)
     assert launched(instructions) == ["t0.x", "t1.x"]
     assert core.submit(builder.build())[1] == [], "t2.x is ready, but its stream is full"
@@ -545,7 +543,7 @@ def test_waits_for_earlier_instances_are_in_program_order() -> None:
     kept = []
     for _ in range(50):  # each time with objects elsewhere in memory
         kept.append([object() for _ in range(random.Random(len(kept)).randint(0, 99))])
-        core = Core(make_policy("fifo"), stream_lanes=STREAMS)
+        core = Core(make_policy("fifo"), stream_lanes=STREAM_LANES)
         _, instructions = core.submit(producers)
         assert len(launched(instructions)) == 4
         _, (launch,) = core.submit(consumer)

@@ -16,9 +16,9 @@ from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import PolicyError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
-from slideformer.graph.tasks import Cost, Lane, TaskKind
+from slideformer.graph.tasks import STREAM_LANES, Cost, Lane, TaskKind
 from slideformer.runtime.policies import Fifo, make_policy, policy_names
-from slideformer.runtime.simulated import STREAM_LANES, simulate
+from slideformer.runtime.simulated import simulate
 from slideformer.runtime.trace import Span
 from tests.support.graphs import conflicts, step_like, task_graphs
 
