@@ -64,20 +64,24 @@ def check_output(output: Path, *, replace: bool = False) -> None:
         ) from error
 
 
-def check_room(output: Path, nbytes: int) -> None:
-    """Raise `CheckpointError` unless the disk of ``output`` has room for that and some to spare."""
-    free = shutil.disk_usage(existing_parent(output)).free
-    if nbytes + _HEADROOM > free:
-        raise no_room(output, nbytes)
+def check_room(output: Path, nbytes: int, what: str = "", *, spare: bool = True) -> None:
+    """Raise `CheckpointError` unless the disk of ``output`` has room for that and some to spare.
+
+    ``what`` it is for is the checkpoint ``output`` if not said.
+    """
+    beside = _HEADROOM if spare else 0
+    if nbytes + beside > shutil.disk_usage(existing_parent(output)).free:
+        raise no_room(output, nbytes, what, beside)
 
 
-def no_room(output: Path, nbytes: int) -> CheckpointError:
-    """The error for a folder of so many bytes that does not fit on its disk."""
+def no_room(output: Path, nbytes: int, what: str = "", beside: int = 0) -> CheckpointError:
+    """The error for so many bytes, and some ``beside`` them, that do not fit on a disk."""
     free = shutil.disk_usage(existing_parent(output)).free
-    needed, spare, left = (f"{size / 2**20:,.1f} MiB" for size in (nbytes, _HEADROOM, free))
+    needed, spare, left = (f"{size / 2**20:,.1f} MiB" for size in (nbytes, beside, free))
     return CheckpointError(
-        f"no room for checkpoint {output}: it needs {needed} and {spare} to spare, free are {left};"
-        " free some or give a folder on another disk"
+        f"no room for {what or f'checkpoint {output}'}: it needs {needed}"
+        f"{f' and {spare} to spare' if beside else ''}, free are {left}; free some or give a folder"
+        " on another disk"
     )
 
 

@@ -65,6 +65,11 @@ def companions(source: Path) -> dict[str, Path]:
     }
 
 
+def saved_nbytes(spec: ModelSpec, dtype: torch.dtype) -> int:
+    """Bytes of the weights that are saved of a model, if they are stored in ``dtype``."""
+    return sum(unit.param_count for unit in spec.saved_units) * dtype.itemsize
+
+
 class HuggingFaceWriter:
     """Writes one folder; a context manager that removes what is unfinished when it is left.
 
@@ -99,14 +104,14 @@ class HuggingFaceWriter:
         self._weights = weights
         self._dtype = dtype
         units = spec.saved_units
-        self._bytes = sum(unit.param_count for unit in units) * dtype.itemsize
+        self._bytes = saved_nbytes(spec, dtype)
         self._shards = {
             unit.name: f"model-{number:05d}-of-{len(units):05d}.safetensors"
             for number, unit in enumerate(units, start=1)
         }
         self._unwritten = set(self._shards)
         remove_orphans(self._output)
-        check_room(self._output, self._bytes)
+        check_room(self._output, self._bytes, spare=False)  # better filled to the brim than lost
         try:
             self._folder = AsideFolder(self._output)
         except OSError as error:

@@ -14,12 +14,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from slideformer.checkpointing import Checkpoint, PendingCheckpoint, file_sizes
+from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute
 from slideformer.models.aside import check_room, discard, remove_orphans
+from slideformer.models.export import saved_nbytes
 from slideformer.runtime.checkpoints import MANIFEST
 
 logger = logging.getLogger(__name__)
@@ -77,10 +81,18 @@ class RunCheckpoints:
                 "output, or remove them"
             )
 
-    def check_room(self, spec: ModelSpec, compute: Compute, moments: int) -> None:
-        """Raise `CheckpointError` unless there is room for one."""
-        sizes = file_sizes(spec, compute, moments)
-        check_room(self.folder / _PREFIX, sum(sizes.values()))
+    def check_room(self, spec: ModelSpec, config: Config, dtype: torch.dtype) -> None:
+        """Raise `CheckpointError` unless there is room for what the run is to leave.
+
+        That is the output, its weights stored in ``dtype``, and two checkpoints if there are to be
+        any: one goes when the next is complete.
+        """
+        nbytes, what = saved_nbytes(spec, dtype), f"output {self._output}"
+        if config.checkpoint_every is not None:
+            sizes = file_sizes(spec, Compute(config.compute), config.moments)
+            nbytes += (1 if _steps(self.folder) else 2) * sum(sizes.values())
+            what = f"checkpoints and {what}"
+        check_room(self._output, nbytes, what)
 
     def clean(self) -> None:
         """Remove what a killed run left half written or half removed."""

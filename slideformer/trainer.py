@@ -25,7 +25,7 @@ from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError, SlideFormerError
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
@@ -34,6 +34,7 @@ from slideformer.models.data.corpus import check_source
 from slideformer.models.data.dataset import load_datasets
 from slideformer.models.families import read_model_config
 from slideformer.models.tokenizers import load_tokenizer
+from slideformer.models.weights import check_weights
 from slideformer.planning import spec_for
 from slideformer.resuming import (
     check_resumed_output,
@@ -124,13 +125,13 @@ class Trainer:
         else:
             check_resumed_output(config, checkpoint)
         spec = spec_for(read_model_config(config.model), config)
-        if config.checkpoint_every is not None:
-            checkpoints.check_room(spec, Compute(config.compute), config.moments)
         checkpoints.clean()
         for source in (*config.data, *config.validation):
             check_source(source)  # finds a missing file before the model is planned
         run = _Run(config, spec, load_tokenizer(config.model), reports, self._schedule, checkpoint)
         try:
+            stored = checkpoint.stored if checkpoint else check_weights(config.model, spec)
+            checkpoints.check_room(spec, config, stored)
             engine = Engine(config, checkpoint=checkpoint, on_plan=run.prepare)
             with Interrupt(f"a checkpoint, and the model to {config.output}") as interrupt:
                 try:

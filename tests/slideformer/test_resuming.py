@@ -10,6 +10,7 @@ import random
 import re
 import signal
 import time
+from collections import namedtuple
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import replace
@@ -313,10 +314,32 @@ def test_what_cannot_be_resumed_is_refused(config: Config, tmp_path: Path) -> No
 def test_no_room_for_a_checkpoint_is_refused_first(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(aside, "_HEADROOM", 1 << 60)
+    free = namedtuple("usage", "total used free")
+    state = 12 * Engine(config).spec.param_count
     monkeypatch.setattr(Engine, "__init__", lambda *_, **__: pytest.fail("it was planned"))
-    with pytest.raises(CheckpointError, match="no room for checkpoint"):
-        Trainer(config).train()
+    for there, every, message in (
+        (
+            aside._HEADROOM,
+            None,
+            f"no room for output {config.output}: it needs .* 64.0 MiB to spare",
+        ),
+        (aside._HEADROOM + 2 * state, 2, "no room for checkpoints and output"),
+    ):
+        monkeypatch.setattr("shutil.disk_usage", lambda _, there=there: free(1 << 60, 0, there))
+        with pytest.raises(CheckpointError, match=message):
+            Trainer(config.model_copy(update={"checkpoint_every": every})).train()
+
+
+def test_what_was_trained_is_saved_on_the_last_free_bytes(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = namedtuple("usage", "total used free")
+
+    def fill() -> None:
+        monkeypatch.setattr("shutil.disk_usage", lambda _: free(1 << 60, 0, 1 << 20))
+
+    Trainer(config.model_copy(update={"checkpoint_every": None})).train(Stopper(3, fill))
+    assert json.loads((config.output / METRICS_FILE).read_text().splitlines()[-1])["step"] == STEPS
 
 
 def test_a_run_on_another_device_says_that_bits_will_differ(
