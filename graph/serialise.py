@@ -27,13 +27,10 @@ from slideformer.graph.buffers import Buffer, Role, Slot, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import LANE_OF, Cost, Lane, Product, ProductKind, Task, TaskKind
-from slideformer.graph.verify import verify
+from slideformer.graph.verify import listed, verify
 
 FORMAT = "slideformer-graph"
 VERSION = 2
-
-_SHOWN = 20
-"""Problems that one message lists; the rest is counted."""
 
 _Size = Annotated[int, Field(ge=0, lt=1 << 63)]
 _Name = Annotated[str, Field(min_length=1, max_length=256, pattern=r"^[^\x00-\x1f\x7f-\x9f]+$")]
@@ -237,6 +234,4 @@ def _field_problem(problem: ErrorDetails, loc: Sequence[int | str]) -> str:
 
 
 def _listed(problems: Sequence[str]) -> str:
-    shown = "\n  ".join(problems[:_SHOWN])
-    more = f"\n  … and {len(problems) - _SHOWN} more" if len(problems) > _SHOWN else ""
-    return f"the graph has {len(problems)} problem(s):\n  {shown}{more}"
+    return listed(f"the graph has {len(problems)} problem(s)", problems)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from slideformer.graph.buffers import HOST_TIERS, Buffer, Tier
@@ -28,6 +28,8 @@ _TIERS: dict[TaskKind, tuple[frozenset[Tier], frozenset[Tier]]] = {
 }
 """Kind → tiers it may read and tiers it may write."""
 
+_SHOWN = 20
+
 
 def verify(graph: TaskGraph) -> None:
     """Raise one `GraphError` that lists every broken rule of ``graph``, each with its task or
@@ -42,9 +44,13 @@ def verify(graph: TaskGraph) -> None:
     if not problems:  # the remaining rules need every name to resolve
         problems = [*_check_contents(graph), *_check_cycles(graph)]
     if problems:
-        shown = "\n  ".join(problems[:20])
-        more = f"\n  … and {len(problems) - 20} more" if len(problems) > 20 else ""
-        raise GraphError(f"graph {graph.name!r} breaks {len(problems)} rule(s):\n  {shown}{more}")
+        raise GraphError(listed(f"graph {graph.name!r} breaks {len(problems)} rule(s)", problems))
+
+
+def listed(heading: str, problems: Sequence[str]) -> str:
+    """The first twenty problems, each on a line of its own below the heading; the rest counted."""
+    more = [f"… and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    return "\n  ".join([f"{heading}:", *problems[:_SHOWN], *more])
 
 
 def _check_places(graph: TaskGraph) -> Iterator[str]:
