@@ -22,6 +22,19 @@ class Compute(StrEnum):
         return 2 if self is Compute.BF16 else 4
 
 
+class Optimizer(StrEnum):
+    """The rule of the update; what it keeps of each unit is in ``state.py``."""
+
+    ADAMW = "adamw"
+    ADAMW8BIT = "adamw8bit"
+    LION = "lion"
+
+    @property
+    def moment_nbytes(self) -> int:
+        """Bytes per element of its moments; scales are not counted."""
+        return {Optimizer.ADAMW: 8, Optimizer.ADAMW8BIT: 2, Optimizer.LION: 4}[self]
+
+
 UNLIMITED = 1 << 62
 """The budget of memory that has no end, as that of a host which is not at hand."""
 
@@ -58,8 +71,6 @@ class MemoryPlan:
     ``gradient_slots`` pinned slots, the i-th gradient chunk of the step in slot
     ``gradient_slot[i]`` (empty: each in a place of its own, as in a draft).
 
-    The optimizer keeps ``moments`` of each element: AdamW two, Lion one.
-
     The weights and optimizer state of the ``resident`` units stay on the GPU, which also updates
     them. The last ``kept`` layers keep their activations on the GPU from forward to backward,
     ``spilled`` ones of the others keep them in pinned memory, and the rest compute them again.
@@ -92,7 +103,7 @@ class MemoryPlan:
     staging_slots: int
     packed: bool = False
     deferred: bool = False
-    moments: int = 2
+    optimizer: Optimizer = Optimizer.ADAMW
     resident: frozenset[str] = frozenset()
     kept: int = 0
     spilled: int = 0

@@ -28,26 +28,14 @@ from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.chunks import Chunk, chunk_unit
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.model import ModelSpec, UnitSpec
+from slideformer.graph.model import ModelSpec
 from slideformer.graph.placing import Visit
 from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.state import HALVES, Part, parts_nbytes
 from slideformer.graph.step_activations import Activations
 from slideformer.graph.step_gradients import Gradients
-from slideformer.graph.step_nvme import HI, LO, MOMENTS, RINGS, StoredState
+from slideformer.graph.step_nvme import HI, RINGS, StoredState
 from slideformer.graph.tasks import Cost, TaskKind
-
-STATE_NBYTES = 10
-"""AdamW's bytes per element beside the master's upper half: its lower half and two moments."""
-
-
-def state_nbytes(unit: UnitSpec, plan: MemoryPlan) -> int:
-    """The same by a plan: a frozen unit has no moments, and in BF16 the upper half does.
-
-    What the upper half leaves out of a frozen weight is neither computed with nor changed.
-    """
-    if not unit.frozen:
-        return 2 + 4 * plan.moments
-    return 0 if plan.compute is Compute.BF16 else 2
 
 
 class StepMemory:
@@ -142,28 +130,27 @@ class StepMemory:
 
     def hi(self, chunk: Chunk) -> str:
         """Upper halves of a chunk's master: its BF16 weights, 2 bytes per element."""
-        return self._owned(chunk, "hi", 2, Tier.PINNED, Role.WEIGHT)
+        return self._owned(chunk, "hi", HALVES[:1], Tier.PINNED, Role.WEIGHT)
 
     def state(self, chunk: Chunk) -> list[str]:
         """Lower halves and moments of a chunk, as far as it has them and they are not on NVMe."""
-        unit = self.spec.unit(chunk.unit)
-        size = state_nbytes(unit, self.plan)
-        size -= 8 * self.stored.has(MOMENTS, unit.name) + 2 * self.stored.has(LO, unit.name)
-        return [self._owned(chunk, "state", size, Tier.CPU, Role.OPTIMIZER)] if size else []
+        parts = self.stored.not_there(self.spec.unit(chunk.unit))
+        return [self._owned(chunk, "state", parts, Tier.CPU, Role.OPTIMIZER)] if parts else []
 
     def owned(self, chunk: Chunk) -> list[str]:
         """What a chunk owns in memory: upper halves and state, as far as they are not on NVMe."""
         hi = [] if self.stored.has(HI, chunk.unit) else [self.hi(chunk)]
         return [*hi, *self.state(chunk)]
 
-    def _owned(self, chunk: Chunk, kind: str, size: int, tier: Tier, role: Role) -> str:
+    def _owned(self, chunk: Chunk, kind: str, parts: Sequence[Part], tier: Tier, role: Role) -> str:
+        offset = parts_nbytes(parts, chunk.begin)
         return self.buffer(
             f"{kind}.{chunk.unit}.{chunk.label}",
-            size * chunk.numel,
+            parts_nbytes(parts, chunk.end) - offset,
             Tier.GPU if self.resident(chunk.unit) else tier,
             role,
             slot=f"{kind}.{chunk.unit}",
-            offset=size * chunk.begin,
+            offset=offset,
             carried=True,
         )
 

@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, TypeVar
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import ModelSpec, UnitSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
+from slideformer.graph.state import HALVES, Part, moment_parts, parts_nbytes, state_parts
 from slideformer.graph.tasks import Cost, TaskKind
 
 if TYPE_CHECKING:
@@ -44,13 +45,17 @@ RINGS = ("staged", "wh", "xs")
 
 MOMENTS, LO, HI = "moments", "lo", "hi"
 
-_NBYTES = {MOMENTS: 8, LO: 2, HI: 2}
-"""Bytes per element of what an extent holds."""
+
+def kind_parts(kind: str, unit: UnitSpec, optimizer: Optimizer) -> tuple[Part, ...]:
+    """The arrays of a unit's state that an extent of a kind holds."""
+    if kind == MOMENTS:
+        return moment_parts(unit, optimizer)
+    return tuple(part for part in HALVES if part.name == kind)
 
 
-def extent_nbytes(kind: str, numel: int) -> int:
-    """Bytes of the extent that holds ``numel`` elements of a kind."""
-    return whole_pages(_NBYTES[kind] * numel)
+def extent_nbytes(parts: Sequence[Part], numel: int) -> int:
+    """Bytes of the extent that holds ``numel`` elements of some arrays."""
+    return whole_pages(parts_nbytes(parts, numel))
 
 
 def whole_pages(nbytes: int) -> int:
@@ -81,6 +86,13 @@ def units_on_nvme(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[str, ...
     }
 
 
+def in_memory(unit: UnitSpec, plan: MemoryPlan, kinds: Sequence[str]) -> tuple[Part, ...]:
+    """The arrays of a unit's state, beside the upper half, where ``kinds`` are on NVMe."""
+    away = {part for kind in kinds for part in kind_parts(kind, unit, plan.optimizer)}
+    parts = state_parts(unit, plan.compute, plan.optimizer)[1:]
+    return tuple(part for part in parts if part not in away)
+
+
 def may_store_boundaries(spec: ModelSpec, plan: MemoryPlan) -> list[str]:
     """The layers whose inputs may wait on NVMe: those that are offloaded.
 
@@ -106,6 +118,11 @@ class StoredState:
     def has(self, kind: str, unit: str) -> bool:
         """Whether that part of a unit's state is on NVMe."""
         return kind in self._kinds.get(unit, ())
+
+    def not_there(self, unit: UnitSpec) -> tuple[Part, ...]:
+        """The arrays of a unit's state, beside the upper half, that are in memory."""
+        plan = self._memory.plan
+        return in_memory(unit, plan, self._kinds.get(unit.name, ()))
 
     # -- state, around a chunk's update ----------------------------------------------------------
 
@@ -159,11 +176,11 @@ class StoredState:
             saved = [
                 memory.buffer(
                     f"saved_{kind}.{name}",
-                    _NBYTES[kind] * chunk.numel,
+                    2 * chunk.numel,
                     Tier.CPU,
                     Role.WEIGHT,
                     slot=f"saved_{kind}",
-                    offset=_NBYTES[kind] * chunk.begin,
+                    offset=2 * chunk.begin,
                 )
                 for kind in kinds
             ]
@@ -188,7 +205,7 @@ class StoredState:
         staged: dict[str, str] = {}
         offset = 0
         for kind in kinds:
-            nbytes = extent_nbytes(kind, chunk.numel)
+            nbytes = self._extent_nbytes(kind, chunk)
             staged[kind] = self._memory.buffer(
                 f"staged.{kind}.{chunk.unit}.{chunk.label}",
                 nbytes,
@@ -205,7 +222,7 @@ class StoredState:
     def read_weights(self, chunk: Chunk, purpose: str) -> str:
         """Bring a chunk's upper halves into the next slot of pinned memory; returns the buffer."""
         name = f"{chunk.unit}.{purpose}.{chunk.label}"
-        nbytes = extent_nbytes(HI, chunk.numel)
+        nbytes = self._extent_nbytes(HI, chunk)
         staged = self._memory.buffer(
             f"wh.{name}", nbytes, Tier.PINNED, Role.WEIGHT, slot=self._next("wh")
         )
@@ -251,11 +268,16 @@ class StoredState:
     def _extent(self, kind: str, chunk: Chunk) -> str:
         return self._memory.buffer(
             f"{kind}.{chunk.unit}.{chunk.label}",
-            extent_nbytes(kind, chunk.numel),
+            self._extent_nbytes(kind, chunk),
             Tier.NVME,
             Role.WEIGHT if kind == HI else Role.OPTIMIZER,
             carried=True,
         )
+
+    def _extent_nbytes(self, kind: str, chunk: Chunk) -> int:
+        memory = self._memory
+        parts = kind_parts(kind, memory.spec.unit(chunk.unit), memory.plan.optimizer)
+        return extent_nbytes(parts, chunk.numel)
 
     def _next(self, ring: str) -> str:
         """The slot of a ring that was used longest ago."""

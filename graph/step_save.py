@@ -15,27 +15,12 @@ from collections.abc import Iterable, Sequence
 from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import ModelSpec, UnitSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.state import HALVES, Part, parts_nbytes, state_parts
 from slideformer.graph.step_memory import StepMemory
 from slideformer.graph.tasks import Cost, TaskKind
 
-STATE_PARTS = {"hi": 2, "lo": 2, "m": 4, "v": 4}
-"""The arrays of a unit's state, in the order of a checkpoint's files, and bytes per element."""
-
-
-def state_parts(unit: UnitSpec, compute: Compute, moments: int) -> tuple[str, ...]:
-    """The arrays that a unit has: a frozen one no moments, nor in BF16 a lower half."""
-    if not unit.frozen:
-        return tuple(STATE_PARTS)[: 2 + moments]
-    return ("hi",) if compute is Compute.BF16 else ("hi", "lo")
-
-
-def parts_nbytes(parts: Iterable[str]) -> int:
-    """Bytes per element of these arrays together."""
-    return sum(STATE_PARTS[part] for part in parts)
-
-
-_TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)))
+_TRIPS = (("master", ("hi", "lo")), ("m", ("m",)), ("v", ("v",)), ("scales", ("scales",)))
 """How a resident unit's state comes down: 4 bytes per element a time, as a save's place holds."""
 
 
@@ -46,29 +31,28 @@ def write_save(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
         chunks = memory.chunks[unit.name]
         weights = [name for c in chunks for name in memory.owned(c)]
         weights += memory.stored.read_master(unit)
-        halves = [
-            part for part in state_parts(unit, plan.compute, plan.moments) if part in ("hi", "lo")
-        ]
+        parts = state_parts(unit, plan.compute, plan.optimizer)
+        halves = [part for part in parts if part in HALVES]
         if memory.resident(unit.name):
             weights = [_bring_down(memory, unit, "save", halves)]
         memory.task(
             f"save.{unit.name}",
             TaskKind.SAVE,
             reads=weights,
-            cost=Cost(nbytes=2 * len(halves) * unit.numel),
+            cost=Cost(nbytes=parts_nbytes(halves, unit.numel)),
             unit=unit.name,
         )
     return memory
 
 
 def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
-    """Streamed units go chunk by chunk, resident ones as a whole in three trips."""
+    """Streamed units go chunk by chunk, resident ones as a whole in a few trips."""
     memory = StepMemory(spec, plan, "checkpoint")
     for unit in reversed(spec.saved_units):
         if memory.resident(unit.name):
             _save_resident(memory, unit)
             continue
-        parts = state_parts(unit, plan.compute, plan.moments)
+        parts = state_parts(unit, plan.compute, plan.optimizer)
         for chunk in memory.chunks[unit.name]:
             owned = [*memory.owned(chunk), *memory.stored.read(chunk)]
             if plan.snapshot:
@@ -78,17 +62,21 @@ def write_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> StepMemory:
                 TaskKind.SAVE,
                 op="save_staged" if plan.snapshot else "save_state",
                 reads=owned,
-                cost=Cost(nbytes=parts_nbytes(parts) * chunk.numel),
+                cost=Cost(nbytes=parts_nbytes(parts, chunk.numel)),
                 unit=unit.name,
                 begin=chunk.begin,
                 end=chunk.end,
-                parts=",".join(parts),
+                parts=_names(parts),
             )
     return memory
 
 
-def _snapshot(memory: StepMemory, chunk: Chunk, owned: Sequence[str], parts: Sequence[str]) -> str:
-    name, nbytes = f"snapshot.{chunk.unit}.{chunk.label}", parts_nbytes(parts) * chunk.numel
+def _names(parts: Iterable[Part]) -> str:
+    return ",".join(part.name for part in parts)
+
+
+def _snapshot(memory: StepMemory, chunk: Chunk, owned: Sequence[str], parts: Sequence[Part]) -> str:
+    name, nbytes = f"snapshot.{chunk.unit}.{chunk.label}", parts_nbytes(parts, chunk.numel)
     copy = memory.buffer(name, nbytes, Tier.CPU, Role.OPTIMIZER)
     memory.task(
         name,
@@ -100,15 +88,15 @@ def _snapshot(memory: StepMemory, chunk: Chunk, owned: Sequence[str], parts: Seq
         unit=chunk.unit,
         begin=chunk.begin,
         end=chunk.end,
-        parts=",".join(parts),
+        parts=_names(parts),
     )
     return copy
 
 
 def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
-    has = state_parts(unit, memory.plan.compute, memory.plan.moments)
+    has = state_parts(unit, memory.plan.compute, memory.plan.optimizer)
     for trip, names in _TRIPS:
-        parts = [part for part in names if part in has]
+        parts = [part for part in has if part.name in names]
         if not parts:
             continue
         memory.task(
@@ -116,16 +104,17 @@ def _save_resident(memory: StepMemory, unit: UnitSpec) -> None:
             TaskKind.SAVE,
             op="save_staged",
             reads=[_bring_down(memory, unit, trip, parts)],
-            cost=Cost(nbytes=parts_nbytes(parts) * unit.numel),
+            cost=Cost(nbytes=parts_nbytes(parts, unit.numel)),
             unit=unit.name,
             begin=0,
-            parts=",".join(parts),
+            end=unit.numel,
+            parts=_names(parts),
         )
 
 
-def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[str]) -> str:
-    nbytes = parts_nbytes(parts) * unit.numel
-    assert nbytes <= 4 * unit.numel
+def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[Part]) -> str:
+    nbytes = parts_nbytes(parts, unit.numel)
+    assert nbytes <= max(4 * unit.numel, 8)
     snapshot = memory.plan.snapshot and trip != "save"
     staged = memory.buffer(
         f"{'snapshot' if snapshot else 'saved'}.{unit.name}.{trip}",
@@ -142,6 +131,8 @@ def _bring_down(memory: StepMemory, unit: UnitSpec, trip: str, parts: Sequence[s
         writes=[staged],
         cost=Cost(nbytes=nbytes),
         unit=unit.name,
-        parts=",".join(parts),
+        begin=0,
+        end=unit.numel,
+        parts=_names(parts),
     )
     return staged

@@ -31,7 +31,7 @@ CLIP = "clip.norm"
 
 def update_nbytes(plan: MemoryPlan) -> int:
     """Bytes that an update reads and writes per element: gradient, both halves, moments."""
-    return 2 + 2 * (4 + 4 * plan.moments)
+    return 2 + 2 * (4 + plan.optimizer.moment_nbytes)
 
 
 class UpdateWriter:

@@ -95,7 +95,7 @@ def bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     nvme_direct=request.profile.direct_storage,
                     resident=adapters,
                     packed=request.packed,
-                    moments=request.moments,
+                    optimizer=request.optimizer,
                     deferred=request.deferred,
                     workspace=request.workspace(micro_rows, vocab_rows, tile),
                 )

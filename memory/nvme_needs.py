@@ -14,8 +14,8 @@ import numpy as np
 from slideformer.graph.chunks import chunk_unit
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan
-from slideformer.graph.step_memory import STATE_NBYTES
-from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, spread
+from slideformer.graph.state import state_nbytes
+from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, kind_parts, spread
 from slideformer.memory.layout import Ints, aligned
 
 _HALF = 2
@@ -168,13 +168,16 @@ class _Layers:
         rows = []
         for unit in units:
             chunks = chunk_unit(spec, unit, base.chunk_numel, base.vocab_chunks)
-            extents = [[extent_nbytes(k, c.numel) for c in chunks] for k in (MOMENTS, LO, HI)]
+            parts = {kind: kind_parts(kind, unit, base.optimizer) for kind in (MOMENTS, LO, HI)}
+            extents = [[extent_nbytes(each, c.numel) for c in chunks] for each in parts.values()]
             largest = [
-                max(sum(extent_nbytes(kind, c.numel) for kind in kinds) for c in chunks)
+                max(sum(extent_nbytes(parts[kind], c.numel) for kind in kinds) for c in chunks)
                 for kinds in _KINDS
             ]
-            rows.append([unit.numel, *map(sum, extents), *largest])
-        self._rows: Ints = np.array(rows, np.int64).reshape(-1, 8)
+            half = aligned(_HALF * unit.numel)
+            rest = aligned(state_nbytes(unit, base)) - half
+            rows.append([half, *map(sum, extents), *largest, rest])
+        self._rows: Ints = np.array(rows, np.int64).reshape(-1, 9)
 
     def sizes(self, moments: int, lo: int, hi: int) -> tuple[int, int, int]:
         """What so many layers' parts spare the host, take, and are read in a step."""
@@ -183,9 +186,8 @@ class _Layers:
         with_hi = with_lo[spread(range(lo), hi)]
         spared = nbytes = largest = 0
         for kind, rows in enumerate((with_moments, with_lo, with_hi)):
-            numel = rows[:, 0]
-            half = aligned(_HALF * numel)
-            spared += int((half if kind else aligned(STATE_NBYTES * numel) - half).sum())
+            half = rows[:, 0]
+            spared += int(rows[:, 0 if kind else 8].sum())
             nbytes += int(rows[:, 1 + kind].sum())
             largest = max(largest, int(rows[:, 4 + kind].max(initial=0)))
             if kind:  # where a unit's halves are put together to be saved

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute
+from slideformer.graph.plan import Budgets, Compute, Optimizer
 from slideformer.graph.profile import MachineProfile
 
 
@@ -29,8 +29,8 @@ class PlanRequest:
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, on a
     machine under the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and
-    ``window`` fix what is otherwise chosen; ``packed``, ``moments`` and ``deferred`` are those of
-    the plan. ``resumed``: it is for a run that goes on, and keeps its batch. ``checkpoints``: there
+    ``window`` fix what is otherwise chosen; ``packed``, ``optimizer`` and ``deferred`` are those
+    of the plan. ``resumed``: it is for a run that goes on, and keeps its batch. ``checkpoints``: there
     will be some regularly, so what is left of the host may hold a snapshot.
     """
 
@@ -47,7 +47,7 @@ class PlanRequest:
     head_tile: int | None = None
     window: int | None = None
     packed: bool = False
-    moments: int = 2
+    optimizer: Optimizer = Optimizer.ADAMW
     deferred: bool = False
     resumed: bool = False
     checkpoints: bool = False

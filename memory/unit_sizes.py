@@ -9,8 +9,8 @@ import numpy as np
 from slideformer.graph.chunks import chunk_unit
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.state import state_nbytes
 from slideformer.graph.step_gradients import CHECK_NBYTES
-from slideformer.graph.step_memory import state_nbytes
 from slideformer.memory.layout import Ints, Number, aligned
 
 
@@ -70,7 +70,7 @@ class Chunks:
 
     def at_rest(self, unit: UnitSpec) -> int:
         """Bytes of a unit's weights and state, wherever they are."""
-        return aligned(2 * unit.numel) + aligned(state_nbytes(unit, self._base) * unit.numel)
+        return aligned(2 * unit.numel) + aligned(state_nbytes(unit, self._base))
 
     def staged(self, first: Ints, head: Ints) -> Ints:
         """Chunks of gradients that go down, with those of the output matrix where ``head``."""

@@ -151,7 +151,7 @@ class StateSink(Protocol):
     """Where a checkpoint's state goes."""
 
     def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
-        """Write elements of a part (`STATE_DTYPES`) from ``begin`` on; returns when it has them.
+        """Write elements of a part of `UnitState` from ``begin`` on; returns when it has them.
 
         ``values`` is one-dimensional and in host memory. Raises `CheckpointError`.
         """

@@ -18,6 +18,7 @@ from slideformer.graph.errors import NonFiniteError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute, MemoryPlan
 from slideformer.graph.step_gradients import CHECK_NBYTES
+from slideformer.graph.step_nvme import kind_parts
 from slideformer.graph.tasks import Task
 from slideformer.models.decoder import DecoderConfig
 from slideformer.models.state import UnitState
@@ -69,7 +70,9 @@ class ModelMemory:
         state = self.states[str(task.args["unit"])].part(begin, end)
         for name in task.reads:
             if name.startswith("staged."):
-                state = state.with_extent(name.split(".")[1], views[name], end - begin)
+                unit, kind = self.spec.unit(str(task.args["unit"])), name.split(".")[1]
+                parts = kind_parts(kind, unit, self.plan.optimizer)
+                state = state.with_extent(parts, views[name], end - begin)
         return state
 
     def scale_embedding_(self, rows: Tensor) -> None:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from slideformer.graph.tasks import Task
-from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update
+from slideformer.kernels.adamw import AdamW, Segment, adamw_rows
+from slideformer.kernels.adamw8_gpu import adamw8_update_gpu
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.squares import sum_of_squares
@@ -28,6 +29,7 @@ from slideformer.models.model_memory import (
 )
 from slideformer.models.rates import Rates, rate_runs, segments
 from slideformer.models.state import UnitState
+from slideformer.models.update_ops import update_on_cpu
 
 
 class _Rows(NamedTuple):
@@ -116,11 +118,13 @@ class ResidentOps:
         segments: list[Segment],
         optimizer: AdamW,
     ) -> None:
-        tensors = (state.hi, state.lo, state.m, state.v, gradient)
-        if gradient.is_cuda:
-            adamw_update_gpu(*tensors, square, segments, optimizer)
+        tensors = (state.hi, state.lo, state.m, state.v)
+        if gradient.is_cuda and len(state.scales):
+            adamw8_update_gpu(*tensors, state.scales, gradient, square, segments, optimizer)
+        elif gradient.is_cuda:
+            adamw_update_gpu(*tensors, gradient, square, segments, optimizer)
         elif torch.isfinite(square):
-            adamw_update(*tensors, segments, optimizer, self._threads)
+            update_on_cpu(state, gradient, segments, optimizer, self._threads)
 
     def update_idle_rows(self, task: Task, views: Views) -> Operation:
         """Update the embedding's rows that the step does not use."""

@@ -5,16 +5,14 @@ What cannot be written harms no weights, so it is noted in the context and does 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 from torch import Tensor
 
 from slideformer.graph.errors import CheckpointError
-from slideformer.graph.step_save import STATE_PARTS, parts_nbytes
+from slideformer.graph.state import Part, state_parts
 from slideformer.graph.tasks import Task
 from slideformer.models.context import CheckpointContext, SaveContext
 from slideformer.models.model_memory import Binding, ModelMemory, Operation, Views
-from slideformer.models.state import STATE_DTYPES, UnitState
+from slideformer.models.state import UnitState, arrays
 
 
 class SaveOps:
@@ -35,12 +33,11 @@ class SaveOps:
 
     def download_state(self, task: Task, views: Views) -> Operation:
         """Bring parts of a resident unit's state down, one behind another."""
-        state = self._memory.states[str(task.args["unit"])]
-        return _copy(task, state, views)
+        return self._copy(task, self._memory.states[str(task.args["unit"])], views)
 
     def snapshot_state(self, task: Task, views: Views) -> Operation:
         """Copy all of a chunk's state in host memory, one part behind another."""
-        return _copy(task, self._memory.chunk_state(task, views), views)
+        return self._copy(task, self._memory.chunk_state(task, views), views)
 
     def save(self, task: Task, views: Views) -> Operation:
         """Hand a unit to the writer of a Hugging Face folder."""
@@ -59,28 +56,35 @@ class SaveOps:
     def save_state(self, task: Task, views: Views) -> Operation:
         """Write all of a chunk's state into a checkpoint."""
         state = self._memory.chunk_state(task, views)
-        arrays = {part: getattr(state, part) for part in STATE_PARTS}
-        parts = {part: values for part, values in arrays.items() if len(values)}
-        return _write(task, int(task.args["begin"]), parts)
+        return _write(task, {part.name: getattr(state, part.name) for part in self._parts(task)})
 
     def save_staged(self, task: Task, views: Views) -> Operation:
         """Write what `download_state` or `snapshot_state` put in place into a checkpoint."""
-        parts = dict(_parts(task, views[task.reads[0]]))
-        return _write(task, int(task.args["begin"]), parts)
+        return _write(task, self._views(task, views[task.reads[0]]))
+
+    def _copy(self, task: Task, state: UnitState, views: Views) -> Operation:
+        targets = self._views(task, views[task.writes[0]])
+        pairs = [(target, getattr(state, part)) for part, target in targets.items()]
+
+        def run(_: object) -> None:
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+
+        return run
+
+    def _views(self, task: Task, place: Tensor) -> dict[str, Tensor]:
+        """The arrays of a task that lie one behind another in a place."""
+        return arrays(place, self._parts(task), int(task.args["end"]) - int(task.args["begin"]))
+
+    def _parts(self, task: Task) -> list[Part]:
+        memory, names = self._memory, str(task.args["parts"]).split(",")
+        unit = memory.spec.unit(str(task.args["unit"]))
+        parts = state_parts(unit, memory.plan.compute, memory.plan.optimizer)
+        return [part for part in parts if part.name in names]
 
 
-def _copy(task: Task, state: UnitState, views: Views) -> Operation:
-    pairs = [(target, getattr(state, part)) for part, target in _parts(task, views[task.writes[0]])]
-
-    def run(_: object) -> None:
-        for target, source in pairs:
-            target.copy_(source, non_blocking=True)
-
-    return run
-
-
-def _write(task: Task, begin: int, parts: dict[str, Tensor]) -> Operation:
-    unit = str(task.args["unit"])
+def _write(task: Task, parts: dict[str, Tensor]) -> Operation:
+    unit, begin = str(task.args["unit"]), int(task.args["begin"])
 
     def run(context: CheckpointContext) -> None:
         if context.errors:
@@ -92,13 +96,3 @@ def _write(task: Task, begin: int, parts: dict[str, Tensor]) -> Operation:
             context.errors.append(error)
 
     return run
-
-
-def _parts(task: Task, view: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """The parts that lie one behind another in a place, each in its dtype."""
-    names = str(task.args["parts"]).split(",")
-    numel = view.numel() // parts_nbytes(names)
-    for name, values in zip(
-        names, view.split([numel * STATE_PARTS[name] for name in names]), strict=True
-    ):
-        yield name, values.view(STATE_DTYPES[name])

@@ -2,68 +2,85 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from slideformer.graph.model import UnitSpec
-from slideformer.graph.step_nvme import HI, LO, MOMENTS
+from slideformer.graph.state import BLOCK, Part
 
-STATE_DTYPES = {"hi": torch.int16, "lo": torch.int16, "m": torch.float32, "v": torch.float32}
-"""The parts of a unit's state and their element types."""
+_ABSENT = {
+    "hi": torch.int16,
+    "lo": torch.int16,
+    "m": torch.float32,
+    "v": torch.float32,
+    "scales": torch.float32,
+}
+"""The arrays, and the types of empty ones."""
 
 
 @dataclass(frozen=True)
 class UnitState:
-    """``hi``, ``lo`` int16 [n] (see ``kernels/split.py``) and ``m``, ``v`` FP32 [n].
+    """``hi``, ``lo`` int16 [n] (see ``kernels/split.py``) and the moments ``m``, ``v`` FP32 [n].
 
-    What the unit does not have, as Lion no ``v``, is of length 0, and so is what lies on NVMe;
-    `with_extent` puts in what was read from there.
+    Or ``m``, ``v`` uint8 [n] and ``scales`` FP32 [2·blocks] (see ``kernels/quantise.py``). What the
+    unit does not have, as Lion no ``v``, is of length 0, and so is what lies on NVMe; `with_extent`
+    puts in what was read from there.
     """
 
     hi: Tensor
     lo: Tensor
     m: Tensor
     v: Tensor
+    scales: Tensor
 
     @classmethod
-    def of(cls, unit: UnitSpec, hi: Tensor | None, state: Tensor | None) -> UnitState:
-        """Views of slot ``hi.U`` (2 bytes an element) and slot ``state.U`` (m, then v, then lo).
+    def of(
+        cls, numel: int, parts: Sequence[Part], hi: Tensor | None, state: Tensor | None
+    ) -> UnitState:
+        """Views of slot ``hi.U`` (2 bytes an element) and slot ``state.U``, which has ``parts``.
 
-        ``hi`` is None where it is on NVMe; ``state`` is ``lo`` alone (2 bytes an element) where the
-        moments are, and None where all of it is.
+        ``hi`` is None where it is on NVMe, and ``state`` where all of it is.
         """
-        n = unit.numel
-        nothing = torch.empty(0, dtype=torch.uint8)
-        hi = nothing if hi is None else hi
-        state = nothing if state is None else state
-        assert hi.numel() in (0, 2 * n)
-        assert state.numel() in (0, 2 * n, 6 * n, 10 * n)
-        moments = max(state.numel() - 2 * n, 0)
-        first = min(moments, 4 * n)
-        # The wider ones come first, for their alignment.
-        m, v, low = state.split([first, moments - first, state.numel() - moments])
-        return cls(
-            hi.view(torch.int16),
-            low.view(torch.int16),
-            m.view(torch.float32),
-            v.view(torch.float32),
-        )
+        place = next((x for x in (hi, state) if x is not None), torch.empty(0))
+        found = {
+            name: torch.empty(0, dtype=dtype, device=place.device)
+            for name, dtype in _ABSENT.items()
+        }
+        if hi is not None:
+            found["hi"] = hi.view(torch.int16)
+            assert len(found["hi"]) == numel
+        if state is not None:
+            found |= arrays(state, parts, numel)
+            assert len(state) == sum(part.size(numel) for part in parts)
+        return cls(**found)
 
     def part(self, begin: int, end: int) -> UnitState:
-        """Elements ``[begin, end)``."""
+        """Elements ``[begin, end)``; with scales, ``begin`` is the first one of a block."""
         return UnitState(
-            self.hi[begin:end], self.lo[begin:end], self.m[begin:end], self.v[begin:end]
+            self.hi[begin:end],
+            self.lo[begin:end],
+            self.m[begin:end],
+            self.v[begin:end],
+            self.scales[2 * (begin // BLOCK) : 2 * -(-end // BLOCK)],
         )
 
-    def with_extent(self, kind: str, extent: Tensor, numel: int) -> UnitState:
-        """The same with its part from the bytes of an extent of ``numel`` elements.
+    def with_extent(self, parts: Iterable[Part], extent: Tensor, numel: int) -> UnitState:
+        """The same with those parts from the bytes of an extent of ``numel`` elements."""
+        return replace(self, **arrays(extent, parts, numel))
 
-        Of moments an extent holds m, then v; what fills its last page is left out.
-        """
-        if kind == MOMENTS:
-            m, v = extent[: 8 * numel].view(torch.float32).split(numel)
-            return replace(self, m=m, v=v)
-        assert kind in (LO, HI), kind
-        return replace(self, **{kind: extent[: 2 * numel].view(torch.int16)})
+
+def arrays(place: Tensor, parts: Iterable[Part], numel: int) -> dict[str, Tensor]:
+    """The arrays of ``numel`` elements that lie one behind another in a place, by name.
+
+    The wider ones come first, for their alignment; what is behind them is left out.
+    """
+    found: dict[str, Tensor] = {}
+    begin = 0
+    types: dict[Part, torch.dtype] = {part: getattr(torch, part.dtype) for part in parts}
+    for part, dtype in sorted(types.items(), key=lambda each: -each[1].itemsize):
+        end = begin + part.size(numel)
+        found[part.name] = place[begin:end].view(dtype)
+        begin = end
+    return found

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from slideformer.graph.tasks import Task
-from slideformer.kernels.adamw import adamw_rows, adamw_update
+from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update
+from slideformer.kernels.adamw8 import adamw8_update
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.squares import sum_of_squares
 from slideformer.models.clip_ops import optimizer_of
@@ -22,6 +23,7 @@ from slideformer.models.model_memory import (
     without_grad,
 )
 from slideformer.models.rates import Rates, rate_runs, segments
+from slideformer.models.state import UnitState
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,7 @@ class UpdateOps:
                 return
             if result is not None:
                 result.fill_(finite(float(square)))
-            adamw_update(
-                state.hi,
-                state.lo,
-                state.m,
-                state.v,
-                gradient,
-                segments(runs, optimizer),
-                optimizer,
-                self._threads,
-            )
+            update_on_cpu(state, gradient, segments(runs, optimizer), optimizer, self._threads)
 
         return run
 
@@ -205,6 +198,17 @@ class UpdateOps:
             begin += len(gradient)
         assert begin == whole, "the parked chunks tile the matrix"
         return parts
+
+
+def update_on_cpu(
+    state: UnitState, gradient: Tensor, segments: list[Segment], optimizer: AdamW, threads: int
+) -> None:
+    """Update what lies in host memory, with moments of whichever kind it has."""
+    master, moments = (state.hi, state.lo), (state.m, state.v)
+    if len(state.scales):
+        adamw8_update(*master, *moments, state.scales, gradient, segments, optimizer, threads)
+    else:
+        adamw_update(*master, *moments, gradient, segments, optimizer, threads)
 
 
 def _result(task: Task, views: Views) -> Tensor | None:

@@ -2,7 +2,7 @@
 
     step-40/
         manifest.json           what lies where, checksums, step, numerics, data position; last
-        units/L00, …            a unit's master and moments: hi, lo, m and v, one behind another
+        units/L00, …            a unit's master and moments: hi, lo, m, v, one behind another
         model/config.json, …    what a Hugging Face folder has beside the weights
 
 A checkpoint says nothing about where state lay: it is resumed under any budgets, and its numerics
@@ -27,8 +27,8 @@ from torch import Tensor
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import CheckpointError, SlideFormerError
 from slideformer.graph.model import Lora, ModelSpec, UnitSpec
-from slideformer.graph.plan import Compute, MemoryPlan
-from slideformer.graph.step_save import STATE_PARTS, parts_nbytes, state_parts
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
+from slideformer.graph.state import parts_nbytes, state_parts
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
@@ -63,7 +63,7 @@ class CheckpointInfo(BaseModel):
     plan: str
     model: dict[str, str | int]
     frozen: tuple[str, ...] = ()
-    moments: int = 2
+    optimizer: Optimizer = Optimizer.ADAMW
     lora: dict[str, Any] | None = None
     base: str = ""
     training: dict[str, Any] = {}
@@ -85,9 +85,20 @@ class CheckpointInfo(BaseModel):
             plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
             model=model_identity(spec),
             frozen=_frozen(spec),
-            moments=plan.moments,
+            optimizer=plan.optimizer,
             lora=None if spec.lora is None else asdict(spec.lora),
         )
+
+    @property
+    def compute(self) -> Compute:
+        """The precision of its forward and backward."""
+        return Compute(str(self.numerics["compute"]))
+
+    def offset(self, unit: UnitSpec, name: str, begin: int) -> int:
+        """Where the elements of an array from ``begin`` on are in a unit's file."""
+        parts = state_parts(unit, self.compute, self.optimizer)
+        position = [part.name for part in parts].index(name)
+        return parts_nbytes(parts[:position], unit.numel) + parts[position].size(begin)
 
 
 class PendingCheckpoint:
@@ -108,7 +119,7 @@ class PendingCheckpoint:
         self.output = output.absolute()
         self._info = info.model_copy(update={"base": str(model.absolute())})
         self._skipped = skipped
-        sizes = file_sizes(spec, Compute(str(info.numerics["compute"])), info.moments)
+        sizes = file_sizes(spec, info.compute, info.optimizer)
         self._nbytes = sum(sizes.values())
         self._done: Future[None] | None = None
         check_room(self.output, self._nbytes)
@@ -132,7 +143,7 @@ class PendingCheckpoint:
 
     def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
         """Write elements of a part of a unit's state; raises `CheckpointError`."""
-        offset = _offset(self._units[unit], part) + STATE_PARTS[part] * begin
+        offset = self._info.offset(self._units[unit], part, begin)
         try:
             self._writer.write(_file(self._units[unit]), offset, values.view(torch.uint8).numpy())
         except OSError as error:
@@ -213,17 +224,13 @@ class Checkpoint:
         dtype: torch.dtype = getattr(torch, self.info.stored)
         return dtype
 
-    def check_model(self, spec: ModelSpec, moments: int) -> None:
-        """Raise `CheckpointError` unless it is of that model, with the same units frozen.
-
-        And with as many ``moments`` of each parameter.
-        """
+    def check_model(self, spec: ModelSpec, optimizer: Optimizer) -> None:
+        """Raise `CheckpointError` unless it is of that model, frozen units and optimizer."""
         self._check_identity(spec)
-        if self.info.moments != moments:
-            found, wanted = ("lion" if n == 1 else "adamw" for n in (self.info.moments, moments))
+        if self.info.optimizer is not optimizer:
             raise CheckpointError(
-                f"{self.folder / MANIFEST}: the checkpoint is of the optimizer {found}, the "
-                f"settings ask for {wanted}; resume with the same"
+                f"{self.folder / MANIFEST}: the checkpoint is of the optimizer "
+                f"{self.info.optimizer}, the settings ask for {optimizer}; resume with the same"
             )
         if set(self.info.frozen) != set(_frozen(spec)):
             found, wanted = (",".join(x) or "none" for x in (self.info.frozen, _frozen(spec)))
@@ -246,13 +253,12 @@ class Checkpoint:
 
         Raises `CheckpointError` if the bytes are not those that were written.
         """
-        offset = _offset(unit, part) + STATE_PARTS[part] * begin
+        offset = self.info.offset(unit, part, begin)
         self._reader.read(_file(unit), offset, into.view(torch.uint8).numpy())
 
-    def parts(self, unit: UnitSpec) -> tuple[str, ...]:
-        """The parts of a unit's state that it has, those of `STATE_PARTS` or the first of them."""
-        nbytes = self._reader.files[_file(unit)]
-        return tuple(part for part in STATE_PARTS if _offset(unit, part) < nbytes)
+    def has_lower(self, unit: UnitSpec) -> bool:
+        """Whether it has more of a unit than the upper halves of its master."""
+        return self._reader.files[_file(unit)] > 2 * unit.numel
 
     def text(self, name: str) -> str:
         """A file that `PendingCheckpoint.finish` was given; raises `CheckpointError`."""
@@ -291,7 +297,7 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
         unit = self._spec.unit(name)
         hi, lo = (torch.zeros(unit.numel, dtype=torch.int16) for _ in range(2))
         self._checkpoint.read(unit, "hi", 0, hi)
-        if "lo" in self._checkpoint.parts(unit):
+        if self._checkpoint.has_lower(unit):
             self._checkpoint.read(unit, "lo", 0, lo)
         return hi, lo
 
@@ -302,10 +308,10 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
         return len(self._spec.units)
 
 
-def file_sizes(spec: ModelSpec, compute: Compute, moments: int) -> dict[str, int]:
+def file_sizes(spec: ModelSpec, compute: Compute, optimizer: Optimizer) -> dict[str, int]:
     """Bytes of the file of each unit in a checkpoint, by name."""
     return {
-        _file(unit): unit.numel * parts_nbytes(state_parts(unit, compute, moments))
+        _file(unit): parts_nbytes(state_parts(unit, compute, optimizer), unit.numel)
         for unit in spec.saved_units
     }
 
@@ -334,9 +340,3 @@ def digest(value: Any) -> str:
 
 def _file(unit: UnitSpec) -> str:
     return f"units/{unit.name}"
-
-
-def _offset(unit: UnitSpec, part: str) -> int:
-    """Bytes before a part in a unit's file."""
-    names = list(STATE_PARTS)
-    return parts_nbytes(names[: names.index(part)]) * unit.numel

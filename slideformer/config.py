@@ -76,8 +76,9 @@ class EngineConfig(BaseModel):
     """Tokens per row; longer documents are cut, shorter ones padded."""
     packing: bool = Field(default=False, strict=True)
     """Whether a row holds as many documents as fit; none sees another."""
-    optimizer: Literal["adamw", "lion"] = "adamw"
-    """Rule of the update; Lion keeps one moment instead of two and wants a lower ``lr``."""
+    optimizer: Literal["adamw", "adamw8bit", "lion"] = "adamw"
+    """Rule of the update: AdamW, with moments of FP32 or of 8 bits, or Lion, which keeps one moment
+    instead of two and wants a lower ``lr``."""
     lr: Number = Field(default=1e-5, ge=0)
     """Learning rate."""
     beta1: Number = Field(default=0.9, ge=0, lt=1)
@@ -103,7 +104,7 @@ class EngineConfig(BaseModel):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """Where forward and backward run; ``auto`` is the GPU if there is one."""
     compute: Literal["bf16", "fp32"] = "bf16"
-    """Precision of forward and backward; master weights and moments are FP32 in both."""
+    """Precision of forward and backward; master weights are FP32 in both."""
     policy: str = Field(default="earliest-deadline", min_length=1)
     """Name of the scheduling policy."""
     micro_batch: Count | None = None
@@ -119,11 +120,6 @@ class EngineConfig(BaseModel):
     def step_rows(self) -> int:
         """Rows of an optimizer step."""
         return self.batch_size * self.accumulate
-
-    @property
-    def moments(self) -> int:
-        """FP32 numbers that the optimizer keeps of each parameter."""
-        return 1 if self.optimizer == "lion" else 2
 
     @property
     def deferred(self) -> bool:
@@ -142,16 +138,6 @@ class EngineConfig(BaseModel):
             raise ValueError(
                 f"micro_batch is {self.micro_batch}, which does not divide batch_size "
                 f"{self.batch_size}; use one of {', '.join(map(str, divisors))} or leave it out"
-            )
-        return self
-
-    @model_validator(mode="after")
-    def _fits_nvme(self) -> Self:
-        if self.optimizer == "lion" and (self.nvme or self.nvme_memory):
-            name = "nvme" if self.nvme else "nvme_memory"
-            raise ValueError(
-                f"optimizer is lion and {name} is set, but only the state of adamw can be on NVMe; "
-                "leave one of them out"
             )
         return self
 

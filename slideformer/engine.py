@@ -31,7 +31,7 @@ from slideformer.devices import make_lanes
 from slideformer.filling import fill
 from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
 from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
@@ -94,7 +94,7 @@ class Engine:
         self._hf_config = initial or read_model_config(config.model)
         self.spec = spec_for(self._hf_config, config)
         if checkpoint is not None:
-            checkpoint.check_model(self.spec, config.moments)
+            checkpoint.check_model(self.spec, Optimizer(config.optimizer))
         if initial is None and (checkpoint is None or self.spec.lora is not None):
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
@@ -104,7 +104,8 @@ class Engine:
         budgets = budgets_for(config, self._device, here=not phantom)
         kept = checkpoint.info.numerics if checkpoint else {}
         if phantom:
-            budgets = phantom_budgets(self.spec, budgets, Compute(config.compute), config.moments)
+            kinds = Compute(config.compute), Optimizer(config.optimizer)
+            budgets = phantom_budgets(self.spec, budgets, *kinds)
         self.plan = plan_for(self._hf_config, config, budgets, self._profile, kept)
         layers = phantom_layers(self.spec, self.plan) if phantom else {}
         if on_plan is not None:

@@ -30,8 +30,8 @@ def fill(
     """
     for state in memory.states.values():  # host memory is zero already
         if state.m.is_cuda:
-            state.m.zero_()
-            state.v.zero_()
+            for moment in (state.m, state.v, state.scales):
+                moment.zero_()
     if checkpoint is not None:
         for unit in spec.saved_units:
             memory.load(unit.name, partial(checkpoint.read, unit))

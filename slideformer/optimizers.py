@@ -5,8 +5,8 @@ from __future__ import annotations
 from slideformer.config import EngineConfig
 from slideformer.kernels.adamw import AdamW, Lion
 
-_BETA2 = {"adamw": 0.999, "lion": 0.99}
-"""What the papers of both take."""
+_BETA2 = {"adamw": 0.999, "adamw8bit": 0.999, "lion": 0.99}
+"""What the papers take."""
 
 
 def optimizer_step(config: EngineConfig, lr: float | None, step: int) -> AdamW:

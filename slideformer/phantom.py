@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Budgets, Compute, MemoryPlan
-from slideformer.graph.step_save import parts_nbytes, state_parts
+from slideformer.graph.plan import Budgets, Compute, MemoryPlan, Optimizer
+from slideformer.graph.state import parts_nbytes, state_parts
 
 REAL_LAYERS = 2
 """Layers with memory of their own: with one, a layer's update would wait for its neighbour's."""
@@ -35,10 +35,12 @@ def shared_places(layers: dict[str, str]) -> dict[str, str]:
     return {f"{kind}.{a}": f"{kind}.{b}" for a, b in layers.items() for kind in _KINDS}
 
 
-def spared_nbytes(spec: ModelSpec, layers: Iterable[str], compute: Compute, moments: int) -> int:
+def spared_nbytes(
+    spec: ModelSpec, layers: Iterable[str], compute: Compute, optimizer: Optimizer
+) -> int:
     """Bytes of host memory that the phantom ``layers`` spare."""
     units = [spec.unit(name) for name in layers]
-    return sum(unit.numel * parts_nbytes(state_parts(unit, compute, moments)) for unit in units)
+    return sum(parts_nbytes(state_parts(unit, compute, optimizer), unit.numel) for unit in units)
 
 
 def real_part(spec: ModelSpec, layers: dict[str, str]) -> ModelSpec:
@@ -46,8 +48,10 @@ def real_part(spec: ModelSpec, layers: dict[str, str]) -> ModelSpec:
     return replace(spec, units=tuple(unit for unit in spec.units if unit.name not in layers))
 
 
-def phantom_budgets(spec: ModelSpec, budgets: Budgets, compute: Compute, moments: int) -> Budgets:
+def phantom_budgets(
+    spec: ModelSpec, budgets: Budgets, compute: Compute, optimizer: Optimizer
+) -> Budgets:
     """``budgets`` with the host memory that a phantom run pretends to have if all is streamed."""
     layers = [unit.name for unit in spec.layers[REAL_LAYERS:]]
-    spared = spared_nbytes(spec, layers, compute, moments)
+    spared = spared_nbytes(spec, layers, compute, optimizer)
     return replace(budgets, host=budgets.host + spared, nvme=0)

@@ -17,7 +17,14 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.groups import TrainingRule, apply_rules
 from slideformer.graph.machines import Machine
 from slideformer.graph.model import Lora, ModelSpec
-from slideformer.graph.plan import UNLIMITED, Budgets, Compute, MemoryPlan, mlp_tile
+from slideformer.graph.plan import (
+    UNLIMITED,
+    Budgets,
+    Compute,
+    MemoryPlan,
+    Optimizer,
+    mlp_tile,
+)
 from slideformer.graph.profile import MachineProfile
 from slideformer.memory.limits import free_nvme
 from slideformer.memory.planner import make_plan as make_plan
@@ -129,7 +136,7 @@ def plan_request(
         head_tile=_chosen(numerics, "head_tile"),
         window=config.window,
         packed=config.packing,
-        moments=config.moments,
+        optimizer=Optimizer(config.optimizer),
         deferred=config.deferred,
         resumed=bool(numerics),
         checkpoints=isinstance(config, Config) and config.checkpoint_every is not None,

@@ -21,7 +21,7 @@ from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Compute
+from slideformer.graph.plan import Compute, Optimizer
 from slideformer.models.aside import check_room, discard, remove_orphans
 from slideformer.models.export import saved_nbytes
 from slideformer.runtime.checkpoints import MANIFEST
@@ -89,7 +89,7 @@ class RunCheckpoints:
         """
         nbytes, what = saved_nbytes(spec, dtype), f"output {self._output}"
         if config.checkpoint_every is not None:
-            sizes = file_sizes(spec, Compute(config.compute), config.moments)
+            sizes = file_sizes(spec, Compute(config.compute), Optimizer(config.optimizer))
             nbytes += (1 if _steps(self.folder) else 2) * sum(sizes.values())
             what = f"checkpoints and {what}"
         check_room(self._output, nbytes, what)

@@ -16,11 +16,19 @@ from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
-from slideformer.graph.step_nvme import HI, LO, MOMENTS, extent_nbytes, units_on_nvme
+from slideformer.graph.state import Part, state_parts
+from slideformer.graph.step_nvme import (
+    HI,
+    LO,
+    extent_nbytes,
+    in_memory,
+    kind_parts,
+    units_on_nvme,
+)
 from slideformer.memory.arena import Arenas
 from slideformer.memory.extents import Extent, lay_out_extents
 from slideformer.memory.layout import lay_out, places
-from slideformer.models.state import STATE_DTYPES, UnitState
+from slideformer.models.state import UnitState, arrays
 from slideformer.runtime.device import Binding
 from slideformer.runtime.nvme import NvmeStore, open_store
 from slideformer.runtime.store import TieredMemory, transfer_bindings
@@ -56,7 +64,7 @@ class RunMemory:
         self._kinds = units_on_nvme(spec, plan)
         wanted = places(graphs)
         stored = {name: nbytes for name, (tier, nbytes) in wanted.items() if tier is Tier.NVME}
-        in_memory = {name: place for name, place in wanted.items() if name not in stored}
+        held = {name: place for name, place in wanted.items() if name not in stored}
         self._extents = lay_out_extents(stored)
         if stored and not folders:
             raise ConfigError("the plan needs NVMe, but nvme is not set; name a folder with --nvme")
@@ -64,17 +72,18 @@ class RunMemory:
         if stored:
             self.store = open_store(folders, self._extents, checksums=checksums)
         try:
-            self.arenas = Arenas(lay_out(in_memory, shared), in_memory, device)
+            self.arenas = Arenas(lay_out(held, shared), held, device)
         except BaseException:
             self._close_store()
             raise
         self.states: dict[str, UnitState] = {}
         for unit in spec.units:
             hi, state = (
-                self.arenas.place(place) if (place := f"{kind}.{unit.name}") in in_memory else None
+                self.arenas.place(place) if (place := f"{kind}.{unit.name}") in held else None
                 for kind in ("hi", "state")
             )
-            self.states[unit.name] = UnitState.of(unit, hi, state)
+            parts = in_memory(unit, plan, self._kinds.get(unit.name, ()))
+            self.states[unit.name] = UnitState.of(unit.numel, parts, hi, state)
 
     def view(self, buffer: Buffer) -> Any:
         """The bytes of a buffer, uint8 [nbytes], or its extent."""
@@ -129,27 +138,22 @@ class RunMemory:
 
         Nothing may be in flight. Raises `StoreError`, and whatever ``source`` raises.
         """
-        state, kinds = self.states[unit], self._kinds.get(unit, ())
-        for part in STATE_DTYPES:
-            target: Tensor = getattr(state, part)
+        state, spec = self.states[unit], self._spec.unit(unit)
+        for part in state_parts(spec, self._plan.compute, self._plan.optimizer):
+            target: Tensor = getattr(state, part.name)
             if target.is_cuda:
-                for piece in range(0, len(target), _PIECE):
-                    values = torch.empty_like(target[piece : piece + _PIECE], device="cpu")
-                    source(part, piece, values)
-                    target[piece : piece + _PIECE].copy_(values)
+                for begin in range(0, spec.numel, _PIECE):
+                    piece = getattr(state.part(begin, begin + _PIECE), part.name)
+                    values = torch.empty_like(piece, device="cpu")
+                    source(part.name, begin, values)
+                    piece.copy_(values)
             elif len(target):
-                source(part, 0, target)
-        for kind in kinds:
+                source(part.name, 0, target)
+        for kind in self._kinds.get(unit, ()):
             for extent, begin, end in self._chunks(kind, unit):
                 staged = self._staged(extent)
-                count = end - begin
-                if kind == MOMENTS:
-                    for part, values in zip(
-                        "mv", staged[: 8 * count].view(torch.float32).split(count), strict=True
-                    ):
-                        source(part, begin, values)
-                else:
-                    source(kind, begin, staged[: 2 * count].view(torch.int16))
+                for name, values in arrays(staged, self._parts(kind, unit), end - begin).items():
+                    source(name, begin, values)
                 self._write(extent, staged)
 
     def whole(self, unit: str) -> UnitState:
@@ -159,15 +163,13 @@ class RunMemory:
         """
         state = self.states[unit]
         for kind in self._kinds.get(unit, ()):
+            parts = self._parts(kind, unit)
             read = [
-                UnitState.of(self._spec.unit(unit), None, None).with_extent(
-                    kind, self._read(extent), end - begin
-                )
+                arrays(self._read(extent), parts, end - begin)
                 for extent, begin, end in self._chunks(kind, unit)
             ]
-            names = ("m", "v") if kind == MOMENTS else (kind,)
-            parts = {name: torch.cat([getattr(each, name) for each in read]) for name in names}
-            state = replace(state, **parts)
+            names = [part.name for part in parts]
+            state = replace(state, **{n: torch.cat([each[n] for each in read]) for n in names})
         return state
 
     def close(self) -> None:
@@ -180,6 +182,9 @@ class RunMemory:
         if self.store is not None:
             self.store.close()
 
+    def _parts(self, kind: str, unit: str) -> tuple[Part, ...]:
+        return kind_parts(kind, self._spec.unit(unit), self._plan.optimizer)
+
     def _chunks(self, kind: str, unit: str) -> list[tuple[Extent, int, int]]:
         """The extents of a unit, each with the range of elements that it holds."""
         plan = self._plan
@@ -188,7 +193,7 @@ class RunMemory:
         found = []
         for chunk in chunks:
             extent = self._extents[f"{kind}.{unit}.{chunk.label}"]
-            assert extent.nbytes == extent_nbytes(kind, chunk.numel)
+            assert extent.nbytes == extent_nbytes(self._parts(kind, unit), chunk.numel)
             found.append((extent, chunk.begin, chunk.end))
         return found
 

@@ -14,8 +14,8 @@ from slideformer.graph.machines import Machine
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.graph.profile import MachineProfile
+from slideformer.graph.state import state_nbytes
 from slideformer.graph.step import compile_step
-from slideformer.graph.step_memory import state_nbytes
 from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
 from slideformer.simulation import simulate
 
@@ -127,7 +127,7 @@ def _resident(spec: ModelSpec, plan: MemoryPlan) -> str:
 
 def _at_rest(plan: MemoryPlan, units: Iterable[UnitSpec]) -> int:
     """Bytes of weights, and of trained units masters and moments."""
-    return sum((2 + state_nbytes(unit, plan)) * unit.numel for unit in units)
+    return sum(2 * unit.numel + state_nbytes(unit, plan) for unit in units)
 
 
 def _on_nvme(spec: ModelSpec, plan: MemoryPlan, stored: int) -> str:

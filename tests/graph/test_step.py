@@ -16,7 +16,7 @@ from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.errors import BudgetError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
 from slideformer.graph.step import (
     compile_checkpoint,
     compile_evaluation,
@@ -80,14 +80,30 @@ def tiled(buffers: Iterable[Buffer]) -> dict[str, int]:
 
 def whole_state(spec: ModelSpec, plan: MemoryPlan) -> dict[str, int]:
     """Bytes of all masters and optimizer state, less what frozen units do without."""
-    frozen = 2 if plan.compute is Compute.FP32 else 0
-    trained = 2 + 4 * plan.moments
     return {
-        f"{kind}.{unit.name}": size * unit.numel
+        f"{kind}.{unit.name}": size
         for unit in spec.units
-        for kind, size in (("hi", 2), ("state", frozen if unit.frozen else trained))
+        for kind, size in (("hi", 2 * unit.numel), ("state", state_of(spec, plan, unit.name)))
         if size
     }
+
+
+def in_8_bits(spec: ModelSpec, plan: MemoryPlan, name: str) -> bool:
+    """Whether a unit's moments are codes, all but those of the vocabulary's narrow matrices."""
+    wide = spec.hidden % 128 == 0 and not spec.tied
+    matrices = ("embed",) if wide else ("embed", "head")
+    return plan.optimizer is Optimizer.ADAMW8BIT and name not in matrices
+
+
+def state_of(spec: ModelSpec, plan: MemoryPlan, name: str, numel: int | None = None) -> int:
+    """Bytes of a unit's state beside upper halves, of its first ``numel`` elements if given."""
+    unit = spec.unit(name)
+    count = unit.numel if numel is None else numel
+    if unit.frozen:
+        return 2 * count if plan.compute is Compute.FP32 else 0
+    if in_8_bits(spec, plan, name):
+        return 4 * count + 8 * -(-count // 128)
+    return (6 if plan.optimizer is Optimizer.LION else 10) * count
 
 
 def trained_state(spec: ModelSpec, plan: MemoryPlan) -> dict[str, int]:
@@ -141,8 +157,8 @@ def test_an_update_is_told_the_elements_that_it_owns(case: Case) -> None:
         states = [b for b in owned(graph, task.writes) if b.place == f"state.{unit}"]
         assert (his[0].offset, his[-1].stop) == (2 * begin, 2 * end)
         assert (states[0].offset, states[-1].stop) == (
-            (2 + 4 * plan.moments) * begin,
-            (2 + 4 * plan.moments) * end,
+            state_of(spec, plan, unit, begin),
+            state_of(spec, plan, unit, end),
         )
         squares = [graph.buffers[name] for name in task.writes if name.startswith("square.")]
         assert len(squares) == (not plan.deferred)
@@ -331,9 +347,10 @@ def test_a_checkpoint_writes_all_state_in_the_order_in_which_a_step_updates_it(c
         for place, nbytes in whole.items()
         if place.partition(".")[2] not in plan.resident
     }
-    for name in plan.resident:  # comes down in three trips through the place that a save has
+    for name in plan.resident:  # comes down in a few trips through the place that a save has
         trips = [task for task in graph.tasks if task.args["unit"] == name]
-        moments = ["m", "v"][: plan.moments]
+        moments = ["m"] if plan.optimizer is Optimizer.LION else ["m", "v"]
+        moments += ["scales"] if in_8_bits(spec, plan, name) else []
         parts = ["hi"] if spec.unit(name).frozen else ["hi,lo", *moments]
         assert [task.kind for task in trips] == [TaskKind.D2H, TaskKind.SAVE] * len(parts)
         for down, save in zip(trips[::2], trips[1::2], strict=True):
@@ -419,9 +436,15 @@ def test_fp32_brings_both_halves_up_and_joins_them() -> None:
     assert graph.buffers[join.writes[0]].nbytes == graph.buffers[up.writes[0]].nbytes
 
 
-@pytest.mark.parametrize(("moments", "nbytes"), [(2, 26), (1, 18)])
-def test_an_update_on_the_gpu_moves_gradient_master_and_moments(moments: int, nbytes: int) -> None:
-    graph = compile_step(small_spec(), small_plan(moments=moments, resident=frozenset({"L01"})))
+@pytest.mark.parametrize(
+    ("optimizer", "nbytes"),
+    [(Optimizer.ADAMW, 26), (Optimizer.LION, 18), (Optimizer.ADAMW8BIT, 14)],
+)
+def test_an_update_on_the_gpu_moves_gradient_master_and_moments(
+    optimizer: Optimizer, nbytes: int
+) -> None:
+    plan = small_plan(optimizer=optimizer, resident=frozenset({"L01"}))
+    graph = compile_step(small_spec(), plan)
     [update] = [task for task in graph.tasks if task.op == "update_on_gpu"]
     numel = int(update.args["end"]) - int(update.args["begin"])
     assert update.cost.nbytes == nbytes * numel

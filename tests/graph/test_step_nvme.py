@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from slideformer.graph.buffers import Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
 from slideformer.graph.step_nvme import (
     EXTENT_ALIGNMENT,
@@ -40,7 +40,6 @@ def cases(draw: st.DrawFn) -> Case:
     bf16 = plan.compute is Compute.BF16
     return spec, replace(
         plan,
-        moments=2,  # of the optimizers only AdamW has its state on NVMe
         nvme_moments=draw(layers),
         nvme_lo=draw(layers) if bf16 else 0,
         nvme_hi=draw(layers) if bf16 else 0,
@@ -117,7 +116,13 @@ def test_what_is_on_nvme_is_nowhere_else(case: Case) -> None:
         if unit.frozen:
             assert not stored
             continue
-        size = (2 * (LO not in stored) + 8 * (MOMENTS not in stored)) * unit.numel
+        n = unit.numel
+        moments = {
+            Optimizer.ADAMW: 8 * n,
+            Optimizer.LION: 4 * n,
+            Optimizer.ADAMW8BIT: 2 * n + 8 * -(-n // 128),
+        }
+        size = 2 * n * (LO not in stored) + moments[plan.optimizer] * (MOMENTS not in stored)
         _, found = wanted.get(f"state.{unit.name}", (Tier.CPU, 0))
         assert found == size
     for unit in boundaries_on_nvme(spec, plan):

@@ -140,6 +140,7 @@ TRAINED: dict[str, dict[str, Any]] = {
         ]
     },
     "lion": {"optimizer": "lion", "lr": 1e-4},
+    "adamw8bit": {"optimizer": "adamw8bit"},
     "lora": {"lora": {"rank": 8, "alpha": 16}},
 }
 

@@ -11,7 +11,7 @@ import torch
 from slideformer.config import EngineConfig
 from slideformer.engine import Engine
 from slideformer.graph.buffers import HOST_TIERS
-from slideformer.graph.plan import Budgets, Compute
+from slideformer.graph.plan import Budgets, Compute, Optimizer
 from slideformer.measuring.trial import random_batches
 from slideformer.phantom import REAL_LAYERS, phantom_budgets, phantom_layers, spared_nbytes
 from slideformer.planning import plan_for, spec_for
@@ -75,16 +75,22 @@ def test_its_budget_is_that_of_the_whole_model() -> None:
 
 @pytest.mark.parametrize(
     ("settings", "nbytes"),
-    [({}, 12), ({"optimizer": "lion"}, 8), ({"lora": {"rank": 2, "alpha": 2}}, 2)],
+    [
+        ({}, 12),
+        ({"optimizer": "lion"}, 8),
+        ({"optimizer": "adamw8bit"}, 6 + 8 / 128),
+        ({"lora": {"rank": 2, "alpha": 2}}, 2),
+    ],
 )
 def test_it_pretends_to_have_what_its_layers_would_take(
-    settings: dict[str, Any], nbytes: int
+    settings: dict[str, Any], nbytes: float
 ) -> None:
     config = EngineConfig(model="none", compute="bf16", **settings)
     spec = spec_for(tiny_config(num_hidden_layers=LAYERS), config)
     least = Budgets(1 << 30, 4 << 30)
-    more = phantom_budgets(spec, least, Compute.BF16, config.moments)
-    assert more.host - least.host == (LAYERS - REAL_LAYERS) * nbytes * spec.layers[0].numel
+    more = phantom_budgets(spec, least, Compute.BF16, Optimizer(config.optimizer))
+    expected = (LAYERS - REAL_LAYERS) * nbytes * spec.layers[0].numel
+    assert more.host - least.host == pytest.approx(expected, abs=8 * LAYERS)
 
 
 def test_the_benchmark_names_it() -> None:

@@ -174,7 +174,7 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
     return {
         f"{name}.{part}": getattr(state, part).clone()
         for name, state in states.items()
-        for part in ("hi", "lo", "m", "v")
+        for part in ("hi", "lo", "m", "v", "scales")
     }
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import Lora, UnitSpec
-from slideformer.graph.plan import Budgets, Compute
+from slideformer.graph.plan import Budgets, Compute, Optimizer
 from slideformer.graph.profile import MachineProfile
 from slideformer.memory.request import PlanRequest, Prediction
 from slideformer.runtime.policies import make_policy
@@ -58,7 +58,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
     """Models of up to some MiB, of all forms, on ample budgets."""
     spec = small_spec(
         layers=draw(st.integers(1, 5)),
-        hidden=draw(st.integers(1, 200)),
+        hidden=draw(st.integers(1, 200) | st.just(128)),  # whose rows are whole blocks
         intermediate=draw(st.integers(1, 400)),
         heads=4,
         kv_heads=draw(st.sampled_from([1, 2, 4])),
@@ -78,6 +78,7 @@ def requests(draw: st.DrawFn) -> PlanRequest:
         rows=draw(st.sampled_from([1, 2, 3, 4, 6])),
         seq_len=draw(st.sampled_from([1, 64, 257])),
         compute=draw(st.sampled_from(Compute)),
+        optimizer=draw(st.sampled_from(Optimizer)),
         packed=draw(st.booleans()),
         deferred=draw(st.booleans()),
     )

@@ -9,7 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 from slideformer.graph.model import ModelSpec, ParamGroup, UnitKind, UnitSpec, layout_unit
-from slideformer.graph.plan import Compute, MemoryPlan
+from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
 
 
 def small_spec(
@@ -108,7 +108,7 @@ def specs(draw: st.DrawFn) -> ModelSpec:
     """Small decoders of all forms, some with frozen units; something is trained."""
     spec = small_spec(
         layers=draw(st.integers(1, 4)),
-        hidden=draw(st.integers(1, 24)),
+        hidden=draw(st.integers(1, 24) | st.just(128)),
         intermediate=draw(st.integers(1, 30)),
         kv_heads=draw(st.integers(1, 2)),
         head_dim=draw(st.integers(1, 8)),
@@ -143,6 +143,6 @@ def draft_plans(draw: st.DrawFn, spec: ModelSpec) -> MemoryPlan:
         resident=draw(st.frozensets(units)) if compute is Compute.BF16 else frozenset(),
         kept=kept,
         spilled=draw(st.integers(0, len(spec.layers) - kept)),
-        moments=draw(st.integers(1, 2)),
+        optimizer=draw(st.sampled_from(Optimizer)),
         deferred=draw(st.booleans()),
     )

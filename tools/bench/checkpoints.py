@@ -72,7 +72,7 @@ def checkpoint_bench(
         if snapshot and not engine.plan.snapshot:
             raise ConfigError("the host has no room for a snapshot; raise --cpu-memory")
         saving, durable = with_checkpoint(engine, step, steps, folder)
-        sizes = file_sizes(engine.spec, engine.plan.compute, engine.plan.moments)
+        sizes = file_sizes(engine.spec, engine.plan.compute, engine.plan.optimizer)
         nbytes = sum(sizes.values())
     rates.append(disk_rates(folder, parse_size(plain), threads)["write"])
     report(nbytes, alone / steps, saving - alone, durable, rates)

@@ -62,7 +62,7 @@ class Ours:
         spec = engine.spec
         plan = engine.plan
         layers = phantom_layers(spec, plan) if phantom else {}
-        spared = spared_nbytes(spec, layers, plan.compute, plan.moments)
+        spared = spared_nbytes(spec, layers, plan.compute, plan.optimizer)
         self._batches = random_batches(spec.vocab, config.step_rows, config.seq_len, 4)
         return {
             "build_seconds": time.perf_counter() - started,
