@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import mmap
 import os
 import subprocess
 import sys
@@ -17,30 +16,24 @@ import torch
 from typer import Typer
 from typer.testing import CliRunner
 
-from slideformer.graph.buffers import Tier
-from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.serialise import from_json
 from slideformer.graph.step import compile_step
-from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.measuring import overhead
 from slideformer.measuring.floors import compute_seconds, floors_of_step
 from slideformer.measuring.stand_in import Arithmetic
 from slideformer.models import layer
 from slideformer.runtime.policies import policy_names
-from slideformer.simulation import GraphTimeline, Span
 from slideformer.tools.bench import comparison, loss_check
 from slideformer.tools.bench import overhead as bench_overhead
-from slideformer.tools.bench import trace as bench_trace
 from slideformer.tools.bench.baseline import RECIPES, Baseline
 from slideformer.tools.bench.comparison import Comparison, measure
 from slideformer.tools.bench.floors import Floors
 from slideformer.tools.bench.ours import Ours
 from slideformer.tools.bench.report import floors_report, machine, summary, table
-from slideformer.tools.bench.rows import Row, Turns, parse_row, read_rows
+from slideformer.tools.bench.rows import Row, Turns, parse_row
 from slideformer.tools.bench.worker import Worker, WorkerError
 from slideformer.tools.bench_cli import bench
-from slideformer.tools.host_memory import HostPeak, process_bytes, tree_bytes
 from slideformer.tools.view_cli import read_trace
 from tests.support.specs import small_plan, small_spec
 
@@ -81,97 +74,6 @@ class InProcess(Worker):
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(comparison, "Worker", InProcess)
     monkeypatch.setattr(loss_check, "Worker", InProcess)
-
-
-# -- rows ------------------------------------------------------------------------------------------
-
-
-def test_a_row_takes_what_it_leaves_out_from_the_flags() -> None:
-    common = {**TINY, "baseline": "R1", "settings": {"threads": 2}}
-    row = parse_row("llama3-8b:32::104GiB:R4:window=3:seq_len=2048:deterministic=true", common)
-    assert row.shape == "llama3-8b"
-    assert (row.batch_size, row.seq_len, row.baseline) == (32, 2048, "R4")
-    assert row.engine_settings() == {
-        "batch_size": 32,
-        "seq_len": 2048,
-        "gpu_memory": 2 << 30,
-        "cpu_memory": 104 << 30,
-        "threads": 2,
-        "window": 3,
-        "deterministic": True,
-    }
-
-
-@pytest.mark.parametrize(
-    ("text", "complaint"),
-    [
-        ("tiny:0", "batch_size"),
-        ("tiny:two", "batch_size"),
-        ("tiny:2:12G", "'12G' is not a size"),
-        ("tiny:2:::R5", "baseline is 'R5'; known are R1"),
-        ("tiny:2:::R1:fast", "'fast' is not name=value"),
-    ],
-)
-def test_a_bad_row_is_refused(text: str, complaint: str) -> None:
-    with pytest.raises(ConfigError, match=complaint):
-        parse_row(text, TINY)
-
-
-def test_rows_from_a_file(tmp_path: Path) -> None:
-    path = tmp_path / "rows.yaml"
-    path.write_text("- {batch_size: 4}\n- {baseline: R3, settings: {window: 2}}\n")
-    first, second = read_rows(path, TINY)
-    assert (first.batch_size, first.baseline) == (4, "R1")
-    assert (second.baseline, second.settings) == ("R3", {"window": 2})
-    path.write_text("- {batch: 4}\n")
-    with pytest.raises(ConfigError, match="row 1: batch"):
-        read_rows(path, TINY)
-    path.write_text("shape: tiny\n")
-    with pytest.raises(ConfigError, match="list of rows"):
-        read_rows(path, TINY)
-
-
-# -- host memory -----------------------------------------------------------------------------------
-
-
-def test_the_peak_is_seen_after_the_memory_is_gone() -> None:
-    size = 64 << 20
-    before = process_bytes(os.getpid())
-    peak = HostPeak(os.getpid(), interval=60)
-    held = bytearray(os.urandom(4096)) * (size // 4096)
-    assert peak.sample() > before + 0.9 * size
-    del held
-    assert peak.sample() < before + 0.5 * size
-    peak.close()
-    assert peak.peak > before + 0.9 * size
-
-
-def test_pages_shared_with_a_child_count_once(tmp_path: Path) -> None:
-    size = 64 << 20
-    path = tmp_path / "shared"
-    path.write_bytes(os.urandom(4096) * (size // 4096))
-    program = (
-        "import mmap, sys\n"
-        "with open(sys.argv[1], 'r+b') as file, mmap.mmap(file.fileno(), 0) as shared:\n"
-        "    print(sum(shared[::4096]), flush=True)\n"
-        "    sys.stdin.read()\n"
-    )
-    alone = process_bytes(os.getpid())
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as shared:
-        touched = sum(shared[::4096])
-        before = process_bytes(os.getpid())
-        with subprocess.Popen(
-            [sys.executable, "-c", program, str(path)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-        ) as child:
-            assert child.stdout is not None
-            assert int(child.stdout.readline()) == touched
-            both, one = tree_bytes(os.getpid()), process_bytes(os.getpid())
-            child.communicate()
-    assert before > alone + 0.9 * size
-    assert one < before - 0.4 * size  # half of them are the child's
-    assert abs(both - before) < 0.4 * size
 
 
 # -- the two sides ---------------------------------------------------------------------------------
@@ -393,67 +295,6 @@ def test_what_deciding_costs_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_the_large_step_has_thousands_of_tasks() -> None:
     assert len(overhead.large_step().tasks) > 5000
-
-
-# -- traces ----------------------------------------------------------------------------------------
-
-MIB = 1 << 20
-
-
-def traced() -> GraphTimeline:
-    """Three steps; a copy up waits for the update of the step before."""
-    b = GraphBuilder("step")
-    hi = b.buffer("hi", 20 * MIB, Tier.PINNED, carried=True)
-    w = b.buffer("w", 20 * MIB, Tier.GPU)
-    state = b.buffer("state", 8 * MIB, Tier.GPU, carried=True)
-    down = b.buffer("down", 8 * MIB, Tier.PINNED)
-    b.task("h2d.A", TaskKind.H2D, reads=[hi], writes=[w], cost=Cost(nbytes=20 * MIB))
-    b.task("fwd.A", TaskKind.COMPUTE, reads=[w])
-    b.task("fwd.B", TaskKind.COMPUTE, after=["fwd.A"])
-    after, cost = ["fwd.A"], Cost(nbytes=8 * MIB)
-    b.task("d2h.A", TaskKind.D2H, reads=[state], writes=[down], after=after, cost=cost)
-    b.task("update.A", TaskKind.CPU_UPDATE, writes=[hi])
-    spans = [
-        Span("update.A", 0, Lane.CPU, 0.0, 1.5),
-        Span("fwd.A", 0, Lane.COMPUTE, 0.0, 1.0),
-        Span("h2d.A", 1, Lane.H2D, 1.5, 3.5),
-        Span("d2h.A", 0, Lane.D2H, 2.5, 4.5),
-        Span("fwd.A", 1, Lane.COMPUTE, 3.5, 4.0),
-        Span("fwd.B", 1, Lane.COMPUTE, 4.25, 5.0),
-        Span("fwd.A", 2, Lane.COMPUTE, 5.0, 6.0),
-    ]
-    return GraphTimeline(spans, graph=b.build())
-
-
-def test_gaps_name_what_was_waited_for() -> None:
-    timeline = traced()
-    start, stop, steps = bench_trace.window(timeline, 2)
-    assert (start, stop, steps) == (0.0, 5.0, 2)
-    first, second = bench_trace.gaps(timeline, Lane.COMPUTE, start, stop)
-    assert (first.start, first.stop, first.task) == (1.0, 3.5, "fwd.A")
-    assert first.behind == ("h2d.A", "update.A'")
-    assert (second.seconds, second.behind[0]) == (0.25, "fwd.A")
-    assert (first.overhead, second.overhead) == (0.0, 0.25)
-    said = "could have run: 125.0 ms a step, 5.00%"
-    assert any(said in line for line in bench_trace.report(timeline, 2))
-
-
-def test_a_window_is_no_longer_than_the_trace() -> None:
-    timeline = traced()
-    assert bench_trace.window(timeline, 1) == (3.5, 5.0, 1)
-    assert bench_trace.window(timeline, 9) == (0.0, 5.0, 2)
-    nothing = GraphTimeline([], graph=timeline.graph)
-    assert bench_trace.report(nothing, 3) == ["trace: no whole step in it"]
-
-
-def test_copies_alone_and_together() -> None:
-    speeds = bench_trace.copy_speeds(traced(), 0.0, 5.0)
-    assert speeds == pytest.approx({"h2d": 10 * MIB, "d2h": 4 * MIB, "both": 14 * MIB})
-
-
-def test_overlapping_spans_are_covered_once() -> None:
-    spans = [Span("a", 0, Lane.CPU, *at) for at in ((0, 2), (1, 3), (5, 6))]
-    assert bench_trace.covered(spans, 0.5, 5.5) == [(0.5, 3), (5, 5.5)]
 
 
 # -- the command -----------------------------------------------------------------------------------

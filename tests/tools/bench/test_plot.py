@@ -12,7 +12,7 @@ from slideformer.graph.errors import ConfigError
 from slideformer.tools.bench.plot import bench_plot, curves, main, read_points
 from slideformer.tools.bench.rows import read_rows
 
-ROWS = Path(__file__).parents[2] / "docs" / "benchmark-rows.yaml"
+ROWS = Path(__file__).parents[3] / "docs" / "benchmark-rows.yaml"
 
 
 def row(batch: int, gpu: str, ours: float | None = 10.0, **summary: float) -> dict[str, Any]:
