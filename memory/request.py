@@ -29,8 +29,8 @@ class PlanRequest:
     ``workspace`` gives the bytes of GPU temporaries of (micro-batch rows, rows of a vocabulary
     chunk, tokens of a head tile). ``predict`` simulates so many steps, one behind another, on a
     machine under the policy that will run them. ``micro_rows``, ``vocab_chunks``, ``head_tile`` and
-    ``window`` fix what is otherwise chosen; ``packed``, ``optimizer`` and ``deferred`` are those
-    of the plan. ``resumed``: it is for a run that goes on, and keeps its batch. ``checkpoints``: there
+    ``window`` fix what is otherwise chosen; ``packed``, ``optimizer`` and ``deferred`` are those of
+    the plan. ``resumed``: it is for a run that goes on, and keeps its batch. ``checkpoints``: there
     will be some regularly, so what is left of the host may hold a snapshot.
     """
 
