@@ -43,7 +43,8 @@
 // Adding a hash below 2^20 rounds up in proportion to how near the next code is (Gupta et al., "Deep
 // Learning with Limited Numerical Precision", 2015). A scale is at most the largest finite number.
 //
-// Otherwise elements are independent, so neither threads nor chunks nor vector width can change a result.
+// Otherwise elements are independent, so neither threads nor chunks nor vector width can change a
+// result.
 // The arrays of a call must not overlap. No function allocates memory or throws.
 
 #include <cfenv>
@@ -190,6 +191,9 @@ struct State {
     }
 };
 
+// Where it is inlined, the compiler knows that a whole block has 128 elements: nearly twice as fast.
+#define SF_INLINE inline __attribute__((always_inline))
+
 constexpr uint32_t kFirst = 127, kSecond = 255;  // highest codes of the 8-bit moments
 constexpr uint32_t kMagnitude = 0x7FFFFFFFu;     // all bits of a float but its sign
 
@@ -201,7 +205,8 @@ inline uint32_t rounding_noise(int16_t lo, float gradient) {
 }
 
 template <uint32_t kTop>
-void decode(const uint8_t* __restrict codes, float scale, int64_t n, float* __restrict values) {
+SF_INLINE void decode(const uint8_t* __restrict codes, float scale, int64_t n,
+                      float* __restrict values) {
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t code = codes[i] & kTop, sign = codes[i] & (0xFFu ^ kTop);
         const uint32_t bits = code ? (code + (0x3F8u - kTop)) << 20 : 0u;
@@ -210,8 +215,8 @@ void decode(const uint8_t* __restrict codes, float scale, int64_t n, float* __re
 }
 
 template <uint32_t kTop>
-void encode(const float* __restrict values, const uint32_t* __restrict noise, int64_t n,
-            uint8_t* __restrict codes, float& scale) {
+SF_INLINE void encode(const float* __restrict values, const uint32_t* __restrict noise, int64_t n,
+                      uint8_t* __restrict codes, float& scale) {
     uint32_t most = 0;  // as integers: magnitudes sort alike, and any order gives the same
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t magnitude = bit_cast<uint32_t>(values[i]) & kMagnitude;
@@ -241,24 +246,34 @@ struct State8 {
     template <class Grad>
     void update(int64_t first, const Grad* grad, int64_t n, float step_size, float decay,
                 const Constants& constants) const {
+        for (int64_t begin = first / kShared * kShared; begin < first + n; begin += kShared) {
+            const int64_t from = first > begin ? first : begin;
+            const int64_t to = first + n < begin + kShared ? first + n : begin + kShared;
+            const Grad* block_grad = grad + (begin - first);
+            if (from == begin && to == begin + kShared)
+                update_block(begin, block_grad, kShared, 0, kShared, step_size, decay, constants);
+            else
+                update_block(begin, block_grad, numel - begin < kShared ? numel - begin : kShared,
+                             from - begin, to - begin, step_size, decay, constants);
+        }
+    }
+
+    // The block of `count` elements from `begin` on, of which [from, to) have a step.
+    template <class Grad>
+    SF_INLINE void update_block(int64_t begin, const Grad* grad, int64_t count, int64_t from,
+                                int64_t to, float step_size, float decay,
+                                const Constants& constants) const {
         float m_block[kShared], v_block[kShared];
         uint32_t noise[kShared];
-        for (int64_t begin = first / kShared * kShared; begin < first + n; begin += kShared) {
-            const int64_t count = numel - begin < kShared ? numel - begin : kShared;
-            const int64_t from = first > begin ? first : begin;
-            const int64_t to = first + n < begin + count ? first + n : begin + count;
-            const Grad* block_grad = grad + (begin - first);
-            float* scale = scales + begin / kShared * 2;
-            for (int64_t i = 0; i < count; ++i)
-                noise[i] = rounding_noise(lo[begin + i], to_float(block_grad[i]));
-            decode<kFirst>(m + begin, scale[0], count, m_block);
-            decode<kSecond>(v + begin, scale[1], count, v_block);
-            update_elements(hi + from, lo + from, m_block + (from - begin),
-                            v_block + (from - begin), grad + (from - first), to - from, step_size,
-                            decay, constants);
-            encode<kFirst>(m_block, noise, count, m + begin, scale[0]);
-            encode<kSecond>(v_block, noise, count, v + begin, scale[1]);
-        }
+        float* scale = scales + begin / kShared * 2;
+        for (int64_t i = 0; i < count; ++i)
+            noise[i] = rounding_noise(lo[begin + i], to_float(grad[i]));
+        decode<kFirst>(m + begin, scale[0], count, m_block);
+        decode<kSecond>(v + begin, scale[1], count, v_block);
+        update_elements(hi + begin + from, lo + begin + from, m_block + from, v_block + from,
+                        grad + from, to - from, step_size, decay, constants);
+        encode<kFirst>(m_block, noise, count, m + begin, scale[0]);
+        encode<kSecond>(v_block, noise, count, v + begin, scale[1]);
     }
 };
 
