@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from slideformer.config import EngineConfig as EngineConfig
     from slideformer.config import load_config as load_config
     from slideformer.config import save_config as save_config
-    from slideformer.config_values import format_size as format_size
-    from slideformer.config_values import parse_size as parse_size
     from slideformer.engine import Engine as Engine
     from slideformer.graph.buffers import Role as Role
     from slideformer.graph.buffers import Tier as Tier
@@ -39,6 +37,8 @@ if TYPE_CHECKING:
     from slideformer.models.data.byte_tokenizer import save_byte_tokenizer as save_byte_tokenizer
     from slideformer.running import run as run
     from slideformer.runtime.policies import Policy as Policy
+    from slideformer.settings.values import format_size as format_size
+    from slideformer.settings.values import parse_size as parse_size
     from slideformer.simulation import GraphTimeline as GraphTimeline
     from slideformer.simulation import simulate as simulate
     from slideformer.traces import write_trace as write_trace
@@ -65,11 +65,11 @@ _EXPORTS = {
     "TaskKind": "slideformer.graph.tasks",
     "Tier": "slideformer.graph.buffers",
     "Trainer": "slideformer.trainer",
-    "format_size": "slideformer.config_values",
+    "format_size": "slideformer.settings.values",
     "from_json": "slideformer.graph.serialise",
     "load_config": "slideformer.config",
     "load_machine": "slideformer.graph.machines",
-    "parse_size": "slideformer.config_values",
+    "parse_size": "slideformer.settings.values",
     "run": "slideformer.running",
     "save_byte_tokenizer": "slideformer.models.data.byte_tokenizer",
     "save_config": "slideformer.config",

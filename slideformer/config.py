@@ -22,8 +22,9 @@ from pydantic import (
     model_validator,
 )
 
-from slideformer.config_problems import describe, flag_name
-from slideformer.config_values import (
+from slideformer.graph.errors import ConfigError
+from slideformer.settings.problems import describe, flag_name
+from slideformer.settings.values import (
     MOST_ROWS,
     Budget,
     Count,
@@ -34,11 +35,10 @@ from slideformer.config_values import (
     Number,
     Sources,
 )
-from slideformer.config_values import format_size as format_size
-from slideformer.config_values import parse_size as parse_size
-from slideformer.graph.errors import ConfigError
+from slideformer.settings.values import format_size as format_size
+from slideformer.settings.values import parse_size as parse_size
+from slideformer.settings.yaml_text import parse_yaml
 from slideformer.whole_files import write_whole
-from slideformer.yaml_text import parse_yaml
 
 
 class EngineConfig(BaseModel):

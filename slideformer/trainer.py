@@ -27,7 +27,6 @@ from slideformer.graph.errors import ConfigError, SlideFormerError
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan
 from slideformer.handles import StepHandle
-from slideformer.interrupt import Interrupt
 from slideformer.models.aside import check_output
 from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.corpus import check_source
@@ -36,14 +35,11 @@ from slideformer.models.families import read_model_config
 from slideformer.models.tokenizers import load_tokenizer
 from slideformer.models.weights import check_weights
 from slideformer.planning import spec_for
-from slideformer.resuming import (
-    check_resumed_output,
-    checkpoint_files,
-    resumed_config,
-    warn_of_numerics,
-)
-from slideformer.run_checkpoints import RunCheckpoints, find_checkpoint
-from slideformer.run_reports import (
+from slideformer.schedule import Schedule, learning_rates
+from slideformer.traces import make_folder, write_trace
+from slideformer.training.checkpoints import RunCheckpoints, find_checkpoint
+from slideformer.training.interrupt import Interrupt
+from slideformer.training.reports import (
     METRICS_FILE,
     Progress,
     RunStart,
@@ -52,10 +48,14 @@ from slideformer.run_reports import (
     output_records,
     read_metrics,
 )
-from slideformer.schedule import Schedule, learning_rates
-from slideformer.traces import make_folder, write_trace
-from slideformer.trackers import with_trackers
-from slideformer.validating import Validation
+from slideformer.training.resuming import (
+    check_resumed_output,
+    checkpoint_files,
+    resumed_config,
+    warn_of_numerics,
+)
+from slideformer.training.trackers import with_trackers
+from slideformer.training.validating import Validation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast

@@ -1,7 +1,7 @@
 """The import table: which folder may import which, checked on the syntax trees and in a process.
 
 ``ALLOWED`` is the table that CONTRIBUTING.md explains. ``slideformer`` stands for the modules of
-that folder itself, and of ``measuring/`` in it.
+that folder itself, and of those in it that are no links.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ TORCH_FREE = [
 def modules() -> dict[str, Path]:
     """All our modules by path from the root, ``graph/model.py`` and so on."""
     package = ROOT / "slideformer"  # its links lead to the other folders
-    found = sorted([*package.glob("*.py"), *package.joinpath("measuring").rglob("*.py")])
+    own = [path for path in package.iterdir() if path.is_dir() and not path.is_symlink()]
+    found = sorted([*package.glob("*.py"), *(path for each in own for path in each.rglob("*.py"))])
     for folder in LINKED:
         found += sorted(ROOT.joinpath(folder).rglob("*.py"))
     return {path.relative_to(ROOT).as_posix(): path for path in found}

@@ -125,7 +125,7 @@ def export(
     ),
 ) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder; needs no GPU."""
-    from slideformer.run_checkpoints import find_checkpoint
+    from slideformer.training.checkpoints import find_checkpoint
 
     found = find_checkpoint(checkpoint)
     print(f"saved {found.export(output)}: the weights of step {found.info.step}")

@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from slideformer.config_values import format_size, parse_size
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.plan import MemoryPlan
+from slideformer.settings.values import format_size, parse_size
 from slideformer.tools import step_flags as flags
 from slideformer.tools.console import plain_console
 from slideformer.tools.graph_cli import stdout_console

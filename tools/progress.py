@@ -28,11 +28,11 @@ from slideformer.config import format_size
 from slideformer.graph.buffers import Tier
 from slideformer.graph.products import model_flops
 from slideformer.profiles import cached_machine
-from slideformer.run_reports import RunStart, StepMetrics
 from slideformer.this_machine import budgets_for, device_for
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
 from slideformer.tools.smoothing import Smoothed
+from slideformer.training.reports import RunStart, StepMetrics
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ _HOST_SHARE = 0.01
 
 
 class ConsoleProgress:
-    """Prints progress to a console; a `slideformer.run_reports.Progress`."""
+    """Prints progress to a console; a `slideformer.training.reports.Progress`."""
 
     def __init__(self, console: Console) -> None:
         self._console = console

@@ -13,7 +13,7 @@ from pydantic import BeforeValidator
 from pydantic.fields import FieldInfo
 
 from slideformer.config import Config
-from slideformer.config_problems import flag_name
+from slideformer.settings.problems import flag_name
 
 Command = TypeVar("Command", bound=Callable[..., None])
 

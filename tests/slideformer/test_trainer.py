@@ -33,15 +33,15 @@ from slideformer.kernels.adamw import kernel_build
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.tokenizers import load_tokenizer
-from slideformer.run_reports import (
+from slideformer.tools.progress import ConsoleProgress
+from slideformer.trainer import Trainer
+from slideformer.training.reports import (
     CONFIG_FILE,
     METRICS_FILE,
     NUMERICS_FILE,
     RunStart,
     StepMetrics,
 )
-from slideformer.tools.progress import ConsoleProgress
-from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 from tests.support.spoiling import spoil
 

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from slideformer.config import Config, load_config
-from slideformer.config_problems import flag_name
 from slideformer.graph.machines import load_machine
-from slideformer.run_reports import CONFIG_FILE
+from slideformer.settings.problems import flag_name
 from slideformer.tools.cli import app
 from slideformer.tools.progress import ConsoleProgress
 from slideformer.tools.setting_flags import FLAGS
 from slideformer.trainer import Trainer
+from slideformer.training.reports import CONFIG_FILE
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 
 

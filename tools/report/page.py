@@ -14,8 +14,8 @@ from string import Template
 from typing import Any
 
 from slideformer.config import Config, format_size
-from slideformer.config_values import is_size
 from slideformer.graph.machines import Machine
+from slideformer.settings.values import is_size
 from slideformer.simulation import simulate
 from slideformer.tools.report.run_folder import RunFolder
 from slideformer.tools.smoothing import Smoothed

@@ -10,11 +10,11 @@ from typing import Any
 
 from slideformer.config import Config, load_config
 from slideformer.graph.errors import DataError, SlideFormerError
-from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, PLAN_FILE
 from slideformer.simulation import GraphTimeline
 from slideformer.tools.graph_cli import read_graph
 from slideformer.tools.view_cli import read_trace
 from slideformer.traces import GRAPH_FILE, TRACE_FILE
+from slideformer.training.reports import CONFIG_FILE, METRICS_FILE, PLAN_FILE
 
 logger = logging.getLogger(__name__)
 

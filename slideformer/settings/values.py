@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.sources import Source, parse_sources
 from slideformer.models.paths import path_problem
-from slideformer.sections import LoraSettings, ParameterGroup, read_groups, read_lora
+from slideformer.settings.sections import LoraSettings, ParameterGroup, read_groups, read_lora
 
 _UNITS = {
     "": 1,

@@ -15,7 +15,7 @@ from typing import Any
 
 from slideformer.config import Config
 from slideformer.graph.errors import ConfigError
-from slideformer.run_reports import Progress, RunStart, StepMetrics
+from slideformer.training.reports import Progress, RunStart, StepMetrics
 
 
 def with_trackers(config: Config, progress: Progress | None) -> Progress:

@@ -17,10 +17,10 @@ from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.tokenizers import load_tokenizer
-from slideformer.run_checkpoints import checkpoints_folder, find_checkpoint
-from slideformer.run_reports import METRICS_FILE, RunStart, StepMetrics
 from slideformer.trainer import Trainer
-from slideformer.validating import Validation
+from slideformer.training.checkpoints import checkpoints_folder, find_checkpoint
+from slideformer.training.reports import METRICS_FILE, RunStart, StepMetrics
+from slideformer.training.validating import Validation
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_lines, write_text
 
 TEXT = "Pack my box with five dozen jugs."

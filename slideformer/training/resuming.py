@@ -12,7 +12,7 @@ from slideformer.checkpointing import Checkpoint
 from slideformer.config import CHANGEABLE, Config, config_text, given_flags, parse_config
 from slideformer.graph.errors import CheckpointError, ConfigError
 from slideformer.models.data.sources import Source
-from slideformer.run_reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
+from slideformer.training.reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
 
 logger = logging.getLogger(__name__)
 

@@ -12,9 +12,9 @@ import pytest
 
 from slideformer.config import Config
 from slideformer.graph.errors import ConfigError
-from slideformer.run_reports import RunStart, StepMetrics
-from slideformer.trackers import scalars, with_trackers
 from slideformer.trainer import Trainer
+from slideformer.training.reports import RunStart, StepMetrics
+from slideformer.training.trackers import scalars, with_trackers
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_text
 from tests.support.specs import small_plan, small_spec
 

@@ -12,7 +12,7 @@ from slideformer.graph.errors import DataError
 from slideformer.handles import StepHandle
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
-from slideformer.run_reports import StepMetrics
+from slideformer.training.reports import StepMetrics
 
 _HIGHEST = 700.0
 """Loss above which its exponential is beyond the floating-point numbers."""

@@ -35,8 +35,11 @@ from slideformer.graph.errors import (
 from slideformer.graph.plan import MemoryPlan
 from slideformer.models import aside
 from slideformer.models.data.sources import Source
-from slideformer.run_checkpoints import checkpoints_folder, find_checkpoint
-from slideformer.run_reports import (
+from slideformer.runtime import nvme
+from slideformer.traces import GRAPH_FILE, TRACE_FILE
+from slideformer.trainer import Trainer
+from slideformer.training.checkpoints import checkpoints_folder, find_checkpoint
+from slideformer.training.reports import (
     CONFIG_FILE,
     METRICS_FILE,
     NUMERICS_FILE,
@@ -44,9 +47,6 @@ from slideformer.run_reports import (
     RunStart,
     StepMetrics,
 )
-from slideformer.runtime import nvme
-from slideformer.traces import GRAPH_FILE, TRACE_FILE
-from slideformer.trainer import Trainer
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_text
 
 STEPS = 9
