@@ -111,11 +111,15 @@ class GraphBuilder:
 
     def build(self) -> TaskGraph:
         """The finished graph; raises `GraphError` naming every broken rule."""
-        graph = TaskGraph(
-            self._name, tuple(self._tasks.values()), dict(self._buffers), dict(self._slots)
-        )
+        graph = self.unchecked()
         verify(graph)
         return graph
+
+    def unchecked(self) -> TaskGraph:
+        """The same graph for who will not run it: no rule is checked."""
+        return TaskGraph(
+            self._name, tuple(self._tasks.values()), dict(self._buffers), dict(self._slots)
+        )
 
     @staticmethod
     def _new(known: Mapping[str, _Item], item: _Item) -> _Item:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-from slideformer.graph.buffers import Buffer, Slot
+from slideformer.graph.buffers import Buffer, Slot, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.hazards import HazardMap, read_segment, write_segment
 from slideformer.graph.tasks import Task
@@ -63,6 +63,12 @@ class TaskGraph:
     def index(self) -> Mapping[str, int]:
         """Task name → position in `tasks`."""
         return {task.name: position for position, task in enumerate(self.tasks)}
+
+    @cached_property
+    def places(self) -> Mapping[str, tuple[Tier, int]]:
+        """Tier and bytes of every slot, and of every buffer without one."""
+        own = {b.name: (b.tier, b.nbytes) for b in self.buffers.values() if not b.slot}
+        return own | {slot.name: (slot.tier, slot.nbytes) for slot in self.slots.values()}
 
     @cached_property
     def edges(self) -> Edges:

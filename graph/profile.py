@@ -58,7 +58,9 @@ class MachineProfile:
         cost = task.cost
         if cost.seconds is not None:
             return cost.seconds
-        work = self.products.seconds(cost.products) + cost.flops / self.flops
+        work = cost.flops / self.flops
+        if cost.products:
+            work += self.products.seconds(cost.products)
         work += cost.nbytes / self._byte_rates[task.kind] + cost.params / self.update
         return self.launch + work + (self.handover if task.lane in HOST_LANES else 0.0)
 

@@ -32,6 +32,11 @@ def compile_step(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
     return _write_step(spec, plan).build()
 
 
+def draft_step(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
+    """The same graph unchecked, for plans that are compared: of those, one is compiled and run."""
+    return _write_step(spec, plan).unchecked()
+
+
 def park_gradients(graph: TaskGraph, slots: Sequence[int]) -> TaskGraph:
     """The graph of a step with its parked gradients, in program order, in the slots numbered so.
 
@@ -62,14 +67,16 @@ def compile_checkpoint(spec: ModelSpec, plan: MemoryPlan) -> TaskGraph:
     return write_checkpoint(spec, plan).build()
 
 
-def footprint(spec: ModelSpec, plan: MemoryPlan) -> dict[str, tuple[Tier, int]]:
+def footprint(
+    spec: ModelSpec, plan: MemoryPlan, step: TaskGraph | None = None
+) -> dict[str, tuple[Tier, int]]:
     """Tier and bytes of every place that these graphs use, without building them.
 
-    Without a snapshot, a checkpoint has no places of its own.
+    ``step`` is that of a step, if there is one already. Without a snapshot, a checkpoint has no
+    places of its own.
     """
-    found: dict[str, tuple[Tier, int]] = {}
-    writers = [_write_step, _write_evaluation, write_save]
-    writers += [write_checkpoint] if plan.snapshot else []
+    found = dict(_write_step(spec, plan).places() if step is None else step.places)
+    writers = [_write_evaluation, write_save, *([write_checkpoint] if plan.snapshot else [])]
     for write in writers:
         for name, (tier, nbytes) in write(spec, plan).places().items():
             found[name] = (tier, max(nbytes, found.get(name, (tier, 0))[1]))

@@ -66,11 +66,19 @@ class StepMemory:
 
     def build(self) -> TaskGraph:
         """Declare all slots and finish the graph."""
+        self._declare_slots()
+        return self._builder.build()
+
+    def unchecked(self) -> TaskGraph:
+        """The same graph for who will not run it: no rule is checked."""
+        self._declare_slots()
+        return self._builder.unchecked()
+
+    def _declare_slots(self) -> None:
         places = self.places()
         for name in places:
             if name in self._slots:
                 self._builder.slot(name, *places[name])
-        return self._builder.build()
 
     def places(self) -> dict[str, tuple[Tier, int]]:
         """Tier and bytes of every slot, and of every buffer without one, used so far."""

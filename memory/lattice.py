@@ -61,6 +61,10 @@ class Counts(NamedTuple):
         """The points that an index or a mask selects."""
         return Counts(*(axis[where] for axis in self))
 
+    def of_residents(self, which: NDArray[np.bool_]) -> Counts:
+        """Of all points, those whose number of resident units ``which`` selects."""
+        return Counts(*(axis.reshape(len(which), -1)[which].ravel() for axis in self))
+
 
 def bases(request: PlanRequest) -> Iterator[MemoryPlan]:
     """Every base, as the plan with all counts zero.
@@ -102,7 +106,10 @@ def bases(request: PlanRequest) -> Iterator[MemoryPlan]:
 
 
 def points(spec: ModelSpec, compute: Compute) -> Counts:
-    """Every point of the axes that are searched in full; the others are zero."""
+    """Every point of the axes that are searched in full; the others are zero.
+
+    As many follow one another for each number of resident units.
+    """
     layers = len(spec.layers)
     # FP32 weights would have to be joined anew all the time.
     resident = layers + 2 if compute is Compute.BF16 else 1

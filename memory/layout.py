@@ -35,9 +35,7 @@ def places(graphs: Iterable[TaskGraph]) -> dict[str, tuple[Tier, int]]:
     """
     found: dict[str, tuple[Tier, int]] = {}
     for graph in graphs:
-        own = {b.name: (b.tier, b.nbytes) for b in graph.buffers.values() if not b.slot}
-        own |= {slot.name: (slot.tier, slot.nbytes) for slot in graph.slots.values()}
-        for name, (tier, nbytes) in own.items():
+        for name, (tier, nbytes) in graph.places.items():
             known, size = found.get(name, (tier, 0))
             if known is not tier:
                 raise GraphError(f"{name} is in {known} in one graph and in {tier} in {graph.name}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from slideformer.graph.buffers import Tier
+from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Compute, MemoryPlan, kept_nbytes
 from slideformer.graph.step import footprint
 from slideformer.graph.step_activations import SPILL_SLOTS
@@ -26,13 +27,16 @@ SPARE_WHEN_SPILLING = 6
 MIN_GRADIENT_SLOTS = 2
 
 
-def peaks(request: PlanRequest, plan: MemoryPlan) -> dict[Tier, int]:
-    """Predicted peak bytes per tier, the interpreter's, the context's and workspace included."""
+def peaks(request: PlanRequest, plan: MemoryPlan, step: TaskGraph | None = None) -> dict[Tier, int]:
+    """Predicted peak bytes per tier, the interpreter's, the context's and workspace included.
+
+    ``step`` is the graph of the plan's step, if there is one already.
+    """
     sizes = {
         Tier.GPU: 0,
         Tier.PINNED: 0,
         Tier.CPU: 0,
-        **lay_out(footprint(request.spec, plan)).sizes,
+        **lay_out(footprint(request.spec, plan, step)).sizes,
     }
     sizes[Tier.GPU] += plan.workspace + request.profile.gpu_overhead
     sizes[Tier.CPU] += request.profile.host_overhead

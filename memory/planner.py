@@ -20,6 +20,7 @@ from slideformer.graph.step import (
     compile_evaluation,
     compile_save,
     compile_step,
+    draft_step,
     park_gradients,
 )
 from slideformer.memory.lattice import WINDOWS
@@ -34,7 +35,7 @@ STEPS = 3
 CONTENDERS = 16
 """At most so many plans are simulated before one is chosen."""
 
-SIMULATED_TASKS = 12_000
+SIMULATED_TASKS = 10_000
 """And no more than have as many tasks, so that planning takes no longer for a small model."""
 
 CAUTION = 0.9
@@ -56,7 +57,8 @@ def make_plan(request: PlanRequest, lattice: Lattice | None = None) -> MemoryPla
             raise _refusal(request, lattice)
         draft = _choose(request, lattice, found)
         step = request.predict(draft.graph, request.profile, STEPS)
-        plan = replace(draft.plan, peaks=peaks(request, draft.plan), step_seconds=step.seconds)
+        sizes = peaks(request, draft.plan, draft.graph)
+        plan = replace(draft.plan, peaks=sizes, step_seconds=step.seconds)
         return _with_snapshot(request, plan) if request.checkpoints else plan
 
 
@@ -119,7 +121,7 @@ def _draft(request: PlanRequest, found: Solution) -> _Draft:
 
     Each chunk takes, in program order, the slot that a simulated step frees first.
     """
-    plan, graph = found.plan, compile_step(request.spec, found.plan)
+    plan, graph = found.plan, draft_step(request.spec, found.plan)
     if found.gradients == 0:
         return _Draft(plan, park_gradients(graph, ()))
     count = min(found.gradients, MIN_GRADIENT_SLOTS + found.spare_host // found.gradient)

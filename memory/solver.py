@@ -191,8 +191,11 @@ class Lattice:
         if budgets.gpu is None:
             return self._few, needs.host(self._few) + needs.gpu(self._few)
         layers = len(self._spec.layers)
-        all_offloaded = self._all._replace(offloaded=np.full_like(self._all.resident, layers))
-        point = self._all.at(needs.gpu(all_offloaded) <= budgets.gpu)  # mostly few are left
+        # With nothing kept and all offloaded, the resident units alone rule most points out.
+        units = np.arange(int(self._all.resident[-1]) + 1)
+        none = np.zeros_like(units)
+        least = needs.gpu(Counts(units, none, none, none + layers, none))
+        point = self._all.of_residents(least <= budgets.gpu)
         point = point._replace(offloaded=needs.fewest_offloaded(point, budgets.gpu))
         point = point.at(point.offloaded <= layers)
         return point, needs.host(point)

@@ -22,6 +22,7 @@ from slideformer.graph.step import (
     compile_evaluation,
     compile_save,
     compile_step,
+    draft_step,
     footprint,
 )
 from slideformer.graph.tasks import Task, TaskKind
@@ -376,7 +377,9 @@ def test_with_a_snapshot_no_update_waits_for_the_disk(case: Case) -> None:
 @some
 @given(cases())
 def test_the_footprint_is_that_of_the_graphs(case: Case) -> None:
-    assert footprint(*case) == places(graphs_of(*case))
+    graphs = graphs_of(*case)
+    assert footprint(*case) == footprint(*case, graphs[0]) == places(graphs)
+    assert draft_step(*case) == graphs[0]
 
 
 @some
