@@ -1,10 +1,9 @@
 """What an optimizer keeps of a unit: which arrays, of which types, and how many bytes they take.
 
 The master is split into ``hi`` and ``lo``, and the moments are ``m`` and ``v``: FP32, or codes of 8
-bits with ``scales``, two to a block of `BLOCK` elements. The matrices of the vocabulary may have
-FP32 moments even so: the embedding's rows have their gradients at different times, and are rarely
-met, which is why the authors of 8-bit optimizers leave it out; and a block must not lie on two rows
-of an output matrix, at which chunks end. Arithmetic is in ``kernels/``.
+bits with ``scales``, two to a block of `BLOCK` elements. Even then the embedding has FP32 moments,
+as the authors of 8-bit optimizers advise, and its rows are updated one by one; and so has an output
+matrix whose rows are no whole blocks, since chunks end at rows. Arithmetic is in ``kernels/``.
 """
 
 from __future__ import annotations

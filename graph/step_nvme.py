@@ -11,7 +11,7 @@ there let the disk run ahead of the GPU and behind it without holding the GPU's 
 Boundaries, which are few bytes, go straight where there is GPUDirect Storage; elsewhere that would
 only hide from the graph a copy that host memory sees all the same.
 
-    moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: both moments, halves of the master
+    moments.U.c, lo.U.c, hi.U.c   nvme   an extent per chunk: moments, halves of the master
     away.x.U.m                    nvme   an extent per boundary of a micro-batch
     staged.k              pinned  a chunk's state, to be updated; all slots are used in turn
     wh.k                  pinned  a chunk's upper halves on their way up

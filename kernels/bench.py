@@ -22,8 +22,10 @@ from torch import Tensor
 
 from slideformer.kernels import reference
 from slideformer.kernels.adamw import AdamW, Segment
+from slideformer.kernels.adamw8_gpu import adamw8_update_gpu
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu
 from slideformer.kernels.cross_entropy import PLAIN, lse_accumulate, lse_init, softmax_grad_
+from slideformer.kernels.quantise import block_count
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
 from slideformer.kernels.rope import rope_
 from slideformer.kernels.swiglu import swiglu, swiglu_backward
@@ -231,7 +233,7 @@ def cross_entropy_cases(tokens: int) -> Iterator[Case]:
 
 
 def adamw_cases(n: int, hidden: int) -> Iterator[Case]:
-    """Dense, and idle rows of an embedding. Eager is the fused AdamW on FP32, 28 bytes each."""
+    """Dense, with 8-bit moments too, and idle rows. Eager is the fused AdamW on FP32, 28 bytes."""
     rates = {"lr": 1e-3, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
     hyper = AdamW(**rates, step=100)
     w, m, grad = torch.randn(3, n, device="cuda")
@@ -242,6 +244,10 @@ def adamw_cases(n: int, hidden: int) -> Iterator[Case]:
     whole = [Segment(0, n, hyper.lr, hyper.weight_decay)]
     dense = partial(adamw_update_gpu, *state, normal(n), norm, whole, hyper)
     yield Case("adamw_update_gpu", f"{n}", 26 * n, dense, fused, lists)
+    codes = torch.randint(0, 256, (2, n), device="cuda", dtype=torch.uint8)
+    eight = (*state[:2], codes[0], codes[1], torch.full((2 * block_count(n),), 1e-3, device="cuda"))
+    dense = partial(adamw8_update_gpu, *eight, normal(n), norm, whole, hyper)
+    yield Case("adamw8_update_gpu", f"{n}", 14 * n, dense, fused, lists)
     index = torch.arange(n // hidden + 1, device="cuda")
     table = (index[-1:], index[:-1], index * 0, index[:0], normal(0, hidden))
     squares = m.new_empty(n // hidden)

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 
 from slideformer.kernels.adamw import AdamW, Segment, adamw_update, kernel_build, stream_rmw
+from slideformer.kernels.adamw8 import adamw8_update
+from slideformer.kernels.quantise import block_count
 from slideformer.memory.arena import HostArena
 
 UPDATE_BYTES = 26
@@ -101,6 +103,7 @@ def update_rates(
     The contenders share one allocation of huge pages and ``threads`` threads:
 
     - ``adamw``: ours, BF16 gradient in, BF16 weight out (the high half), 26 bytes a parameter;
+    - ``adamw8``: the same with moments of 8 bits, 14 bytes a parameter;
     - ``stream``: a read-modify-write loop over three FP32 arrays, 24 bytes an element;
     - ``torch``: ``torch._fused_adamw_`` on FP32 weights and gradients;
     - ``torch_casts``: the same with the casts from the BF16 gradient and to the BF16 weight;
@@ -151,6 +154,7 @@ def _contenders(
     """The contenders by name, and why DeepSpeed is not among them, if it is not."""
     found: dict[str, Callable[[], None]] = {
         "adamw": lambda: state.adamw(threads),
+        "adamw8": lambda: state.adamw8(threads),
         "stream": lambda: stream_rmw(*state.thirds, threads),
         "torch": state.torch,
         "torch_casts": state.torch_casts,
@@ -198,6 +202,13 @@ class UpdateState:
         """Ours."""
         hyper, segments = hyper_parameters(self.numel)
         adamw_update(self.hi, self.lo, self.m, self.v, self.g16, segments, hyper, threads)
+
+    def adamw8(self, threads: int) -> None:
+        """Ours with 8-bit moments; codes lie where others have the first one, scales the second."""
+        hyper, segments = hyper_parameters(self.numel)
+        m, v, *_ = self.m.view(torch.uint8).split(self.numel)
+        scales = self.v[: 2 * block_count(self.numel)]
+        adamw8_update(self.hi, self.lo, m, v, scales, self.g16, segments, hyper, threads)
 
     def torch(self) -> None:
         """PyTorch's fused AdamW on FP32."""

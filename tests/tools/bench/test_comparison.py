@@ -147,7 +147,12 @@ def test_a_whole_row_with_floors_and_trace(in_process: None, tmp_path: Path) -> 
     assert result["host_peak"] > 50 << 20
     floors = result["floors"]["floors"]
     assert floors["compute"] == result["floors"]["compute"]["step_seconds"] > 0
-    assert set(result["floors"]["updates"]["seconds"]) >= {"adamw", "stream", "torch_casts"}
+    assert set(result["floors"]["updates"]["seconds"]) >= {
+        "adamw",
+        "adamw8",
+        "stream",
+        "torch_casts",
+    }
     assert any("highest floor" in line for line in floors_report(result["floors"], 1.0))
     graph = from_json((tmp_path / "step.json").read_bytes())
     measured = read_trace(tmp_path / "trace.json", graph)
