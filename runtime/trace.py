@@ -56,7 +56,8 @@ class Timeline:
         """Seconds of a step while steps follow each other; of a single instance, its makespan.
 
         From the end of one instance to the end of the next, but at least what any lane works per
-        instance: where one never idles, tasks of the last instance find it less crowded.
+        instance. Of three or more, the last does not count: no step follows whose tasks share the
+        lanes with it.
         """
         ends: dict[int, float] = {}
         lanes: dict[Lane, list[Span]] = {}
@@ -66,7 +67,9 @@ class Timeline:
             lanes.setdefault(span.lane, []).append(span)
         if len(ends) < 2:
             return self.makespan
-        between = (ends[max(ends)] - ends[min(ends)]) / (len(ends) - 1)
+        first, *others = [ends[number] for number in sorted(ends)]
+        counted = others[:-1] or others
+        between = (counted[-1] - first) / len(counted)
         return max(between, *(_busy(spans) / len(ends) for spans in lanes.values()))
 
     def of_lane(self, lane: Lane) -> list[Span]:

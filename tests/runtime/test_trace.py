@@ -46,6 +46,12 @@ def test_seconds_of_a_step() -> None:
     assert full.step_seconds == 1.5
 
 
+def test_the_last_step_is_not_as_those_that_others_follow() -> None:
+    stops = (2.0, 5.0, 8.0, 9.0)
+    steps = Timeline([Span("a.x", i, Lane.CPU, stop - 1, stop) for i, stop in enumerate(stops)])
+    assert steps.step_seconds == 3.0
+
+
 def test_an_empty_timeline() -> None:
     timeline = Timeline()
     assert (timeline.makespan, timeline.busy(Lane.CPU)) == (0.0, 0.0)
