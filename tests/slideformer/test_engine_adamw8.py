@@ -24,6 +24,7 @@ from tests.support.engines import (
     ROWS,
     Weights,
     backward,
+    check_same_bits,
     config_for,
     different,
     engine_with,
@@ -141,12 +142,8 @@ def test_where_things_lie_changes_no_bit(tied: bool, tmp_path: Path) -> None:
     outcomes = []
     for i, plan in enumerate(plans):
         changes = {"threads": i % 3 + 1, "nvme": (tmp_path,) if "nvme_moments" in plan else ()}
-        with engine_with(config.model_copy(update=changes), **plan) as engine:
-            losses = [h.loss() for h in [engine.step(batch) for batch in BATCHES]]
-            outcomes.append((losses, state_of(engine)))
-    for losses, state in outcomes[1:]:
-        assert losses == outcomes[0][0]
-        assert different(state, outcomes[0][1]) == []
+        outcomes.append(train(config.model_copy(update=changes), BATCHES, **plan))
+    check_same_bits(*outcomes)
 
 
 def test_parts_that_are_frozen_or_have_rates_of_their_own(tmp_path: Path) -> None:

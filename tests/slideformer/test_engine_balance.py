@@ -65,9 +65,9 @@ def test_training_equals_transformers_with_router_logits(
 ) -> None:
     folder = write_model(tmp_path / "model", variant, **settings, **BALANCED)
     expected, weights = reference(folder, BATCHES)
-    losses, _, ours = train(config_for(folder, lr=LR), BATCHES, **plan)
-    assert losses == pytest.approx(expected, rel=1e-5)
-    assert too_far(ours, weights) == []
+    found = train(config_for(folder, lr=LR), BATCHES, **plan)
+    assert found.losses == pytest.approx(expected, rel=1e-5)
+    assert too_far(found.weights, weights) == []
 
 
 def test_accumulated_batches_are_balanced_together(tmp_path: Path) -> None:
@@ -87,9 +87,9 @@ def test_without_router_logits_there_is_no_such_loss(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "balanced", "mixtral", **BALANCED)
     expected, weights = reference(folder, BATCHES)
     plain = write_model(tmp_path / "plain", "mixtral", router_aux_loss_coef=0.5)
-    losses, _, ours = train(config_for(plain, lr=LR), BATCHES)
-    assert losses != pytest.approx(expected, rel=1e-2)
-    assert len(too_far(ours, weights)) > len(weights) // 2
+    found = train(config_for(plain, lr=LR), BATCHES)
+    assert found.losses != pytest.approx(expected, rel=1e-2)
+    assert len(too_far(found.weights, weights)) > len(weights) // 2
 
 
 def test_an_evaluation_is_the_loss_of_language_alone(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from slideformer.graph.errors import ConfigError
 from tests.support.engines import (
     check_equal,
     check_moved,
+    check_same_bits,
     config_for,
     different,
     engine_with,
@@ -110,13 +111,8 @@ def test_where_units_are_updated_changes_no_bit(tied: bool, tmp_path: Path) -> N
     outcomes = []
     for plan in plans:
         threads = plan.pop("threads", 1)
-        changed = config.model_copy(update={"threads": threads})
-        with engine_with(changed, **plan) as engine:
-            for batch in BATCHES:
-                engine.step(batch)
-            outcomes.append(state_of(engine))
-    for outcome in outcomes[1:]:
-        assert different(outcome, outcomes[0]) == []
+        outcomes.append(train(config.model_copy(update={"threads": threads}), BATCHES, **plan))
+    check_same_bits(*outcomes)
 
 
 def test_a_learning_rate_of_a_group_follows_the_step_in_proportion(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from slideformer.checkpointing import Checkpoint
@@ -19,12 +18,13 @@ from tests.support.engines import (
     ROWS,
     Weights,
     backward,
+    check_same_bits,
     config_for,
     different,
     engine_with,
     make_batch,
     state_of,
-    weights_of,
+    train,
     write_model,
 )
 
@@ -59,24 +59,17 @@ def share_off(ours: Weights, reference: Weights) -> float:
     return off / sum(w.numel() for w in reference.values())
 
 
-def train(config: Any, **plan: Any) -> tuple[list[float], dict[str, Tensor], Weights]:
-    """Losses, all state, and weights of an engine."""
-    with engine_with(config, **plan) as engine:
-        losses = [h.loss() for h in [engine.step(batch) for batch in BATCHES]]
-        return losses, state_of(engine), weights_of(engine)
-
-
 @pytest.mark.parametrize("tied", [False, True])
 def test_training_equals_plain_pytorch(tied: bool, tmp_path: Path) -> None:
     """A direction may flip where it is as good as zero: there rounding decides it."""
     folder = write_model(tmp_path / "model", tied=tied)
     losses, reference = train_reference(folder)
     config = config_for(folder, lr=LR, weight_decay=DECAY, optimizer="lion")
-    ours, _, weights = train(config, chunk_numel=3000)
-    assert ours == pytest.approx(losses, rel=1e-5)
-    assert share_off(weights, reference) < 1e-4
-    _, _, other = train(config.model_copy(update={"beta2": 0.9}))
-    assert share_off(other, reference) > 1e-2, "so the comparison can fail"
+    found = train(config, BATCHES, chunk_numel=3000)
+    assert found.losses == pytest.approx(losses, rel=1e-5)
+    assert share_off(found.weights, reference) < 1e-4
+    other = train(config.model_copy(update={"beta2": 0.9}), BATCHES)
+    assert share_off(other.weights, reference) > 1e-2, "so the comparison can fail"
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -91,12 +84,10 @@ def test_where_things_lie_changes_no_bit(tied: bool, tmp_path: Path) -> None:
         {"nvme_moments": 3, "nvme_lo": 2, "nvme_hi": 1, "chunk_numel": 3000},
     ]
     outcomes = [
-        train(config.model_copy(update={"threads": i % 3 + 1, "nvme": (tmp_path,)}), **p)[:2]
+        train(config.model_copy(update={"threads": i % 3 + 1, "nvme": (tmp_path,)}), BATCHES, **p)
         for i, p in enumerate(plans)
     ]
-    for losses, state in outcomes[1:]:
-        assert losses == outcomes[0][0]
-        assert different(state, outcomes[0][1]) == []
+    check_same_bits(*outcomes)
 
 
 def test_its_state_takes_four_bytes_less(tmp_path: Path) -> None:

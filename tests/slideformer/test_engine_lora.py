@@ -21,6 +21,7 @@ from tests.support.engines import (
     ROWS,
     Weights,
     backward,
+    check_same_bits,
     config_for,
     different,
     engine_with,
@@ -29,6 +30,7 @@ from tests.support.engines import (
     state_of,
     stored_weights,
     too_far,
+    train,
     weights_of,
     write_model,
 )
@@ -163,14 +165,7 @@ def test_where_things_lie_changes_no_bit(tmp_path: Path) -> None:
         {"resident": adapters | {"embed", "L01"}, "kept": 1, "spilled": 1, "deferred": True},
         {"resident": frozenset({"A01"}), "chunk_numel": 300, "offloaded": 3},
     ]
-    outcomes = []
-    for plan in plans:
-        with engine_with(config, **plan) as engine:
-            handles = [engine.step(batch) for batch in BATCHES[:3]]
-            losses = torch.tensor([handle.loss() for handle in handles])
-            outcomes.append(state_of(engine) | {"losses": losses})
-    for outcome in outcomes[1:]:
-        assert different(outcome, outcomes[0]) == []
+    check_same_bits(*(train(config, BATCHES[:3], **plan) for plan in plans))
 
 
 def test_the_planner_keeps_adapters_on_the_gpu_and_two_bytes_of_the_rest(tmp_path: Path) -> None:

@@ -137,11 +137,12 @@ def engine_with(
 
 
 class Trained(NamedTuple):
-    """What an engine's steps gave, and the weights behind the last of them."""
+    """What an engine's steps gave, and weights and all state behind the last of them."""
 
     losses: list[float]
     norms: list[float]
     weights: Weights
+    state: dict[str, Tensor]
 
 
 def train(
@@ -153,7 +154,7 @@ def train(
         handles = [engine.step(batch, lr=rate) for batch, rate in zip(batches, rates, strict=True)]
         losses = [handle.loss() for handle in handles]
         norms = [handle.gradient_norm() for handle in handles]
-        return Trained(losses, norms, weights_of(engine))
+        return Trained(losses, norms, weights_of(engine), state_of(engine))
 
 
 def weights_of(engine: Engine) -> Weights:
@@ -320,6 +321,13 @@ def check_equal(found: Trained, reference: Reference | Trained) -> None:
     assert found.losses == pytest.approx(reference.losses, rel=1e-5)
     assert found.norms == pytest.approx(reference.norms, rel=1e-5)
     assert too_far(found.weights, reference.weights) == []
+
+
+def check_same_bits(first: Trained, *others: Trained) -> None:
+    """Losses and all state are the same to the last bit."""
+    for other in others:
+        assert other.losses == first.losses
+        assert different(other.state, first.state) == []
 
 
 def check_moved(reference: Reference, start: Weights) -> None:
