@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 
 import torch
 
@@ -22,12 +23,9 @@ _HUGE_PAGE = 2 << 20
 
 
 class HostArena:
-    """``nbytes`` bytes of zeroed host memory as one uint8 tensor.
+    """``nbytes`` bytes of zeroed host memory as one uint8 tensor."""
 
-    With ``cuts``, ascending offsets that no copy crosses, it is page-locked.
-    """
-
-    def __init__(self, nbytes: int, cuts: Sequence[int] | None = None) -> None:
+    def __init__(self, nbytes: int) -> None:
         try:
             self._map = mmap.mmap(-1, max(nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
@@ -39,31 +37,45 @@ class HostArena:
             self._map.madvise(mmap.MADV_HUGEPAGE)
         self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)[:nbytes]
         self.tensor.zero_()  # touches every page, on all of torch's threads
-        self._registered: list[int] = []
-        if cuts is not None:
-            self._register(nbytes, cuts)
+        self._locked: list[int] = []
+        self._locking: Future[None] | None = None
 
-    def _register(self, nbytes: int, cuts: Sequence[int]) -> None:
-        """Lock the pages in pieces that end at cuts: CUDA copies only within one piece."""
-        runtime = torch.cuda.cudart()
-        base = self.tensor.data_ptr()
+    def lock(self, cuts: Sequence[int], device: torch.device) -> None:
+        """Begin to page-lock it for copies; whoever fills it need not wait.
+
+        No copy may cross one of ``cuts``, ascending offsets.
+        """
+        threads = ThreadPoolExecutor(1, "slideformer-lock")
+        self._locking = threads.submit(self._lock, cuts, device)
+        threads.shutdown(wait=False)
+
+    def ready(self) -> None:
+        """Wait until all is locked; raises `DeviceError` if CUDA refuses."""
+        if self._locking is not None:
+            self._locking.result()
+
+    def _lock(self, cuts: Sequence[int], device: torch.device) -> None:
+        """In pieces that end at cuts: CUDA copies only within one piece."""
+        torch.cuda.set_device(device)
+        base, nbytes = self.tensor.data_ptr(), len(self.tensor)
         for offset, end in _pieces(nbytes, cuts):
             size = end - offset
-            code = runtime.cudaHostRegister(base + offset, size, 0)
+            code = torch.cuda.cudart().cudaHostRegister(base + offset, size, 0)
             if int(code) != 0:
-                self.close()
                 raise DeviceError(
                     f"CUDA refuses to page-lock host memory: {offset:,} of {nbytes:,} bytes are "
                     f"locked, the next {size:,} are not (error {int(code)}); check `ulimit -l` and "
                     "the container's memory limit"
                 )
-            self._registered.append(base + offset)
+            self._locked.append(base + offset)
 
     def close(self) -> None:
         """Unlock the pages; the memory goes with the last view of it."""
-        for pointer in self._registered:
+        if self._locking is not None:
+            wait([self._locking])
+        for pointer in self._locked:
             torch.cuda.cudart().cudaHostUnregister(pointer)
-        self._registered.clear()
+        self._locked.clear()
 
 
 def _pieces(nbytes: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
@@ -79,14 +91,18 @@ def _pieces(nbytes: int, cuts: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 class Arenas:
-    """The arenas of a run; resolves buffers to views. `close` gives them back."""
+    """The arenas of a run; resolves buffers to views.
+
+    Pinned memory is still being locked: wait for `ready` before the first copy. `close` gives all
+    memory back.
+    """
 
     def __init__(
         self, layout: Layout, places: Mapping[str, tuple[Tier, int]], device: torch.device
     ) -> None:
         self._layout = layout
         self._places = places
-        self._host: list[HostArena] = []
+        self._host: dict[Tier, HostArena] = {}
         self._tensors: dict[Tier, torch.Tensor] = {}
         cuda = device.type == "cuda"
         for tier, nbytes in layout.sizes.items():
@@ -96,10 +112,16 @@ class Arenas:
                 os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
                 self._tensors[tier] = torch.empty(nbytes, dtype=torch.uint8, device=device)
             else:
-                starts = [layout.offsets[name] for name, (t, _) in places.items() if t is tier]
-                arena = HostArena(nbytes, sorted(starts) if cuda and tier is Tier.PINNED else None)
-                self._host.append(arena)
-                self._tensors[tier] = arena.tensor
+                self._host[tier] = HostArena(nbytes)
+                self._tensors[tier] = self._host[tier].tensor
+        if cuda and Tier.PINNED in self._host:  # last: what fails above has nothing to unlock
+            pinned = (layout.offsets[name] for name, (t, _) in places.items() if t is Tier.PINNED)
+            self._host[Tier.PINNED].lock(sorted(pinned), device)
+
+    def ready(self) -> None:
+        """Wait until pinned memory is locked; raises `DeviceError` if CUDA refuses."""
+        for arena in self._host.values():
+            arena.ready()
 
     def place(self, name: str) -> torch.Tensor:
         """All bytes of a slot or of a buffer without one, uint8 [nbytes]."""
@@ -113,7 +135,7 @@ class Arenas:
 
     def close(self) -> None:
         """Unlock pinned memory and let go of all; nothing may be in flight."""
-        for arena in self._host:
+        for arena in self._host.values():
             arena.close()
         self._host.clear()
         self._tensors.clear()

@@ -131,6 +131,7 @@ class Engine:
             self._stored = fill(
                 self._memory, real_part(self.spec, layers), config.model, initial, checkpoint
             )
+            self._memory.arenas.ready()
             if self._device.type == "cuda":
                 torch.cuda.synchronize(self._device)  # from here on every stream sees the weights
                 torch.cuda.empty_cache()  # what filling took lies where no other stream takes it

@@ -90,6 +90,7 @@ async def run(
     try:
         operations = bind(graph, {op: _binding(call) for op, call in bindings.items()}, arenas)
         _fill(graph, arenas, contents or {})
+        arenas.ready()
         if target.type == "cuda":
             torch.cuda.synchronize(target)  # from here on every stream sees the contents
         watched = _WatchedDevice(make_lanes(target))

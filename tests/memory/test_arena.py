@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 from itertools import pairwise
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 
 from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
-from slideformer.graph.errors import BudgetError
+from slideformer.graph.errors import BudgetError, DeviceError
 from slideformer.memory import arena
 from slideformer.memory.arena import Arenas, HostArena
 from slideformer.memory.layout import lay_out, places
@@ -64,6 +65,60 @@ def test_the_memory_goes_with_the_last_view() -> None:
     del view
     gc.collect()
     assert mapped() is None
+
+
+class FakeCuda:
+    """Page-locks as CUDA does: when it is allowed to, and up to a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.locked: dict[int, int] = {}
+        self.allowed = threading.Event()
+
+    def cudaHostRegister(self, pointer: int, nbytes: int, flags: int) -> int:
+        assert self.allowed.wait(10)
+        if sum(self.locked.values()) + nbytes > self.limit:
+            return 2
+        self.locked[pointer] = nbytes
+        return 0
+
+    def cudaHostUnregister(self, pointer: int) -> int:
+        del self.locked[pointer]
+        return 0
+
+
+@pytest.fixture
+def fake_cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    fake = FakeCuda(limit=100)
+    monkeypatch.setattr(arena, "_REGISTER_PIECE", 40)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: fake)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    return fake
+
+
+def test_memory_is_filled_while_it_is_being_locked(fake_cuda: FakeCuda) -> None:
+    memory = HostArena(90)
+    memory.lock([30, 60], CPU)
+    memory.tensor.fill_(7)
+    fake_cuda.allowed.set()
+    memory.ready()
+    base = memory.tensor.data_ptr()
+    assert fake_cuda.locked == {base: 30, base + 30: 30, base + 60: 30}
+    memory.close()
+    assert fake_cuda.locked == {}
+
+
+def test_memory_that_cannot_all_be_locked_is_refused_and_none_stays_locked(
+    fake_cuda: FakeCuda,
+) -> None:
+    memory = HostArena(120)
+    memory.lock([40, 80], CPU)
+    fake_cuda.allowed.set()
+    with pytest.raises(DeviceError, match=r"80 of 120 bytes are locked, the next 40 are not"):
+        memory.ready()
+    assert len(fake_cuda.locked) == 2
+    memory.close()
+    assert fake_cuda.locked == {}
 
 
 @given(

@@ -451,7 +451,7 @@ def test_a_closed_engine_holds_no_memory(folder: Path) -> None:
     with Engine(config_for(folder)) as made:
         handle = made.step(make_batch(0))
         handle.loss()
-        maps = [weakref.ref(arena._map) for arena in made._memory.arenas._host]
+        maps = [weakref.ref(arena._map) for arena in made._memory.arenas._host.values()]
         assert maps
         assert all(mapped() is not None for mapped in maps)
     assert [mapped() for mapped in maps] == [None] * len(maps)
