@@ -93,10 +93,14 @@ def _latest_starts(
     horizon: float,
 ) -> list[float]:
     """Backward pass over one instance; ``following`` are the latest starts of the next one."""
-    latest = [0.0] * len(order)
+    latest, successors = [0.0] * len(order), graph.edges.successors
     period = horizon / 2
     for position in reversed(order):
-        due = min((latest[s] for s in graph.edges.successors[position]), default=horizon)
-        due = min([due, *(following[s] + period for s in onward.get(position, ()))])
-        latest[position] = starts.get(position, due - seconds[position])
+        if position in starts:
+            latest[position] = starts[position]
+            continue
+        due = min([latest[s] for s in successors[position]], default=horizon)
+        if position in onward:
+            due = min(due, *(following[s] + period for s in onward[position]))
+        latest[position] = due - seconds[position]
     return latest

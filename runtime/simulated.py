@@ -79,13 +79,13 @@ class _Machine:
     def carry_out(self, instructions: Sequence[Instruction]) -> None:
         """Start what is to start; raises what stops the run."""
         for instruction in instructions:
-            match instruction:
-                case Launch(run, waits):
-                    self._queues[run.task.lane].append((self._count, run, waits))
-                    self._issued.add(run)
-                    self._count += 1
-                case Stop(error):
-                    raise error
+            if isinstance(instruction, Launch):
+                run, waits = instruction
+                self._queues[run.task.lane].append((self._count, run, waits))
+                self._issued.add(run)
+                self._count += 1
+            elif isinstance(instruction, Stop):
+                raise instruction.error
 
     def advance(self) -> list[Finished]:
         """Jump to the next finish; all tasks that finish then, or none if nothing runs."""
@@ -109,7 +109,7 @@ class _Machine:
         for lane, queue in self._queues.items():
             while queue and self._places[lane]:
                 order, run, waits = queue[0]
-                if not self._issued.isdisjoint(waits):
+                if waits and not self._issued.isdisjoint(waits):
                     break
                 queue.popleft()
                 self._places[lane] -= 1

@@ -11,11 +11,6 @@ import typer
 import yaml
 
 from slideformer.graph.errors import ConfigError
-from slideformer.tools.bench.comparison import measure
-from slideformer.tools.bench.loss_check import check_losses
-from slideformer.tools.bench.overhead import decision_costs
-from slideformer.tools.bench.report import machine, table
-from slideformer.tools.bench.rows import Turns, make_row, parse_row, read_rows
 from slideformer.tools.console import run_alone
 
 FORMAT_VERSION = 1
@@ -69,6 +64,12 @@ def bench(
     ] = None,
 ) -> None:
     """Compare the engine with a baseline in turn, and measure the memory of both."""
+    from slideformer.tools.bench.comparison import measure
+    from slideformer.tools.bench.loss_check import check_losses
+    from slideformer.tools.bench.overhead import decision_costs
+    from slideformer.tools.bench.report import machine
+    from slideformer.tools.bench.rows import Turns, make_row, parse_row, read_rows
+
     report: dict[str, Any] = {"version": FORMAT_VERSION, "machine": machine(), "rows": []}
     if frozen and not loss_check:
         raise ConfigError("--frozen only makes sense with --loss-check")
@@ -108,6 +109,8 @@ def bench(
 
 def _finish(report: dict[str, Any], json_file: Path | None, *, passed: bool) -> None:
     """Print a report, write it, and end with an exit code that says how it went."""
+    from slideformer.tools.bench.report import table
+
     if json_file is not None:
         _write(json_file, report)
     for line in table(report):

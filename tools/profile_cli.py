@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from slideformer.graph.errors import ConfigError
@@ -31,6 +30,14 @@ def profile(
 
     Takes up to three minutes on a GPU. Nothing else should run meanwhile.
     """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+
     from slideformer.measuring.profiling import measure_machine, sizes_for
     from slideformer.measuring.trial import torch_device
     from slideformer.profiles import store_machine

@@ -9,8 +9,6 @@ import typer
 
 from slideformer.tools import step_flags as flags
 from slideformer.tools.graph_cli import write_file
-from slideformer.tools.report.page import report_page
-from slideformer.tools.report.run_folder import read_run
 
 
 def report(
@@ -23,5 +21,8 @@ def report(
     machine: flags.MachineName = None,
 ) -> None:
     """Write one HTML page: curves, plan, settings and a measured step. It needs no network."""
+    from slideformer.tools.report.page import report_page
+    from slideformer.tools.report.run_folder import read_run
+
     write_file(output, report_page(read_run(run), flags.chosen_machine(machine)))
     print(f"wrote {output}")
