@@ -1,0 +1,1 @@
+"""The hot arithmetic, each kernel beside a plain reference; knows neither models nor tasks."""

@@ -1,0 +1,1 @@
+"""Hugging Face models as units: layers forward and backward, weights in and out, data."""

@@ -1,0 +1,1 @@
+"""When tasks run: the deciding core, its scheduler, policies, devices, stores and traces."""
