@@ -155,7 +155,13 @@ def _usable(folder: Path, nbytes: int = 0) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno == errno.EFBIG:
+            raise StoreError(
+                f"NVMe folder {folder} takes no file of {_mib(nbytes)}, which the run needs there: "
+                "its file system or `ulimit -f` allows less; raise that, or give several folders "
+                "as --nvme"
+            ) from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(folder).free
             raise StoreError(
                 f"no room in NVMe folder {folder}: the run needs {_mib(nbytes)} there, free are "

@@ -37,6 +37,8 @@ from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
 
+_UNITS = "units/"
+
 MODEL_FOLDER = "model"
 """Within a checkpoint: configuration and tokenizer of the model."""
 
@@ -203,7 +205,8 @@ class Checkpoint:
     """A checkpoint on disk, to resume from or to export.
 
     Raises `CheckpointError`, with the file at fault, if it is missing, incomplete, altered or of
-    another version. Sizes are checked at once, contents as they are read.
+    another version. Sizes are checked at once, and so are the contents of small files, the
+    tokenizer's among them; those of units as they are read.
     """
 
     def __init__(self, folder: Path | str) -> None:
@@ -217,6 +220,9 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.folder / MANIFEST}: {where}: {problem['msg']}; use another checkpoint"
             ) from None
+        for name in self._reader.files:
+            if not name.startswith(_UNITS):
+                self._reader.content(name)
 
     @property
     def stored(self) -> torch.dtype:
@@ -339,4 +345,4 @@ def digest(value: Any) -> str:
 
 
 def _file(unit: UnitSpec) -> str:
-    return f"units/{unit.name}"
+    return f"{_UNITS}{unit.name}"

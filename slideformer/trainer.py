@@ -51,6 +51,7 @@ from slideformer.training.reports import (
 from slideformer.training.resuming import (
     check_resumed_output,
     checkpoint_files,
+    free_output,
     resumed_config,
     warn_of_numerics,
 )
@@ -137,7 +138,8 @@ class Trainer:
                 try:
                     run.train(engine, interrupt, checkpoints)
                     records = partial(output_records, config, run.metrics, engine)
-                    engine.save(config.output, records, replace=checkpoint is not None)
+                    output = free_output(config, checkpoint)
+                    run.output = engine.save(output, records, replace=checkpoint is not None)
                 except SlideFormerError:
                     checkpoints.name_last()
                     raise
@@ -173,6 +175,7 @@ class _Run:
         self._progress = progress
         self._schedule = schedule
         self._start = start
+        self.output = config.output
         self._done = len(self.metrics)
         self._drawn = 0
         self._interrupted = False
@@ -324,7 +327,7 @@ class _Run:
             steps=len(self.metrics),
             loss=self.metrics[-1].loss,
             tokens_per_second=sum(m.tokens for m in timed) / seconds if timed else 0.0,
-            output=self._config.output,
+            output=self.output,
             interrupted=self._interrupted,
             checkpoint=checkpoint,
             exhausted=self._validation.exhausted,

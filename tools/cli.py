@@ -109,7 +109,9 @@ def _run(trainer: Trainer) -> None:
         typer.echo(f"stopped after step {result.steps}: patience is exhausted", err=True)
     if result.interrupted:
         going_on = (
-            f"; `slideformer resume {result.output}` goes on from here" if result.checkpoint else ""
+            f"; `slideformer resume {trainer.config.output}` goes on from here"
+            if result.checkpoint
+            else ""
         )
         typer.echo(f"interrupted after step {result.steps}; the model is saved{going_on}", err=True)
         raise typer.Exit(INTERRUPTED)

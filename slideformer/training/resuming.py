@@ -11,6 +11,7 @@ from typing import Any
 from slideformer.checkpointing import Checkpoint
 from slideformer.config import CHANGEABLE, Config, config_text, given_flags, parse_config
 from slideformer.graph.errors import CheckpointError, ConfigError
+from slideformer.models.aside import check_output, free_name
 from slideformer.models.data.sources import Source
 from slideformer.training.reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
 
@@ -82,6 +83,23 @@ def check_resumed_output(config: Config, checkpoint: Checkpoint) -> None:
             f"{checkpoint.folder} is of {checkpoint.info.step}: nothing is left to resume; to "
             "train from the checkpoint again, give another output"
         )
+
+
+def free_output(config: Config, checkpoint: Checkpoint | None) -> Path:
+    """Where a run that is over may save: its output, or beside it if that was taken meanwhile.
+
+    Raises `CheckpointError` if nothing can be made there.
+    """
+    try:
+        if checkpoint is None:
+            check_output(config.output)
+        else:
+            check_resumed_output(config, checkpoint)
+    except CheckpointError as error:
+        free = free_name(config.output.absolute())
+        logger.warning("%s; meanwhile the model is saved as %s", error, free)
+        return free
+    return config.output
 
 
 def warn_of_numerics(checkpoint: Checkpoint, numerics: Mapping[str, str | int]) -> None:

@@ -365,6 +365,18 @@ def test_a_disk_without_room_is_refused_and_nothing_is_left(
     assert [list(disk.iterdir()) for disk in disks] == [[], []]
 
 
+def test_a_limit_on_the_size_of_files_is_no_lack_of_room(
+    tmp_path: Path, extents: dict[str, Extent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def allocate(*_: int) -> None:
+        raise OSError(errno.EFBIG, "File too large")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    with pytest.raises(StoreError, match=r"takes no file of 0\.0 MiB.*ulimit -f"):
+        open_store([tmp_path], extents)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_slow_disk_is_reported_once_and_does_its_work(
     store: NvmeStore,
     extents: dict[str, Extent],

@@ -251,6 +251,16 @@ def test_an_altered_file_is_refused_by_name(saved: Path, folder: Path, tmp_path:
     checkpoint.export(tmp_path / "exported")  # its weights are sound again
 
 
+@pytest.mark.parametrize("name", [f"{MODEL_FOLDER}/config.json", "notes.txt"])
+def test_an_altered_companion_is_refused_by_name(saved: Path, tmp_path: Path, name: str) -> None:
+    """It would go into exported folders, where a tokenizer decides what the model is told."""
+    path = copied(saved, tmp_path / "c") / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match=f"{name}: bytes 0–.* use another checkpoint"):
+        Checkpoint(tmp_path / "c")
+
+
 def test_another_model_is_refused_by_name(
     saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

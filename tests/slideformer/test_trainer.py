@@ -418,6 +418,23 @@ def test_a_disk_that_fills_behind_the_weights_leaves_nothing(
     assert leftovers(config) == []
 
 
+def test_an_output_that_is_taken_meanwhile_is_left_alone(
+    config: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    def take() -> None:
+        config.output.mkdir()
+        (config.output / "notes.txt").write_text("mine")
+
+    result = Trainer(config).train(Recorder(1, take))
+    beside = config.output.with_name(f"{config.output.name}-1")
+    assert result.output == beside
+    assert (
+        "is not empty: give another one, or empty it first; meanwhile the model is" in caplog.text
+    )
+    assert (beside / "model.safetensors.index.json").exists()
+    assert [path.name for path in config.output.iterdir()] == ["notes.txt"]
+
+
 # -- the learning rate ---------------------------------------------------------------------------
 
 

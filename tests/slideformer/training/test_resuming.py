@@ -271,6 +271,21 @@ def test_a_disk_that_is_full_for_a_while_does_not_end_the_run(
     same(config.output, plain)
 
 
+def test_what_came_to_lie_in_a_resumed_runs_output_is_left_alone(
+    config: Config, plain: Path
+) -> None:
+    Trainer(config).train(Stopper(after=3))
+    aside.discard(config.output)
+
+    def take() -> None:
+        config.output.mkdir()
+        (config.output / "notes.txt").write_text("mine")
+
+    result = Trainer.resume(config.output).train(Stopper(6, take))
+    assert names(config.output) == ["notes.txt"]
+    same(result.output, plain)
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 
