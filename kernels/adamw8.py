@@ -16,16 +16,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slideformer.kernels.adamw import (
-    AdamW,
-    Kernels,
-    Segment,
-    _constants,
-    _pointers,
-    _table,
-    default_kernels,
-)
+from slideformer.kernels.adamw import AdamW, Segment
 from slideformer.kernels.adamw_checks import GRADIENTS, check_segments, check_tensor, check_threads
+from slideformer.kernels.adamw_library import (
+    Kernels,
+    constants_of,
+    default_kernels,
+    pointers,
+    segment_table,
+)
 from slideformer.kernels.quantise import BLOCK, adamw8_reference, block_count
 
 __all__ = ["BLOCK", "adamw8_reference", "adamw8_update"]
@@ -82,12 +81,12 @@ def adamw8_update(
         adamw8_reference(hi, lo, m, v, scales, grad, segments, hyper)
         return
     library.adamw8_dense(
-        *_pointers(hi, lo, m, v, scales),
+        *pointers(hi, lo, m, v, scales),
         n,
         grad.data_ptr(),
         grad.dtype == torch.float32,
-        _table(segments, hyper),
+        segment_table(segments, hyper),
         len(segments),
-        _constants(hyper),
+        constants_of(hyper),
         threads,
     )

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.adamw import AdamW, Segment
-from slideformer.kernels.adamw_checks import GRADIENTS, check_segments
-from slideformer.kernels.adamw_gpu import _all_constants, _check
+from slideformer.kernels.adamw_checks import GRADIENTS, check_beside, check_segments
+from slideformer.kernels.adamw_library import all_constants
 from slideformer.kernels.quantise import block_count
 from slideformer.kernels.triton_support import triton_enabled
 
@@ -58,12 +58,12 @@ def adamw8_update_gpu(
         ("grad", grad, GRADIENTS, n),
         ("norm", norm.reshape(-1), (torch.float32, torch.float64), 1),
     ):
-        _check(name, tensor, dtypes, (numel,), hi)
+        check_beside(name, tensor, dtypes, (numel,), hi)
     check_segments(segments, n)
     from slideformer.kernels import adamw8_triton
 
     state = (hi, lo, m, v, scales)
     for segment in segments:
         if segment.begin < segment.end:
-            constants = _all_constants(segment.lr, segment.weight_decay, hyper)
+            constants = all_constants(segment.lr, segment.weight_decay, hyper)
             adamw8_triton.update_range(state, grad, norm, segment.begin, segment.end, constants)

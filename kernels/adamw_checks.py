@@ -1,4 +1,4 @@
-"""Checks of the arguments of the CPU kernels, which would read and write wherever they are told.
+"""Checks of the arguments of kernels, which would read and write wherever they are told.
 
 TypeError for a dtype, ValueError for all else. Values of gradients are not looked at.
 """
@@ -57,6 +57,19 @@ def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], n: 
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
             f"{tensor.device}; it must be {n} contiguous elements in one dimension on the CPU"
+        )
+
+
+def check_beside(
+    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], hi: Tensor
+) -> None:
+    """Refuse what a kernel would misread: another shape, gaps, or another device than hi's."""
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name} is {tensor.dtype}; it must be one of {dtypes}")
+    if tensor.device != hi.device or not tensor.is_contiguous() or tensor.shape != shape:
+        raise ValueError(
+            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
+            f"{tensor.device}; it must have shape {tuple(shape)}, contiguous, on {hi.device}"
         )
 
 

@@ -17,8 +17,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from slideformer.kernels.adamw import AdamW, Lion, Segment, _constants, _rates
-from slideformer.kernels.adamw_checks import GRADIENTS, check_segments
+from slideformer.kernels.adamw import AdamW, Lion, Segment
+from slideformer.kernels.adamw_checks import GRADIENTS, check_beside, check_segments
+from slideformer.kernels.adamw_library import all_constants
 from slideformer.kernels.triton_support import triton_enabled
 
 
@@ -53,14 +54,14 @@ def adamw_update_gpu(
     """
     n = hi.numel()
     state = _check_state(hi, lo, m, v, hyper)
-    _check("grad", grad, GRADIENTS, (n,), hi)
-    _check("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
+    check_beside("grad", grad, GRADIENTS, (n,), hi)
+    check_beside("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
     check_segments(segments, n)
     from slideformer.kernels import adamw_triton
 
     for segment in segments:
         if segment.begin < segment.end:
-            constants = _all_constants(segment.lr, segment.weight_decay, hyper)
+            constants = all_constants(segment.lr, segment.weight_decay, hyper)
             adamw_triton.update_range(state, grad, norm, segment.begin, segment.end, constants)
 
 
@@ -110,10 +111,10 @@ def adamw_rows_gpu(
     if dx.shape[1] == 0 or n % dx.shape[1]:
         raise ValueError(f"dx has shape {tuple(dx.shape)}; {n} elements are no rows of its width")
     if dense_grad is not None:
-        _check("dense_grad", dense_grad, GRADIENTS, (n,), hi)
+        check_beside("dense_grad", dense_grad, GRADIENTS, (n,), hi)
     from slideformer.kernels import adamw_triton
 
-    constants = _all_constants(hyper.lr, hyper.weight_decay, hyper)
+    constants = all_constants(hyper.lr, hyper.weight_decay, hyper)
     adamw_triton.update_rows(state, *table, constants)
 
 
@@ -147,23 +148,16 @@ def _check_table(
 ) -> None:
     """Refuse a table of rows that a kernel would misread or that is not where ``like`` is."""
     capacity, integers = rows.numel(), (torch.int64,)
-    _check("counts", counts, integers, (1,), like)
-    _check("rows", rows, integers, (capacity,), like)
-    _check("starts", starts, integers, (capacity + 1,), like)
-    _check("order", order, integers, (order.numel(),), like)
-    _check("squares", squares, (torch.float64, torch.float32), (capacity,), like)
+    check_beside("counts", counts, integers, (1,), like)
+    check_beside("rows", rows, integers, (capacity,), like)
+    check_beside("starts", starts, integers, (capacity + 1,), like)
+    check_beside("order", order, integers, (order.numel(),), like)
+    check_beside("squares", squares, (torch.float64, torch.float32), (capacity,), like)
     if dx.dim() != 2:
         raise ValueError(f"dx has shape {tuple(dx.shape)}; it must have two dimensions")
-    _check("dx", dx, GRADIENTS, dx.shape, like)
+    check_beside("dx", dx, GRADIENTS, dx.shape, like)
     if dense_grad is not None:
-        _check("dense_grad", dense_grad, GRADIENTS, (dense_grad.numel(),), like)
-
-
-def _all_constants(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float, ...]:
-    """``step_size``, ``decay`` and the fields of ``Constants``, in the order of adamw.cpp."""
-    constants = _constants(hyper)
-    fields = (float(getattr(constants, field[0])) for field in constants._fields_)
-    return (*_rates(lr, weight_decay, hyper), *fields)
+        check_beside("dense_grad", dense_grad, GRADIENTS, (dense_grad.numel(),), like)
 
 
 def _check_state(
@@ -173,22 +167,9 @@ def _check_state(
     if not triton_enabled(hi):
         raise ValueError(f"hi is on {hi.device}; it must be on a GPU (adamw serves the CPU)")
     shape = (hi.numel(),)
-    _check("hi", hi, (torch.int16,), shape, hi)
-    _check("lo", lo, (torch.int16,), shape, hi)
-    _check("m", m, (torch.float32,), shape, hi)
+    check_beside("hi", hi, (torch.int16,), shape, hi)
+    check_beside("lo", lo, (torch.int16,), shape, hi)
+    check_beside("m", m, (torch.float32,), shape, hi)
     lion = isinstance(hyper, Lion)
-    _check("v", v, (torch.float32,), (0,) if lion else shape, hi)
+    check_beside("v", v, (torch.float32,), (0,) if lion else shape, hi)
     return hi, lo, m, None if lion else v
-
-
-def _check(
-    name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...], hi: Tensor
-) -> None:
-    """Refuse what a kernel would misread: another shape, gaps, or another device than hi's."""
-    if tensor.dtype not in dtypes:
-        raise TypeError(f"{name} is {tensor.dtype}; it must be one of {dtypes}")
-    if tensor.device != hi.device or not tensor.is_contiguous() or tensor.shape != shape:
-        raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)} and strides {tensor.stride()} on "
-            f"{tensor.device}; it must have shape {tuple(shape)}, contiguous, on {hi.device}"
-        )

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from slideformer.kernels.adamw import Kernels, _pointers, default_kernels
 from slideformer.kernels.adamw_checks import check_rows, check_tensor, check_threads
+from slideformer.kernels.adamw_library import Kernels, default_kernels, pointers
 from slideformer.kernels.adamw_reference import row_squares_reference
 
 
@@ -39,7 +39,7 @@ def row_squares(
         row_squares_reference(rows, starts, order, dx, dense_grad, out)
         return
     library.adamw_row_squares(
-        *_pointers(rows, starts, order),
+        *pointers(rows, starts, order),
         len(rows),
         dx.data_ptr(),
         dx.dtype == torch.float32,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from slideformer.graph.plan import MemoryPlan
-from slideformer.kernels.adamw import kernel_build
+from slideformer.kernels.adamw_library import kernel_build
 
 
 def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:

@@ -24,7 +24,7 @@ def machine_key(device: str) -> dict[str, str]:
     """What a profile measured on ``"cuda"`` or ``"cpu"`` holds for."""
     import torch
 
-    from slideformer.kernels.adamw import kernel_build
+    from slideformer.kernels.adamw_library import kernel_build
 
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

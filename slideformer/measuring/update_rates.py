@@ -16,8 +16,9 @@ from typing import Any
 
 import torch
 
-from slideformer.kernels.adamw import AdamW, Segment, adamw_update, kernel_build, stream_rmw
+from slideformer.kernels.adamw import AdamW, Segment, adamw_update, stream_rmw
 from slideformer.kernels.adamw8 import adamw8_update
+from slideformer.kernels.adamw_library import kernel_build
 from slideformer.kernels.quantise import block_count
 from slideformer.memory.arena import HostArena
 

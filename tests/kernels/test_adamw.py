@@ -17,25 +17,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slideformer.kernels import adamw
-from slideformer.kernels.adamw import (
-    AdamW,
-    Kernels,
-    Segment,
-    adamw_rows,
-    adamw_update,
-    default_kernels,
-    kernel_build,
-    load_kernels,
-    stream_rmw,
-)
+from slideformer.kernels import adamw_library
+from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update, stream_rmw
+from slideformer.kernels.adamw_library import Kernels, default_kernels, kernel_build, load_kernels
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.split import join_master, split_master
 
 HYPER = AdamW(lr=1e-3, beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.1, step=3)
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-TORCH = Kernels(None, adamw.FALLBACK_BUILD)
+TORCH = Kernels(None, adamw_library.FALLBACK_BUILD)
 
 
 def compiled() -> Kernels:
@@ -709,8 +700,8 @@ def test_stream_rmw_reads_and_writes_all_three(kernels: Kernels, n: int) -> None
 def test_the_fallback_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(adamw, "find_compiler", lambda: None)
-    adamw._cached_kernels.cache_clear()
+    monkeypatch.setattr(adamw_library, "find_compiler", lambda: None)
+    adamw_library._cached_kernels.cache_clear()
     try:
         with caplog.at_level(logging.WARNING):
             state = State.random(4)
@@ -718,7 +709,7 @@ def test_the_fallback_is_said_once(
                 adamw_update(*state, random_gradient(4), whole(4, HYPER), HYPER, 1)
             assert kernel_build() == "torch-fallback"
     finally:
-        adamw._cached_kernels.cache_clear()
+        adamw_library._cached_kernels.cache_clear()
     (message,) = caplog.messages
     for word in ("plain PyTorch", "times slower", "g++", "no C++ compiler"):
         assert word in message

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from slideformer.kernels.adamw import AdamW, Kernels, Segment, default_kernels
+from slideformer.kernels.adamw import AdamW, Segment
 from slideformer.kernels.adamw8 import adamw8_update
+from slideformer.kernels.adamw_library import Kernels, default_kernels
 from slideformer.kernels.quantise import (
     BLOCK,
     FIRST,

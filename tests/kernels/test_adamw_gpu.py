@@ -35,11 +35,11 @@ from slideformer.kernels.adamw import (
     adamw_reference,
     adamw_rows,
     adamw_update,
-    default_kernels,
 )
 from slideformer.kernels.adamw8 import BLOCK, adamw8_update
 from slideformer.kernels.adamw8_gpu import adamw8_update_gpu
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
+from slideformer.kernels.adamw_library import default_kernels
 from slideformer.kernels.quantise import FIRST, SECOND, encode
 from slideformer.kernels.split import join_master, split_master
 

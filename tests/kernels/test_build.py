@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from slideformer.kernels import adamw, build
-from slideformer.kernels.adamw import load_kernels
+from slideformer.kernels import adamw_library, build
+from slideformer.kernels.adamw_library import load_kernels
 from slideformer.kernels.build import BuildError, find_compiler, load_library
 
 ROOT = Path(__file__).parents[2]
@@ -195,7 +195,7 @@ def test_kernels_fall_back_with_the_compilers_words(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         kernels = load_kernels(broken_compiler(tmp_path))
-    assert (kernels.library, kernels.build) == (None, adamw.FALLBACK_BUILD)
+    assert (kernels.library, kernels.build) == (None, adamw_library.FALLBACK_BUILD)
     (message,) = caplog.messages
     for words in ("plain PyTorch", "times slower", "line 100", "g++"):
         assert words in message

@@ -10,14 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from slideformer.kernels.adamw import (
-    Kernels,
-    Lion,
-    Segment,
-    adamw_rows,
-    adamw_update,
-    default_kernels,
-)
+from slideformer.kernels.adamw import Lion, Segment, adamw_rows, adamw_update
+from slideformer.kernels.adamw_library import Kernels, default_kernels
 from slideformer.kernels.split import join_master, split_master
 
 HYPER = Lion(lr=1e-3, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, step=3)

@@ -29,7 +29,7 @@ from slideformer.graph.errors import (
     DataError,
     SlideFormerError,
 )
-from slideformer.kernels.adamw import kernel_build
+from slideformer.kernels.adamw_library import kernel_build
 from slideformer.models.data.batches import BatchStream
 from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.tokenizers import load_tokenizer
