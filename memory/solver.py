@@ -75,7 +75,8 @@ class Lattice:
     def __init__(self, request: PlanRequest) -> None:
         self._spec = request.spec
         self._all = points(request.spec, request.compute)
-        self._few = self._all._replace(offloaded=fewest_offloaded(request.spec, self._all.resident))
+        # What is kept takes memory and spares none, so the least is needed where nothing is.
+        self._least = self._all.at((self._all.kept == 0) & (self._all.spilled == 0))
         states: dict[int, StateSizes] = {}
         chunks: dict[int, Chunks] = {}
         self._bases = sorted(
@@ -124,7 +125,7 @@ class Lattice:
         """The least bytes of GPU memory that would do with the other budgets as they are."""
         found: list[int] = []
         for base in self._bases:
-            point = self._all._replace(offloaded=self._most_offloaded(base, budgets))
+            point = self._least._replace(offloaded=self._most_offloaded(base, budgets))
             found += _least(base.needs.gpu(point.at(point.offloaded >= 0)))
         return min(found, default=None)
 
@@ -132,7 +133,7 @@ class Lattice:
         """The least bytes of host memory that would do with the other budgets as they are."""
         found: list[int] = []
         for base in self._bases:
-            point, need = self._within_gpu(base, budgets)
+            point, need = self._within_gpu(base, budgets, self._least)
             found += _least(need - base.most_spared(point, nvme_room(budgets)))
         return min(found, default=None)
 
@@ -140,7 +141,7 @@ class Lattice:
         """The least bytes of NVMe, to hold and to write, that would do with the other budgets."""
         found: list[int] = []
         for base in self._bases:
-            point, need = self._within_gpu(base, budgets)
+            point, need = self._within_gpu(base, budgets, self._least)
             stored = base.fewest_stored(point, need - budgets.host, UNLIMITED)
             possible = point._replace(stored=stored).at(stored >= 0)
             found += _least(base.on_nvme(possible).nbytes)
@@ -168,7 +169,7 @@ class Lattice:
 
     def _fitting(self, base: _Base, budgets: Budgets) -> _Fitting:
         """The points on a base that fit."""
-        point, need = self._within_gpu(base, budgets)
+        point, need = self._within_gpu(base, budgets, self._all)
         stored = base.fewest_stored(point, need - budgets.host, nvme_room(budgets))
         fits = stored >= 0
         point, need = point._replace(stored=stored).at(fits), need[fits]
@@ -182,43 +183,44 @@ class Lattice:
             spare_host=budgets.host - need + sizes.spared,
         )
 
-    def _within_gpu(self, base: _Base, budgets: Budgets) -> tuple[Counts, Ints]:
+    def _within_gpu(self, base: _Base, budgets: Budgets, among: Counts) -> tuple[Counts, Ints]:
         """The points that the GPU holds with the fewest boundaries offloaded, and their host bytes.
 
         Without a GPU its tier is part of the host's memory, and offloading would spare nothing.
         """
         needs = base.needs
         if budgets.gpu is None:
-            return self._few, needs.host(self._few) + needs.gpu(self._few)
+            few = among._replace(offloaded=fewest_offloaded(self._spec, among.resident))
+            return few, needs.host(few) + needs.gpu(few)
         layers = len(self._spec.layers)
         # With nothing kept and all offloaded, the resident units alone rule most points out.
         units = np.arange(int(self._all.resident[-1]) + 1)
         none = np.zeros_like(units)
         least = needs.gpu(Counts(units, none, none, none + layers, none))
-        point = self._all.of_residents(least <= budgets.gpu)
+        point = among.of_residents(least <= budgets.gpu)
         point = point._replace(offloaded=needs.fewest_offloaded(point, budgets.gpu))
         point = point.at(point.offloaded <= layers)
         return point, needs.host(point)
 
     def _most_offloaded(self, base: _Base, budgets: Budgets) -> Ints:
-        """The most boundaries of each point for which the host has room, or -1.
+        """The most boundaries for which the host has room where nothing is kept, or -1.
 
         Offloading one more never lowers what the host needs, with or without NVMe.
         """
         room = nvme_room(budgets)
 
         def fits(offloaded: Ints) -> NDArray[np.bool_]:
-            point = self._all._replace(offloaded=offloaded)
+            point = self._least._replace(offloaded=offloaded)
             return base.needs.host(point) - base.most_spared(point, room) <= budgets.host
 
-        low = self._few.offloaded
+        fewest = low = fewest_offloaded(self._spec, self._least.resident)
         high = np.full_like(low, len(self._spec.layers))
         possible = fits(low)
         while (low < high).any():
             middle = (low + high + 1) // 2
             enough = fits(middle)
             low, high = np.where(enough, middle, low), np.where(enough, high, middle - 1)
-            low = np.minimum(low, np.maximum(high, self._few.offloaded))
+            low = np.minimum(low, np.maximum(high, fewest))
             high = np.maximum(high, low)
         return np.where(possible, low, -1)
 
