@@ -11,24 +11,28 @@ are kept. It appears whole or not at all. Written by a graph of its own, while t
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
-from dataclasses import asdict
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
+from slideformer.checkpoint_info import (
+    UNITS,
+    CheckpointInfo,
+    file_sizes,
+    frozen_units,
+    model_identity,
+    unit_file,
+)
 from slideformer.graph.adapters import with_adapters
 from slideformer.graph.errors import CheckpointError, SlideFormerError
 from slideformer.graph.model import Lora, ModelSpec, UnitSpec
-from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
-from slideformer.graph.state import parts_nbytes, state_parts
+from slideformer.graph.plan import Optimizer
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
@@ -37,70 +41,11 @@ from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
 
-_UNITS = "units/"
-
 MODEL_FOLDER = "model"
 """Within a checkpoint: configuration and tokenizer of the model."""
 
 Files = Mapping[str, str]
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
-
-
-class CheckpointInfo(BaseModel):
-    """What a checkpoint says of itself; ``training`` is what the one who trained had to add.
-
-    ``skipped`` of the steps changed nothing, as their gradients were not finite. ``stored`` is the
-    dtype of the model folder that training began from, ``plan`` the digest of the memory plan,
-    ``model`` what must be the same of a model to go on with, ``frozen`` the units that have weights
-    alone. Of a run that trains adapters it holds them alone; ``lora`` describes them and ``base``
-    is the model folder that they belong to.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    step: int = Field(ge=0)
-    skipped: int = Field(default=0, ge=0)
-    stored: Annotated[str, Field(pattern="^(float32|bfloat16|float16)$")]
-    numerics: dict[str, str | int]
-    plan: str
-    model: dict[str, str | int]
-    frozen: tuple[str, ...] = ()
-    optimizer: Optimizer = Optimizer.ADAMW
-    lora: dict[str, Any] | None = None
-    base: str = ""
-    training: dict[str, Any] = {}
-
-    @classmethod
-    def of(
-        cls,
-        step: int,
-        spec: ModelSpec,
-        plan: MemoryPlan,
-        numerics: Mapping[str, str | int],
-        stored: torch.dtype,
-    ) -> Self:
-        """That of a run after ``step`` steps."""
-        return cls(
-            step=step,
-            stored=str(stored).removeprefix("torch."),
-            numerics=dict(numerics),
-            plan=digest({**asdict(plan), "resident": sorted(plan.resident)}),
-            model=model_identity(spec),
-            frozen=_frozen(spec),
-            optimizer=plan.optimizer,
-            lora=None if spec.lora is None else asdict(spec.lora),
-        )
-
-    @property
-    def compute(self) -> Compute:
-        """The precision of its forward and backward."""
-        return Compute(str(self.numerics["compute"]))
-
-    def offset(self, unit: UnitSpec, name: str, begin: int) -> int:
-        """Where the elements of an array from ``begin`` on are in a unit's file."""
-        parts = state_parts(unit, self.compute, self.optimizer)
-        position = [part.name for part in parts].index(name)
-        return parts_nbytes(parts[:position], unit.numel) + parts[position].size(begin)
 
 
 class PendingCheckpoint:
@@ -147,7 +92,9 @@ class PendingCheckpoint:
         """Write elements of a part of a unit's state; raises `CheckpointError`."""
         offset = self._info.offset(self._units[unit], part, begin)
         try:
-            self._writer.write(_file(self._units[unit]), offset, values.view(torch.uint8).numpy())
+            self._writer.write(
+                unit_file(self._units[unit]), offset, values.view(torch.uint8).numpy()
+            )
         except OSError as error:
             raise write_error(self.output, self._nbytes, error) from error
 
@@ -221,7 +168,7 @@ class Checkpoint:
                 f"{self.folder / MANIFEST}: {where}: {problem['msg']}; use another checkpoint"
             ) from None
         for name in self._reader.files:
-            if not name.startswith(_UNITS):
+            if not name.startswith(UNITS):
                 self._reader.content(name)
 
     @property
@@ -238,8 +185,8 @@ class Checkpoint:
                 f"{self.folder / MANIFEST}: the checkpoint is of the optimizer "
                 f"{self.info.optimizer}, the settings ask for {optimizer}; resume with the same"
             )
-        if set(self.info.frozen) != set(_frozen(spec)):
-            found, wanted = (",".join(x) or "none" for x in (self.info.frozen, _frozen(spec)))
+        if set(self.info.frozen) != set(frozen_units(spec)):
+            found, wanted = (",".join(x) or "none" for x in (self.info.frozen, frozen_units(spec)))
             raise CheckpointError(
                 f"{self.folder / MANIFEST}: the checkpoint's frozen units are {found}, those of "
                 f"the settings are {wanted}; resume with its parameter_groups"
@@ -260,11 +207,11 @@ class Checkpoint:
         Raises `CheckpointError` if the bytes are not those that were written.
         """
         offset = self.info.offset(unit, part, begin)
-        self._reader.read(_file(unit), offset, into.view(torch.uint8).numpy())
+        self._reader.read(unit_file(unit), offset, into.view(torch.uint8).numpy())
 
     def has_lower(self, unit: UnitSpec) -> bool:
         """Whether it has more of a unit than the upper halves of its master."""
-        return self._reader.files[_file(unit)] > 2 * unit.numel
+        return self._reader.files[unit_file(unit)] > 2 * unit.numel
 
     def text(self, name: str) -> str:
         """A file that `PendingCheckpoint.finish` was given; raises `CheckpointError`."""
@@ -312,37 +259,3 @@ class _Masters(Mapping[str, tuple[Tensor, Tensor]]):
 
     def __len__(self) -> int:
         return len(self._spec.units)
-
-
-def file_sizes(spec: ModelSpec, compute: Compute, optimizer: Optimizer) -> dict[str, int]:
-    """Bytes of the file of each unit in a checkpoint, by name."""
-    return {
-        _file(unit): parts_nbytes(state_parts(unit, compute, optimizer), unit.numel)
-        for unit in spec.saved_units
-    }
-
-
-def _frozen(spec: ModelSpec) -> tuple[str, ...]:
-    return tuple(unit.name for unit in spec.units if unit.frozen)
-
-
-def model_identity(spec: ModelSpec) -> dict[str, str | int]:
-    """What must be the same of two models for the state of one to be that of the other."""
-    names = ("family", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocab", "tied")
-    lora = spec.lora
-    layout = [[u.name, u.numel, [[p.key, p.shape, p.offset] for p in u.params]] for u in spec.units]
-    return {
-        **{name: getattr(spec, name) for name in names},
-        "layers": len(spec.layers),
-        "adapters": "none" if lora is None else f"rank {lora.rank}, alpha {lora.alpha:g}",
-        "layout": digest(layout),
-    }
-
-
-def digest(value: Any) -> str:
-    """SHA-256, in hexadecimal, of a value as JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def _file(unit: UnitSpec) -> str:
-    return f"{_UNITS}{unit.name}"

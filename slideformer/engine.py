@@ -24,7 +24,8 @@ from typing import Any, Self
 import torch
 from transformers import PretrainedConfig
 
-from slideformer.checkpointing import Checkpoint, CheckpointInfo, PendingCheckpoint
+from slideformer.checkpoint_info import CheckpointInfo
+from slideformer.checkpointing import Checkpoint, PendingCheckpoint
 from slideformer.config import EngineConfig
 from slideformer.determinism import Determinism
 from slideformer.devices import make_lanes

@@ -20,7 +20,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Self
 
-from slideformer.checkpointing import Checkpoint, digest
+from slideformer.checkpoint_info import digest
+from slideformer.checkpointing import Checkpoint
 from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError, SlideFormerError

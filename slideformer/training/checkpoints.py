@@ -16,7 +16,8 @@ from typing import Any
 
 import torch
 
-from slideformer.checkpointing import Checkpoint, PendingCheckpoint, file_sizes
+from slideformer.checkpoint_info import file_sizes
+from slideformer.checkpointing import Checkpoint, PendingCheckpoint
 from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import CheckpointError

@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 import typer
 
-from slideformer.checkpointing import file_sizes
+from slideformer.checkpoint_info import file_sizes
 from slideformer.config import Config, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
