@@ -19,6 +19,8 @@ our own, never for a user's.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 
 class SlideFormerError(Exception):
     """Base of all errors that are the user's to read; the command line prints them on one line."""
@@ -66,3 +68,29 @@ class TaskError(SlideFormerError):
 
 class NonFiniteError(SlideFormerError):
     """A gradient or a loss is infinite or not a number."""
+
+
+def task_error(
+    task: str, error: BaseException, before: Iterable[tuple[str, int]]
+) -> SlideFormerError:
+    """What failed ``task``, by name; ``before`` are the last tasks, each with its instance.
+
+    An error of this tree keeps its class, others become a `TaskError`.
+    """
+    # A subclass of somebody else may have to be made in another way.
+    if isinstance(error, SlideFormerError) and type(error).__module__ == __name__:
+        named: SlideFormerError = type(error)(f"{task}: {error}")
+    else:
+        recent = "; ".join(f"{name}#{number} finished" for name, number in before) or "nothing"
+        what = f"{type(error).__name__}: {shown(error, str)}"
+        named = TaskError(f"{task} failed: {what} (before it: {recent})")
+    named.__cause__ = error
+    return named
+
+
+def shown(value: object, form: Callable[[object], str] = repr) -> str:
+    """What a user's code gave us as text; ``form`` of it may be the user's, too, and raise."""
+    try:
+        return form(value)
+    except Exception:
+        return f"<{type(value).__name__} that cannot be shown>"

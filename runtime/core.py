@@ -20,16 +20,16 @@ Ordering (`stream lanes` are lanes whose tasks run in order on a device stream o
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import NamedTuple
 
-from slideformer.graph.errors import PolicyError, SlideFormerError, TaskError
+from slideformer.graph.errors import PolicyError, SlideFormerError, shown, task_error
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.hazards import HazardMap
 from slideformer.graph.tasks import Lane, Task
-from slideformer.runtime.policies import Policy
+from slideformer.runtime.policies import Policy, choice, name_of
 
 STREAM_DEPTH = {Lane.COMPUTE: 3, Lane.H2D: 2, Lane.D2H: 2}
 """Unfinished tasks per stream lane: one runs, one is queued, the rest are the policy's.
@@ -175,7 +175,7 @@ class Core:
             run = event.run
             self._in_flight[run.task.lane] -= 1
             if isinstance(event, Failed):
-                self._fail(_task_error(run, event.error, self._story))
+                self._fail(task_error(repr(run), event.error, self._story))
                 continue
             run.state = State.DONE
             self._story.append((run.task.name, run.instance.number))
@@ -272,22 +272,24 @@ class Core:
 
     def _choose(self, lane: Lane, ready: list[TaskRun]) -> TaskRun | None:
         try:
-            run = self._policy.choose(lane, ready)
-        except Exception as error:
-            self._fail(PolicyError(f"policy {self._policy.name!r} raised {error!r} on lane {lane}"))
+            run = choice(self._policy, lane, ready)
+        except PolicyError as error:
+            self._fail(error)
             return None
         if run is None:
             return None
-        try:
-            ready.remove(run)
-        except ValueError:
+        # A policy has the list in hand, so being in it is not enough.
+        known = isinstance(run, TaskRun) and run.state is State.READY and run.task.lane is lane
+        if not known or run not in ready:
+            names = ", ".join(map(repr, ready[:8]))
             self._fail(
                 PolicyError(
-                    f"policy {self._policy.name!r} chose {run!r} on lane {lane}, not ready; "
-                    f"ready: {', '.join(map(repr, ready[:8]))}"
+                    f"policy {name_of(self._policy)} chose {shown(run)} on lane {lane}, not ready; "
+                    f"ready: {names}"
                 )
             )
             return None
+        ready.remove(run)
         return run
 
     def _issue(self, run: TaskRun) -> Launch:
@@ -307,7 +309,7 @@ class Core:
             names = ", ".join(map(repr, ready[:8]))
             self._fail(
                 PolicyError(
-                    f"policy {self._policy.name!r} leaves every lane idle although "
+                    f"policy {name_of(self._policy)} leaves every lane idle although "
                     f"{len(ready)} task(s) are ready: {names}"
                 )
             )
@@ -334,16 +336,3 @@ class Core:
 
 def _program_order(run: TaskRun) -> tuple[int, int]:
     return run.instance.number, run.position
-
-
-def _task_error(
-    run: TaskRun, error: BaseException, story: Iterable[tuple[str, int]]
-) -> SlideFormerError:
-    """A user's error keeps its class and gets the task's name; others become a `TaskError`."""
-    if isinstance(error, SlideFormerError):
-        named: SlideFormerError = type(error)(f"{run!r}: {error}")
-    else:
-        recent = "; ".join(f"{name}#{number} finished" for name, number in story) or "nothing"
-        named = TaskError(f"{run!r} failed: {type(error).__name__}: {error} (before it: {recent})")
-    named.__cause__ = error
-    return named

@@ -13,7 +13,7 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Protocol
 
 from slideformer.graph.analysis import due_times, tails
-from slideformer.graph.errors import ConfigError, PolicyError
+from slideformer.graph.errors import ConfigError, PolicyError, shown
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
@@ -147,10 +147,26 @@ def prepare(policy: Policy, graph: TaskGraph, profile: MachineProfile) -> None:
     """Let ``policy`` prepare for a graph; raises `PolicyError` if it cannot."""
     try:
         policy.prepare(graph, profile)
-    except Exception as error:
+    except BaseException as error:
         raise PolicyError(
-            f"policy {policy.name!r} raised {error!r} when it prepared for graph {graph.name!r}"
+            f"policy {name_of(policy)} raised {shown(error)} when it prepared for graph "
+            f"{graph.name!r}"
         ) from error
+
+
+def choice(policy: Policy, lane: Lane, ready: Sequence[TaskRun]) -> object:
+    """What ``policy`` chooses, whatever it is; raises `PolicyError` if it raises."""
+    try:
+        return policy.choose(lane, ready)
+    except BaseException as error:
+        raise PolicyError(
+            f"policy {name_of(policy)} raised {shown(error)} on lane {lane}"
+        ) from error
+
+
+def name_of(policy: Policy) -> str:
+    """A policy's name for messages, even of an object that is none."""
+    return shown(policy, lambda each: repr(getattr(each, "name", type(each).__name__)))
 
 
 def _load(entry: EntryPoint) -> Policy:

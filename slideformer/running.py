@@ -14,6 +14,7 @@ what else it does delays decisions.
 from __future__ import annotations
 
 import asyncio
+import inspect
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,14 @@ from torch import Tensor
 from slideformer.config import format_size
 from slideformer.devices import make_lanes
 from slideformer.graph.buffers import Tier
-from slideformer.graph.errors import BudgetError, DeviceError, GraphError, TaskError
+from slideformer.graph.errors import (
+    BudgetError,
+    ConfigError,
+    DeviceError,
+    GraphError,
+    TaskError,
+    shown,
+)
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Budgets
 from slideformer.graph.tasks import Task
@@ -77,10 +85,12 @@ async def run(
     to the memory that is free. A callable that has not returned after ``timeout`` seconds fails the
     run; its thread cannot be stopped and is left behind, as is the memory it works on.
 
-    Raises `GraphError` for an op without a callable, contents that do not fit and buffers on NVMe;
+    Raises `ConfigError` for a number of instances or a timeout that cannot be; `GraphError` for an
+    op without a callable, contents that do not fit and buffers on NVMe;
     `BudgetError` if not all places fit the budgets; `DeviceError`; `PolicyError`; and
     `TaskError` with the task's name if a callable raises or does not return.
     """
+    _check_numbers(instances, timeout)
     chosen = make_policy(policy) if isinstance(policy, str) else policy
     target = _device(device)
     _check_places(graph, budgets or _free_memory(target), device)
@@ -88,7 +98,7 @@ async def run(
     arenas = Arenas(lay_out(wanted), wanted, target)
     watched: _WatchedDevice | None = None
     try:
-        operations = bind(graph, {op: _binding(call) for op, call in bindings.items()}, arenas)
+        operations = bind(graph, {op: _binding(op, each) for op, each in bindings.items()}, arenas)
         _fill(graph, arenas, contents or {})
         arenas.ready()
         if target.type == "cuda":
@@ -112,6 +122,13 @@ async def run(
         elif not watched.abandoned:
             watched.close()
             arenas.close()
+
+
+def _check_numbers(instances: int, timeout: float | None) -> None:
+    if not isinstance(instances, int) or instances < 1:
+        raise ConfigError(f"instances is {instances!r}; it must be a whole number of at least 1")
+    if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
+        raise ConfigError(f"timeout is {timeout!r}; it must be seconds, more than 0, or None")
 
 
 def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
@@ -159,7 +176,12 @@ def _free_memory(device: torch.device) -> Budgets:
     return Budgets(gpu, available_host_memory())
 
 
-def _binding(call: Callback) -> Binding:
+def _binding(op: str, call: Callback) -> Binding:
+    if not callable(call):
+        raise GraphError(f"op {op!r} is bound to {shown(call)}, which cannot be called")
+    if inspect.iscoroutinefunction(call):
+        raise GraphError(f"op {op!r} is bound to a coroutine function; bind a plain one")
+
     def make(task: Task, views: Views) -> Operation:
         reads = tuple(views[name] for name in task.reads)
         writes = tuple(views[name] for name in task.writes)
@@ -174,6 +196,8 @@ def _fill(graph: TaskGraph, arenas: Arenas, contents: Mapping[str, Tensor]) -> N
             arenas.view(buffer).zero_()
     for name, tensor in contents.items():
         known = graph.buffers.get(name)
+        if not isinstance(tensor, Tensor):
+            raise GraphError(f"contents for {name!r} are a {type(tensor).__name__}, not a tensor")
         if known is None or not known.carried:
             what = "is not a buffer" if known is None else "is not carried"
             raise GraphError(f"contents for {name!r}, which {what} of graph {graph.name!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import subprocess
 import sys
 import threading
@@ -30,6 +31,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Budgets
 from slideformer.graph.tasks import Task, TaskKind
 from slideformer.running import RunResult, run
+from slideformer.simulation import simulate
 from tests.support.graphs import task_graphs
 
 Memory = tuple[Tensor, ...]
@@ -114,6 +116,10 @@ def test_every_policy_leaves_the_same_bytes(graph: TaskGraph, policy: str) -> No
         assert torch.equal(tensor, memory[name])
 
 
+async def later(task: Task, reads: Memory, writes: Memory) -> None:
+    """What nobody would wait for."""
+
+
 def mix(task: Task, reads: Memory, writes: Memory) -> None:
     """Write what depends on the task and on everything it reads."""
     total = sum(int(r.sum()) for r in reads) + sum(map(ord, task.name))
@@ -128,6 +134,14 @@ def mix(task: Task, reads: Memory, writes: Memory) -> None:
         ({"contents": {"w": torch.ones(4)}}, GraphError, r"'w', which is not a buffer of graph"),
         ({"contents": {"y": torch.ones(4)}}, GraphError, r"'y', which is not carried of graph"),
         ({"contents": {"x": torch.ones(5)}}, GraphError, r"x have 20 bytes, the buffer has 16"),
+        ({"contents": {"x": [1.0] * 4}}, GraphError, "contents for 'x' are a list, not a tensor"),
+        ({"bindings": {"copy": copy, "double": 2}}, GraphError, "'double' is bound to 2, which ca"),
+        ({"bindings": {"copy": copy, "double": later}}, GraphError, "a coroutine function; bind a"),
+        ({"instances": 0}, ConfigError, "instances is 0; it must be a whole number of at least 1"),
+        ({"instances": 1.5}, ConfigError, r"instances is 1\.5; it must be a whole number"),
+        ({"timeout": -1}, ConfigError, "timeout is -1; it must be seconds, more than 0, or None"),
+        ({"timeout": math.nan}, ConfigError, "timeout is nan; it must be seconds"),
+        ({"policy": object()}, PolicyError, "policy 'object' raised AttributeError"),
         ({"policy": "lifo"}, ConfigError, r"unknown policy 'lifo'; did you mean 'fifo'"),
         ({"device": "tpu"}, DeviceError, r"unknown device 'tpu'; use 'cpu' or 'cuda'"),
         (
@@ -166,6 +180,38 @@ def test_a_callable_that_raises_fails_the_run_by_its_task() -> None:
         go(scale_graph(), {"copy": copy, "double": fail}, instances=2, timeout=30.0)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert threading.active_count() == before
+
+
+class Untold(BaseException):
+    """An error that cannot even be shown."""
+
+    def __str__(self) -> str:
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+class Particular(TaskError):
+    """An error of ours that is made in a way of its own."""
+
+    def __init__(self, one: int, two: int) -> None:
+        super().__init__(f"{one} and {two}")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (Untold(), "Untold: <Untold that cannot be shown>"),
+        (Particular(1, 2), "Particular: 1 and 2"),
+        (SystemExit(3), "SystemExit: 3"),
+    ],
+)
+def test_whatever_a_callable_raises_fails_the_run(error: BaseException, message: str) -> None:
+    def fail(*_: Any) -> None:
+        raise error
+
+    with pytest.raises(TaskError, match=f"fwd.y#0 failed: {message}"):
+        go(scale_graph(), {"copy": copy, "double": fail}, timeout=20.0)
 
 
 def test_a_callable_that_does_not_return_fails_the_run_and_is_named() -> None:
@@ -247,15 +293,48 @@ class Hostile:
 
     def choose(self, lane: object, ready: Any) -> Any:
         """The wrong thing."""
-        if self.way == "raise":
-            raise KeyError("lost")
-        return None if self.way == "idle" else replace(ready[0])
+        last = ready[0].instance.runs[-1]
+        match self.way:
+            case "raise":
+                raise KeyError("lost")
+            case "exit":
+                raise SystemExit(1)
+            case "untold":
+                raise Untold
+            case "ahead":  # the run's own list, so that what is chosen is in it
+                ready.append(last)
+                return last
+            case "lose":
+                ready.clear()
+        return {"idle": None, "lose": None, "unreal": AlwaysEqual()}.get(
+            self.way, replace(ready[0]) if ready else None
+        )
+
+
+class AlwaysEqual:
+    """What passes for anything that it is compared with."""
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @pytest.mark.parametrize(
     ("way", "message"),
-    [("raise", r"raised KeyError"), ("idle", r"leaves every lane idle"), ("other", r"not ready")],
+    [
+        ("raise", r"raised KeyError"),
+        ("exit", r"raised SystemExit\(1\) on lane h2d"),
+        ("untold", "raised <Untold that cannot be shown>"),
+        ("idle", r"leaves every lane idle"),
+        ("lose", r"leaves every lane idle"),
+        ("other", r"not ready"),
+        ("unreal", r"not ready"),
+        ("ahead", r"chose \w+\.\w+#0 on lane h2d, not ready"),
+    ],
 )
 def test_a_hostile_policy_fails_the_run_by_its_name(way: str, message: str) -> None:
     with pytest.raises(PolicyError, match=f"'hostile'.*{message}"):
         go(scale_graph(), policy=Hostile(way))
+    with pytest.raises(PolicyError, match=f"'hostile'.*{message}"):
+        simulate(scale_graph(), "h100", Hostile(way))
