@@ -226,6 +226,7 @@ class _Run:
         """Run steps until there are enough, the data ends, or the user or patience ends it."""
         if self._start is not None:
             warn_of_numerics(self._start, engine.numerics)
+            checkpoints.go_on(self._done, self._validation.best)
 
         def asked() -> bool:
             return interrupt.asked is not None

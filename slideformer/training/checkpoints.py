@@ -101,6 +101,11 @@ class RunCheckpoints:
         with contextlib.suppress(OSError):
             (self.folder / f".{BEST}").unlink()
 
+    def go_on(self, step: int, best: int | None) -> None:
+        """Discard what a run killed behind the checkpoint of ``step`` had no time to discard."""
+        steps = {found: path for found, path in _steps(self.folder).items() if found <= step}
+        self._keep_last(steps, step, best)
+
     def begin(self, engine: Engine, training: Mapping[str, Any]) -> None:
         """Begin one of the engine's last submitted step, unless that has one.
 
@@ -170,12 +175,16 @@ class RunCheckpoints:
             self._report(pending.step, error)
             return
         logger.info("checkpoint %s", self.last)
-        steps = _steps(self.folder)
-        kept = sorted(step for step in steps if step <= pending.step)[-self._keep :]
+        # Later ones are of a future that was given up.
+        self._keep_last(_steps(self.folder), pending.step, best)
+
+    def _keep_last(self, steps: Mapping[int, Path], last: int, best: int | None) -> None:
+        """Of ``steps``, discard all but the ``keep`` up to ``last`` and the best."""
+        kept = sorted(step for step in steps if step <= last)[-self._keep :]
         if best in steps:
             kept.append(best)
             self._link(steps[best].name)
-        for step, path in steps.items():  # later ones are of a future that was given up
+        for step, path in steps.items():
             if step not in kept:
                 discard(path)
 

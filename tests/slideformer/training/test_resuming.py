@@ -38,6 +38,7 @@ from slideformer.models.data.sources import Source
 from slideformer.runtime import nvme
 from slideformer.traces import GRAPH_FILE, TRACE_FILE
 from slideformer.trainer import Trainer
+from slideformer.training import checkpoints as checkpoints_module
 from slideformer.training.checkpoints import checkpoints_folder, find_checkpoint
 from slideformer.training.reports import (
     CONFIG_FILE,
@@ -170,6 +171,18 @@ def test_a_run_can_be_stopped_and_resumed_again_and_again(config: Config, plain:
     assert steps_of(config) == ["step-6", "step-8"], "the eighth is the one that Ctrl-C leaves"
     Trainer.resume(config.output).train()
     same(config.output, plain)
+
+
+def test_what_a_killed_run_had_no_time_to_discard_is_discarded_by_the_resumed_one(
+    config: Config, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed_before:
+        killed_before.setattr(checkpoints_module, "discard", lambda path: None)
+        Trainer(config).train(Stopper(after=7))
+    assert steps_of(config) == ["step-2", "step-4", "step-6", "step-8"]
+    Trainer.resume(config.output).train()
+    same(config.output, plain)
+    assert steps_of(config) == ["step-6", "step-8"]
 
 
 def test_relative_paths_mean_the_same_in_another_folder(
