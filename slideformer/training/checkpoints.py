@@ -181,7 +181,7 @@ class RunCheckpoints:
     def _keep_last(self, steps: Mapping[int, Path], last: int, best: int | None) -> None:
         """Of ``steps``, discard all but the ``keep`` up to ``last`` and the best."""
         kept = sorted(step for step in steps if step <= last)[-self._keep :]
-        if best in steps:
+        if best is not None and best in steps:
             kept.append(best)
             self._link(steps[best].name)
         for step, path in steps.items():
