@@ -2,13 +2,7 @@
 
 It has no clock, thread, device or random number, so a recorded sequence of events replays to the
 same instructions. The asyncio shell around it is ``scheduler.py``; devices carry out instructions.
-
-A task moves through these states:
-
-    WAITING   some predecessor is not far enough; counted in `TaskRun.missing`
-    READY     may start; listed in its lane's ready list until the policy takes it
-    ISSUED    handed to the device; occupies one place of its lane
-    DONE      finished; forgotten once its instance is
+Both are in ``runs.py``, with the states that a task moves through.
 
 Ordering (`stream lanes` are lanes whose tasks run in order on a device stream of their own):
 
@@ -21,15 +15,23 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from typing import NamedTuple
 
 from slideformer.graph.errors import PolicyError, SlideFormerError, shown, task_error
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.hazards import HazardMap
-from slideformer.graph.tasks import Lane, Task
+from slideformer.graph.tasks import Lane
 from slideformer.runtime.policies import Policy, choice, name_of
+from slideformer.runtime.runs import (
+    Event,
+    Failed,
+    Instance,
+    InstanceDone,
+    Instruction,
+    Launch,
+    State,
+    Stop,
+    TaskRun,
+)
 
 STREAM_DEPTH = {Lane.COMPUTE: 3, Lane.H2D: 2, Lane.D2H: 2}
 """Unfinished tasks per stream lane: one runs, one is queued, the rest are the policy's.
@@ -37,85 +39,6 @@ STREAM_DEPTH = {Lane.COMPUTE: 3, Lane.H2D: 2, Lane.D2H: 2}
 Two are queued for computing: the cast of a layer's gradients is over before the next layer's
 backward could be decided on and launched.
 """
-
-
-class State(Enum):
-    """Where a task is; see the module's docstring."""
-
-    WAITING = auto()
-    READY = auto()
-    ISSUED = auto()
-    DONE = auto()
-
-
-@dataclass(slots=True, eq=False)
-class TaskRun:
-    """One task of one instance. ``later`` are tasks of later instances that wait for it."""
-
-    instance: Instance
-    position: int
-    task: Task
-    missing: int
-    streamed: bool = False  # whether its lane is a stream lane
-    state: State = State.WAITING
-    waits: list[TaskRun] = field(default_factory=list)
-    later: list[TaskRun] = field(default_factory=list)
-
-    def __repr__(self) -> str:
-        return f"{self.task.name}#{self.instance.number}"
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    """One run of a graph. ``unfinished`` counts its tasks that are not done."""
-
-    number: int
-    graph: TaskGraph
-    runs: list[TaskRun] = field(default_factory=list)
-    unfinished: int = 0
-
-
-class Finished(NamedTuple):
-    """Event: a task is done. Times are seconds on the device's clock."""
-
-    run: TaskRun
-    started: float
-    stopped: float
-
-
-@dataclass(frozen=True, slots=True)
-class Failed:
-    """Event: a task raised ``error``."""
-
-    run: TaskRun
-    error: BaseException
-
-
-Event = Finished | Failed
-
-
-class Launch(NamedTuple):
-    """Instruction: start ``run``; on a stream lane, behind the unfinished tasks in ``waits``."""
-
-    run: TaskRun
-    waits: tuple[TaskRun, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class InstanceDone:
-    """Instruction: every task of ``instance`` is done."""
-
-    instance: Instance
-
-
-@dataclass(frozen=True, slots=True)
-class Stop:
-    """Instruction: the run has failed and nothing is in flight any more."""
-
-    error: SlideFormerError
-
-
-Instruction = Launch | InstanceDone | Stop
 
 
 class Core:

@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.core import Event, Failed, Finished, Launch
 from slideformer.runtime.device import Operation
+from slideformer.runtime.runs import Event, Failed, Finished, Launch
 
 Work = tuple[Launch, Operation, Any]
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from slideformer.graph.tasks import HOST_LANES, STREAM_LANES, Lane
-from slideformer.runtime.core import Event, Failed, Finished, TaskRun
 from slideformer.runtime.cpu import LaneThreads, Work
+from slideformer.runtime.runs import Event, Failed, Finished, TaskRun
 
 _SWITCH_SECONDS = 1e-4
 

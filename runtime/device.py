@@ -13,7 +13,7 @@ from slideformer.graph.buffers import Buffer
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane, Task
-from slideformer.runtime.core import Event, Launch
+from slideformer.runtime.runs import Event, Launch
 
 Operation = Callable[[Any], object]
 """What a task does when it runs; takes the instance's context."""

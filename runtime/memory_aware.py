@@ -8,14 +8,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
-
-if TYPE_CHECKING:
-    from slideformer.runtime.core import TaskRun
+from slideformer.runtime.runs import TaskRun
 
 
 @dataclass(slots=True)

@@ -10,7 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from slideformer.graph.analysis import due_times, tails
 from slideformer.graph.errors import ConfigError, PolicyError, shown
@@ -18,9 +18,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.memory_aware import MemoryAware
-
-if TYPE_CHECKING:
-    from slideformer.runtime.core import TaskRun
+from slideformer.runtime.runs import TaskRun
 
 
 class Policy(Protocol):
@@ -51,7 +49,7 @@ class Fifo:
         return ready[0]
 
 
-class _Ranks(dict["TaskRun", float]):
+class _Ranks(dict[TaskRun, float]):
     """Ranks of ready tasks, each computed once: a lane may have hundreds to choose from."""
 
     def __init__(self) -> None:

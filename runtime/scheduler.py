@@ -14,8 +14,10 @@ from typing import Any
 from slideformer.graph.errors import GraphError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
-from slideformer.runtime.core import (
-    Core,
+from slideformer.runtime.core import Core
+from slideformer.runtime.device import Device, Operation
+from slideformer.runtime.policies import Policy, prepare
+from slideformer.runtime.runs import (
     Event,
     Finished,
     Instance,
@@ -24,8 +26,6 @@ from slideformer.runtime.core import (
     Launch,
     Stop,
 )
-from slideformer.runtime.device import Device, Operation
-from slideformer.runtime.policies import Policy, prepare
 from slideformer.runtime.trace import Trace
 
 

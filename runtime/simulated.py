@@ -15,8 +15,9 @@ from operator import attrgetter
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import STREAM_LANES, Lane
-from slideformer.runtime.core import Core, Finished, Instruction, Launch, Stop, TaskRun
+from slideformer.runtime.core import Core
 from slideformer.runtime.policies import Policy, prepare
+from slideformer.runtime.runs import Finished, Instruction, Launch, Stop, TaskRun
 from slideformer.runtime.trace import Timeline, Trace
 
 

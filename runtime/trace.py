@@ -8,7 +8,7 @@ from operator import attrgetter
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.core import Finished
+from slideformer.runtime.runs import Finished
 
 
 @dataclass(frozen=True, slots=True)

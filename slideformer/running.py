@@ -43,9 +43,9 @@ from slideformer.graph.tasks import Task
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import aligned, lay_out, places
 from slideformer.memory.limits import available_host_memory
-from slideformer.runtime.core import Event, Launch, TaskRun
 from slideformer.runtime.device import Binding, Device, Operation, Views, bind
 from slideformer.runtime.policies import Policy, make_policy
+from slideformer.runtime.runs import Event, Launch, TaskRun
 from slideformer.runtime.scheduler import Scheduler
 from slideformer.runtime.trace import Trace
 from slideformer.simulation import GraphTimeline

@@ -17,9 +17,9 @@ from slideformer.graph.errors import GraphError, NonFiniteError, PolicyError, Ta
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import STREAM_LANES, Lane, TaskKind
-from slideformer.runtime.core import (
-    STREAM_DEPTH,
-    Core,
+from slideformer.runtime.core import STREAM_DEPTH, Core
+from slideformer.runtime.policies import Policy, make_policy, policy_names
+from slideformer.runtime.runs import (
     Event,
     Failed,
     Finished,
@@ -30,7 +30,6 @@ from slideformer.runtime.core import (
     Stop,
     TaskRun,
 )
-from slideformer.runtime.policies import Policy, make_policy, policy_names
 from tests.support.graphs import Machine, conflicts, run_sequentially, task_graphs
 
 

@@ -14,10 +14,10 @@ from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import DeviceError, TaskError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import TaskKind
-from slideformer.runtime.core import Event
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import Fifo
+from slideformer.runtime.runs import Event
 
 
 @pytest.fixture(autouse=True)

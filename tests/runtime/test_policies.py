@@ -15,8 +15,8 @@ from slideformer.graph.errors import ConfigError, PolicyError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, Lane, TaskKind
-from slideformer.runtime.core import Instance, TaskRun
 from slideformer.runtime.policies import make_policy, policy_names
+from slideformer.runtime.runs import Instance, TaskRun
 from slideformer.runtime.simulated import simulate
 from tests.support.graphs import step_like, task_graphs
 

@@ -14,8 +14,10 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime import scheduler as scheduler_module
-from slideformer.runtime.core import (
-    Core,
+from slideformer.runtime.core import Core
+from slideformer.runtime.cpu import CpuDevice
+from slideformer.runtime.policies import Policy, make_policy, policy_names
+from slideformer.runtime.runs import (
     Event,
     Failed,
     Finished,
@@ -25,8 +27,6 @@ from slideformer.runtime.core import (
     Launch,
     Stop,
 )
-from slideformer.runtime.cpu import CpuDevice
-from slideformer.runtime.policies import Policy, make_policy, policy_names
 from slideformer.runtime.scheduler import Scheduler
 from tests.support.graphs import Machine, task_graphs
 from tests.support.policies import AtRandom

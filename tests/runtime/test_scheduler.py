@@ -26,10 +26,10 @@ from slideformer.graph.errors import (
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane, Task, TaskKind
-from slideformer.runtime.core import TaskRun
 from slideformer.runtime.cpu import CpuDevice
 from slideformer.runtime.device import Operation, bind
 from slideformer.runtime.policies import Fifo, Policy, make_policy, policy_names
+from slideformer.runtime.runs import TaskRun
 from slideformer.runtime.scheduler import Scheduler
 from slideformer.runtime.trace import Trace
 from tests.support.graphs import Machine, run_sequentially, task_graphs

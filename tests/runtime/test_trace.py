@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane, Task, TaskKind
-from slideformer.runtime.core import Finished, Instance, TaskRun
+from slideformer.runtime.runs import Finished, Instance, TaskRun
 from slideformer.runtime.trace import Span, Timeline, Trace
 
 TASK = Task("a.x", TaskKind.CPU, "a")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.core import TaskRun
+from slideformer.runtime.runs import TaskRun
 
 
 class AtRandom:
