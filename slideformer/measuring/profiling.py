@@ -31,8 +31,8 @@ from slideformer.memory.limits import available_host_memory
 from slideformer.profiles import machine_key
 from slideformer.this_machine import default_threads
 
-_MOST_WALKED = 32 << 30
-"""Bytes of host memory to update at most; touching them takes two seconds."""
+_MOST_WALKED = 64 << 30
+"""Bytes of host memory to update at most; touching them takes four seconds."""
 
 LIBRARY_NBYTES = 160 << 20
 """Least bytes to keep free for workspaces of CUDA's libraries and what the allocator rounds up."""
@@ -61,7 +61,7 @@ class ProfileSizes:
 def sizes_for(device: torch.device) -> ProfileSizes:
     """What takes two to three minutes on a large GPU, and about one where there is none."""
     room = available_host_memory()
-    walked = min(_MOST_WALKED, room // 3) // WALKED_BYTES
+    walked = min(_MOST_WALKED, room // 2) // WALKED_BYTES
     memory = min(256 << 20, room // 16)
     if device.type == "cuda":
         return ProfileSizes(
@@ -74,7 +74,7 @@ def sizes_for(device: torch.device) -> ProfileSizes:
                 longest=1.0,
                 seconds=0.25,
             ),
-            LaneSizes(walked, memory, width=3584, tokens=4096, seconds=1.5),
+            LaneSizes(walked, memory, width=3584, tokens=4096, seconds=3.0),
             memory,
         )
     return ProfileSizes(
