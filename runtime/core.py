@@ -2,7 +2,7 @@
 
 It has no clock, thread, device or random number, so a recorded sequence of events replays to the
 same instructions. The asyncio shell around it is ``scheduler.py``; devices carry out instructions.
-Both are in ``runs.py``, with the states that a task moves through.
+Events and instructions are in ``runs.py``, with the states that a task moves through.
 
 Ordering (`stream lanes` are lanes whose tasks run in order on a device stream of their own):
 
