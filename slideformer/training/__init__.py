@@ -1,1 +1,1 @@
-"""What a trainer does beside its loop: reports, checkpoints, validation, resuming, Ctrl-C."""
+"""Parts of the trainer: the loop, reports, checkpoints, validation, resuming, Ctrl-C."""

@@ -19,7 +19,6 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from slideformer import engine as engine_module
 from slideformer import run_memory
-from slideformer import trainer as trainer_module
 from slideformer.config import Config, load_config
 from slideformer.engine import Engine
 from slideformer.graph.errors import (
@@ -35,6 +34,7 @@ from slideformer.models.data.dataset import TokenDataset
 from slideformer.models.tokenizers import load_tokenizer
 from slideformer.tools.progress import ConsoleProgress
 from slideformer.trainer import Trainer
+from slideformer.training import loop
 from slideformer.training.reports import (
     CONFIG_FILE,
     METRICS_FILE,
@@ -395,13 +395,13 @@ def test_a_second_ctrl_c_while_saving_leaves_nothing_half_written(
 def test_ctrl_c_before_the_first_step_saves_nothing(
     config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawn_ahead = trainer_module._drawn_ahead
+    drawn_ahead = loop._drawn_ahead
 
     def interrupted(stream: BatchStream) -> Any:
         interrupt()
         return drawn_ahead(stream)
 
-    monkeypatch.setattr(trainer_module, "_drawn_ahead", interrupted)
+    monkeypatch.setattr(loop, "_drawn_ahead", interrupted)
     with pytest.raises(KeyboardInterrupt):
         Trainer(config).train()
     assert leftovers(config) == []
