@@ -171,10 +171,10 @@ def _load(entry: EntryPoint) -> Policy:
     """The policy of another package."""
     try:
         policy: Policy = entry.load()()
-    except Exception as error:  # anything may be wrong with somebody else's package
+    except (Exception, SystemExit) as error:  # anything may be wrong with somebody else's package
         raise PolicyError(
             f"policy {entry.name!r} cannot be loaded from {entry.value!r}: "
-            f"{type(error).__name__}: {error}"
+            f"{type(error).__name__}: {shown(error, str)}"
         ) from error
     lacking = [part for part in ("name", "prepare", "choose") if not hasattr(policy, part)]
     if lacking:

@@ -23,7 +23,8 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.machines import load_machine
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
-from slideformer.runtime.policies import Policy, make_policy, policy_names
+from slideformer.runtime.policies import Policy, make_policy
+from slideformer.runtime.policies import policy_names as policy_names
 from slideformer.runtime.simulated import simulate as simulate_graph
 from slideformer.runtime.trace import Span as Span
 from slideformer.runtime.trace import Timeline

@@ -5,6 +5,7 @@ Everything printed is computed by ``slideformer.simulation``; nothing is measure
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import typer
@@ -12,10 +13,11 @@ from rich.table import Table
 
 from slideformer.config import format_size
 from slideformer.graph.buffers import Tier, host_bytes
+from slideformer.graph.errors import PolicyError
 from slideformer.graph.plan import UNLIMITED
 from slideformer.graph.tasks import Lane
 from slideformer.profiles import cached_machine
-from slideformer.simulation import GraphTimeline, compare_policies
+from slideformer.simulation import GraphTimeline, policy_names
 from slideformer.simulation import simulate as simulate_graph
 from slideformer.tools import step_flags as flags
 from slideformer.tools.graph_cli import GraphFile, read_graph, stdout_console
@@ -64,10 +66,18 @@ def compare(
     file: GraphFile,
     machine: flags.MachineName = None,
 ) -> None:
-    """Run a graph under every policy on the same machine, simulated, and print a table."""
+    """Run a graph under every policy on the same machine, simulated, and print a table.
+
+    One that fails, of another package perhaps, is named behind the table; the exit code is then 1.
+    """
     known = flags.chosen_machine(machine)
     graph = read_graph(file)
-    timelines = compare_policies(graph, known.profile, INSTANCES)
+    timelines, failed = {}, []
+    for name in policy_names():
+        try:
+            timelines[name] = simulate_graph(graph, known.profile, name, INSTANCES)
+        except PolicyError as error:
+            failed.append(error)
     tiers = list(next(iter(timelines.values())).peaks())
     table = Table("policy", "step", "compute busy", "compute waits", box=None, padding=(0, 2))
     for tier in tiers:
@@ -85,6 +95,10 @@ def compare(
     console = stdout_console()
     console.print(f"{graph.name}: {len(graph.tasks):,} tasks on {known.title}")
     console.print(table)
+    for each in failed:
+        print(f"error: {' '.join(str(each).split())}", file=sys.stderr)
+    if failed:
+        raise typer.Exit(1)
 
 
 def _exposed(timeline: GraphTimeline) -> str:

@@ -125,12 +125,15 @@ class Backwards:
 class Nothing: pass
 
 def broken(): raise KeyError("no licence")
+
+def leaving(): raise SystemExit(0)
 """
 ENTRIES = """[slideformer.policies]
 backwards = their_policies:Backwards
 empty = their_policies:Nothing
 broken = their_policies:broken
 absent = their_policies:Absent
+leaving = their_policies:leaving
 """
 
 
@@ -163,6 +166,7 @@ def test_a_policy_of_an_installed_package_is_known_by_its_name() -> None:
             "broken",
             "'broken' cannot be loaded from 'their_policies:broken': KeyError: 'no licence'",
         ),
+        ("leaving", "'leaving' cannot be loaded from 'their_policies:leaving': SystemExit: 0"),
         ("absent", "'absent' cannot be loaded from 'their_policies:Absent': AttributeError"),
         ("empty", "'empty', which is 'their_policies:Nothing', lacks name, prepare, choose"),
     ],

@@ -21,6 +21,7 @@ from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import TaskKind
 from slideformer.models.units import model_spec
 from slideformer.planning import plan_for
+from slideformer.runtime.memory_aware import MemoryAware
 from slideformer.tools.graph_cli import graph_app
 from slideformer.tools.simulate_cli import INSTANCES, policies_app
 from tests.models.tiny import tiny_config
@@ -178,3 +179,19 @@ def test_policies_are_compared_in_order_of_speed(step: Path) -> None:
     assert {"fifo", "critical-path", "earliest-deadline"} <= found.keys()
     assert list(found.values()) == sorted(found.values())
     assert INSTANCES > 1
+
+
+def test_a_policy_that_fails_does_not_keep_the_others_from_being_compared(
+    step: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise ValueError("no [/such] luck")
+
+    monkeypatch.setattr(MemoryAware, "choose", fail)
+    result = CliRunner().invoke(policies_app, [str(step), "--machine", "a100"])
+    assert result.exit_code == 1
+    assert "earliest-deadline" in result.stdout
+    assert "memory-aware" not in result.stdout
+    assert result.stderr.splitlines() == [
+        "error: policy 'memory-aware' raised ValueError('no [/such] luck') on lane h2d"
+    ]
