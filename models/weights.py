@@ -2,18 +2,16 @@
 
 A folder's safetensors files are streamed in pieces of bounded size straight into the split masters,
 several pieces at once, so that no second copy of the model ever exists. Names, shapes and dtypes
-are checked against the spec before the first value is read, or by `check_weights` before there are
-masters. Writing a model folder is the matter of ``export.py``.
+are checked before the first value is read (``stored_weights.py``). Writing a model folder is the
+matter of ``export.py``.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +21,12 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from slideformer.graph.errors import CheckpointError
 from slideformer.graph.model import ModelSpec, ParamSpec, UnitSpec
 from slideformer.kernels.split import split_master
 from slideformer.models.families import decoder_config
-from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_header, read_range
-from slideformer.models.units import EMBED_KEY, HEAD_KEY, MasterWeights
+from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_range
+from slideformer.models.stored_weights import locate, stored_dtypes, untied
+from slideformer.models.units import EMBED_KEY, MasterWeights
 
 logger = logging.getLogger(__name__)
 
@@ -40,26 +38,9 @@ _PIECE_BYTES = 4 * PIECE
 Filled = Callable[[str], None]
 """Told the name of a unit whose masters are complete."""
 
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-
 
 def _nothing(unit: str) -> None:
     """Take no notice of a unit."""
-
-
-def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
-    """Check that the safetensors files of a model folder fit the model; reads their headers alone.
-
-    Returns:
-        The dtype the weights are stored in; of several, the one with most elements.
-
-    Raises:
-        CheckpointError: as `load_weights` does, but for what only the values show: a tied model's
-            output matrix that differs from the token matrix.
-    """
-    sources, _ = _locate(folder, spec)
-    return _stored_dtypes(sources, spec)[0]
 
 
 def load_weights(
@@ -79,10 +60,10 @@ def load_weights(
         CheckpointError: a file is missing, cut short or damaged; a tensor is missing, unknown, or
             of a wrong shape or dtype. Values are not looked at.
     """
-    sources, repeated_head = _locate(folder, spec)
+    sources, repeated_head = locate(folder, spec)
     if repeated_head is not None:
         _check_repeated(sources[EMBED_KEY], repeated_head)
-    dtypes = _stored_dtypes(sources, spec)
+    dtypes = stored_dtypes(sources, spec)
     if len(dtypes) > 1:
         names = " and ".join(str(each).removeprefix("torch.") for each in dtypes)
         logger.warning("%s holds weights in %s; it counts as %s", folder, names, dtypes[0])
@@ -100,7 +81,7 @@ def stored_values(folder: Path, spec: ModelSpec, param: ParamSpec) -> Iterator[T
     Each piece, 1-D, is valid until the next is asked for. Raises CheckpointError as `load_weights`
     does.
     """
-    source = _locate(folder, spec)[0][param.key]
+    source = locate(folder, spec)[0][param.key]
     buffer = torch.empty(_PIECE_BYTES, dtype=torch.uint8)
     for start in range(0, param.numel, PIECE):
         yield _read(source, start, min(PIECE, param.numel - start), buffer)
@@ -152,77 +133,6 @@ def named_generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.SFC64([seed, int.from_bytes(digest, "little")]))
 
 
-def _locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], StoredTensor | None]:
-    """The stored tensor of every parameter, and a tied model's output matrix if it is stored too.
-
-    Raises CheckpointError for all that headers can tell.
-    """
-    stored = _find_tensors(folder)
-    repeated_head = _take_tied_head(stored) if spec.tied else None
-    return _match(folder, spec, stored), repeated_head
-
-
-def _stored_dtypes(sources: dict[str, StoredTensor], spec: ModelSpec) -> list[torch.dtype]:
-    """The dtypes the parameters are stored in, that with most elements first."""
-    sizes: Counter[torch.dtype] = Counter()
-    for unit in spec.own_units:
-        for param in unit.params:
-            sizes[DTYPES[sources[param.key].dtype]] += param.numel
-    return [dtype for dtype, _ in sizes.most_common()]
-
-
-def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
-    """All tensors of a model folder by name: of its single file, or of the shards of its index."""
-    if (folder / _SINGLE).is_file():
-        return read_header(folder / _SINGLE)
-    index = folder / _INDEX
-    if not index.is_file():
-        if any(folder.glob("*.bin")):
-            raise CheckpointError(
-                f"{folder} holds its weights in *.bin files, which can run code when opened:"
-                " convert them with AutoModelForCausalLM.from_pretrained(…).save_pretrained(…) of"
-                " transformers, which writes safetensors"
-            )
-        raise CheckpointError(
-            f"{folder} holds neither {_SINGLE} nor {_INDEX}: was the download complete?"
-        )
-    try:
-        shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(shard_of.values()))
-        lacking = [shard for shard in shards if not (folder / shard).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index} is damaged ({error!r}): download it again") from error
-    if lacking:
-        raise CheckpointError(
-            f"{folder} lacks {len(lacking)} of the {len(shards)} shards that {_INDEX} lists, first"
-            f" {lacking[0]}: download it again"
-        )
-    headers = {shard: read_header(folder / shard) for shard in shards}
-    for key, shard in shard_of.items():
-        if key not in headers[shard]:
-            raise CheckpointError(
-                f"{folder / shard} lacks tensor {key}, which {_INDEX} places there: download both"
-                " again"
-            )
-    return {key: headers[shard][key] for key, shard in shard_of.items()}
-
-
-def _take_tied_head(stored: dict[str, StoredTensor]) -> StoredTensor | None:
-    """Take a tied model's output matrix out of ``stored``; alone, it becomes the token matrix.
-
-    Returned, if it is stored beside a token matrix of the same shape and dtype.
-    """
-    head = stored.pop(HEAD_KEY, None)
-    if head is None:
-        return None
-    embed = stored.setdefault(EMBED_KEY, head)
-    if embed is head:
-        return None
-    if (embed.dtype, embed.shape) != (head.dtype, head.shape):
-        raise _untied(head)
-    return head
-
-
 def _check_repeated(embed: StoredTensor, head: StoredTensor) -> None:
     """Raise unless a tied model's output matrix has the values of its token matrix."""
     for begin in range(0, embed.nbytes, _PIECE_BYTES):
@@ -230,48 +140,7 @@ def _check_repeated(embed: StoredTensor, head: StoredTensor) -> None:
         for tensor, piece in zip((embed, head), pieces, strict=True):
             read_range(tensor, begin, memoryview(piece))
         if pieces[0] != pieces[1]:
-            raise _untied(head)
-
-
-def _untied(head: StoredTensor) -> CheckpointError:
-    return CheckpointError(
-        f"{head.path}: {HEAD_KEY} differs from {EMBED_KEY}, but config.json ties them: set"
-        " tie_word_embeddings to false there to train both"
-    )
-
-
-def _match(
-    folder: Path, spec: ModelSpec, stored: dict[str, StoredTensor]
-) -> dict[str, StoredTensor]:
-    """The stored tensor of every parameter; raises unless names, shapes and dtypes fit."""
-    params = {param.key: param for unit in spec.own_units for param in unit.params}
-    missing = [key for key in params if key not in stored]
-    unknown = [
-        key for key in stored if key not in params and not key.endswith("rotary_emb.inv_freq")
-    ]
-    problems = [
-        f"{len(keys)} tensor{'s' * (len(keys) > 1)} {what}, first {keys[0]}"
-        for keys, what in ((missing, "missing"), (unknown, "not part of the model"))
-        if keys
-    ]
-    if problems:
-        raise CheckpointError(
-            f"the weights in {folder} do not fit its config.json ({spec.family}): "
-            f"{'; '.join(problems)}. Are both of the same model, fully downloaded?"
-        )
-    for key, param in params.items():
-        tensor = stored[key]
-        if tensor.shape != param.shape:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {key} has shape {list(tensor.shape)}, config.json asks for"
-                f" {list(param.shape)}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise CheckpointError(
-                f"{tensor.path}: tensor {key} is stored as {tensor.dtype}, supported are"
-                f" {', '.join(DTYPES)}: use a checkpoint that is not quantized"
-            )
-    return {key: stored[key] for key in params}
+            raise untied(head)
 
 
 def _fill_masters(

@@ -47,7 +47,7 @@ from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.model_memory import ModelMemory
 from slideformer.models.rotary import rope_tables
-from slideformer.models.weights import check_weights
+from slideformer.models.stored_weights import check_weights
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places

@@ -19,8 +19,9 @@ from slideformer.models.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PR
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import read_model_config
 from slideformer.models.safetensors_file import DTYPES, StoredTensor, read_header, read_range
+from slideformer.models.stored_weights import check_weights
 from slideformer.models.units import model_spec
-from slideformer.models.weights import check_weights, load_weights
+from slideformer.models.weights import load_weights
 
 _PLAIN: dict[str, Any] = {
     "peft_type": "LORA",

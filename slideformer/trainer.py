@@ -22,8 +22,8 @@ from slideformer.graph.errors import SlideFormerError
 from slideformer.models.aside import check_output
 from slideformer.models.data.corpus import check_source
 from slideformer.models.families import read_model_config
+from slideformer.models.stored_weights import check_weights
 from slideformer.models.tokenizers import load_tokenizer
-from slideformer.models.weights import check_weights
 from slideformer.planning import spec_for
 from slideformer.schedule import Schedule
 from slideformer.traces import write_trace

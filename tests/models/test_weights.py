@@ -28,8 +28,9 @@ from slideformer.models.aside import check_output
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.models.families import read_model_config
 from slideformer.models.safetensors_file import read_header
+from slideformer.models.stored_weights import check_weights
 from slideformer.models.units import EMBED_KEY, HEAD_KEY, model_spec
-from slideformer.models.weights import check_weights, init_random, load_weights
+from slideformer.models.weights import init_random, load_weights
 from tests.models.tiny import (
     VARIANTS,
     Masters,
