@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from operator import attrgetter
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,7 +30,7 @@ from slideformer.memory.lattice import (
 )
 from slideformer.memory.layout import Ints
 from slideformer.memory.needs import Needs
-from slideformer.memory.nvme_needs import Chain, Sizes, StateSizes, nvme_room
+from slideformer.memory.nvme_needs import Chain, Sizes, StateSizes, Stored, nvme_room
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.unit_sizes import Chunks
 
@@ -107,6 +108,17 @@ class Lattice:
                 break
             least = min(least, self._fitting(base, budgets).seconds.min(initial=math.inf))
         return least
+
+    def work(self, plan: MemoryPlan) -> tuple[float, dict[Lane, float]]:
+        """The bound of one of the lattice's plans, and the seconds of each lane."""
+        key = attrgetter("micro_rows", "vocab_chunks", "window")
+        base = next(base for base in self._bases if key(base.plan) == key(plan))
+        resident = len(plan.resident - base.plan.resident)
+        counts = np.array([resident, plan.kept, plan.spilled, plan.offloaded, 0])
+        stored = np.array([plan.nvme_moments, plan.nvme_lo, plan.nvme_boundaries, plan.nvme_hi])
+        point, sizes = Counts(*counts), base.chain(resident).sizes(Stored(*stored))
+        work = {lane: float(each) for lane, each in base.bound.work(point, sizes).items()}
+        return float(base.bound.seconds(point, sizes)), work
 
     def contenders(self, budgets: Budgets, best: Solution, count: int) -> list[Solution]:
         """``best`` and the plans that come next to it, ``count`` at most and all of them `NEAR` it.
@@ -289,7 +301,7 @@ class _Base:
     def plan_at(self, point: Counts) -> MemoryPlan:
         """The plan at one point."""
         boundaries = boundaries_for_nvme(self._spec, point)
-        stored = self._chain(int(point.resident)).stored(point.stored, boundaries)
+        stored = self.chain(int(point.resident)).stored(point.stored, boundaries)
         return plan_at(self._spec, self.plan, point, stored)
 
     def fewest_stored(self, point: Counts, missing: Ints, room: int) -> Ints:
@@ -323,9 +335,10 @@ class _Base:
     ) -> Iterator[tuple[Chain, NDArray[np.bool_]]]:
         """Chains and the points among those ``wanted`` that they are for."""
         for resident in np.unique(point.resident[wanted]):
-            yield self._chain(int(resident)), wanted & (point.resident == resident)
+            yield self.chain(int(resident)), wanted & (point.resident == resident)
 
-    def _chain(self, resident: int) -> Chain:
+    def chain(self, resident: int) -> Chain:
+        """The chain of its plans with so many units resident."""
         if resident not in self._states:
             units = resident_units(self._spec, resident)
             self._states[resident] = StateSizes(self._spec, self.plan, units)

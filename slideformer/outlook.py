@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from slideformer.graph.plan import Budgets
+from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.graph.tasks import Lane
 from slideformer.memory.request import PlanRequest
 from slideformer.memory.solver import Lattice as Lattice
@@ -21,7 +21,7 @@ class Outlook:
 
     ``work`` are the seconds of each lane, the busiest of which binds the step. ``gains`` are, for
     each budget that there is, the shares that one GiB more would save of the least bound of all
-    plans, which is within the solver's grid of that of the plan chosen.
+    plans, to which that of the plan chosen is near.
     """
 
     bound: float
@@ -34,12 +34,11 @@ class Outlook:
         return max(self.work, key=lambda lane: self.work[lane])
 
 
-def outlook(lattice: Lattice, budgets: Budgets) -> Outlook:
-    """The outlook for budgets that a plan fits."""
-    found = lattice.solve(budgets)
-    assert found is not None
-    gains = {name: 1 - lattice.fastest(more) / found.fastest for name, more in _raised(budgets)}
-    return Outlook(found.seconds, found.work, gains)
+def outlook(lattice: Lattice, plan: MemoryPlan, budgets: Budgets) -> Outlook:
+    """The outlook for a plan of the lattice that was chosen under ``budgets``."""
+    fastest = lattice.fastest(budgets)
+    gains = {name: 1 - lattice.fastest(more) / fastest for name, more in _raised(budgets)}
+    return Outlook(*lattice.work(plan), gains)
 
 
 def _raised(budgets: Budgets) -> Iterator[tuple[str, Budgets]]:

@@ -64,7 +64,7 @@ def plan(
     request, lattice = step.request, Lattice(step.request)
     made = make_plan(request, lattice)
     print_plan(console, step.config, request.spec, made, request.budgets, step.machine)
-    _print_outlook(console, made, outlook(lattice, request.budgets))
+    _print_outlook(console, made, outlook(lattice, made, request.budgets))
 
 
 def _print_outlook(console: Console, made: MemoryPlan, found: Outlook) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,10 +24,10 @@ def test_gains_are_those_of_a_larger_budget() -> None:
     gpu = lattice.least_gpu(AMPLE)
     assert gpu is not None
     budgets = Budgets(gpu, UNBOUNDED)
-    found = outlook(lattice, budgets)
     before, after = solve_each(request, [budgets, Budgets(gpu + MORE, UNBOUNDED)])
     assert before is not None
     assert after is not None
+    found = outlook(lattice, before.plan, budgets)
     assert found.bound == before.seconds >= before.fastest > before.seconds / (1 + GRID)
     assert found.gains == {
         "GPU memory": 1 - after.fastest / before.fastest,
@@ -42,6 +44,25 @@ def test_no_gain_is_negative(request: PlanRequest, nvme: int) -> None:
     gpu, host = lattice.least_gpu(AMPLE), lattice.least_host(AMPLE)
     assert gpu is not None
     assert host is not None
-    found = outlook(lattice, Budgets(2 * gpu, 2 * host, nvme))
+    budgets = Budgets(2 * gpu, 2 * host, nvme)
+    best = lattice.solve(budgets)
+    assert best is not None
+    found = outlook(lattice, best.plan, budgets)
     assert all(0 <= gain < 1 for gain in found.gains.values())
     assert ("NVMe" in found.gains) == bool(nvme)
+
+
+@settings(max_examples=20)
+@given(requests(), st.sampled_from([0, UNBOUNDED]))
+def test_the_outlook_is_that_of_the_plan_chosen(request: PlanRequest, nvme: int) -> None:
+    """Which need not be the one of the least bound."""
+    lattice = Lattice(request)
+    gpu, host = lattice.least_gpu(AMPLE), lattice.least_host(replace(AMPLE, nvme=nvme))
+    assert gpu is not None
+    assert host is not None
+    budgets = Budgets(2 * gpu, host + host // 4, nvme)
+    best = lattice.solve(budgets)
+    assert best is not None
+    for each in lattice.contenders(budgets, best, 8):
+        found = outlook(lattice, each.plan, budgets)
+        assert (found.bound, found.work) == (each.seconds, each.work)
