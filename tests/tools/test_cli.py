@@ -448,7 +448,7 @@ def test_a_second_ctrl_c_leaves_with_130_and_no_checkpoint(run: Run) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["text.txt"]
 
 
-@pytest.mark.parametrize("loading", ["slideformer.tools.console", "numpy", "typer"])
+@pytest.mark.parametrize("loading", ["slideformer.tools.console", "pydantic", "typer"])
 def test_ctrl_c_while_the_program_is_loading(loading: str) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "slideformer.tools", "plan", "--help"]
     with subprocess.Popen(
