@@ -34,8 +34,12 @@ class _Schema(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
+_Positive = Annotated[float, Field(ge=1e-15, le=1e20)]
+"""What a rate a second, or seconds, can be; times and their sums stay finite."""
+
+
 class _Rate(_Schema):
-    value: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    value: _Positive
     basis: Literal["measured", "derated", "assumed"]
     source: Annotated[str, Field(min_length=1)]
 
@@ -53,18 +57,18 @@ class _Rates(_Schema):
     handover: _Rate
 
 
-_Size = Annotated[int, Field(gt=0, lt=1 << 63)]
+_Size = Annotated[int, Field(gt=0, le=1 << 60)]
 
 
 class _Point(_Schema):
     kind: ProductKind
     width: _Size
     tokens: _Size
-    rate: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    rate: Annotated[_Positive, Field(ge=1)]
 
 
 class _Share(_Rate):
-    value: Annotated[float, Field(gt=0, le=1)]
+    value: Annotated[float, Field(ge=1e-6, le=1)]
 
 
 class _Contention(_Schema):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +13,8 @@ def write_whole(path: Path, text: str) -> None:
 
     Raises `OSError` if it cannot be written; nothing is left behind then.
     """
+    if path.is_dir():  # which may have no name, as `/` and `.`
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         aside.write_text(text, encoding="utf-8")

@@ -85,6 +85,12 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
         os._exit(INTERRUPTED)
     except BrokenPipeError:  # whoever read our output has left
         raise
+    except OSError as error:  # of a path that the user gave, or of the machine
+        if debug:
+            traceback.print_exc()
+        where = "" if error.filename is None else f"{str(error.filename)!r:.100}: "
+        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
     except Exception as error:
         if isinstance(error, typer.Abort) or hasattr(error, "exit_code"):
             raise  # the parser's own, which carry their exit code

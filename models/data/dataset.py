@@ -95,9 +95,10 @@ class TokenDataset:
         and mapped. Raises DataError, with the line where there is one, for whatever is wrong with a
         file and for one without a single target; ConfigError for a ``seq_len`` below two.
         """
-        if seq_len < 2:
+        if not 2 <= seq_len < 1 << 31:
             raise ConfigError(
-                f"a sequence length of {seq_len} leaves nothing to predict; use 2 or more"
+                f"a sequence length of {seq_len} is out of range; use 2 or more, so that there is "
+                "something to predict, and less than 2^31"
             )
         rows = RowTokenizer(tokenizer)
         parts = [_read(source, rows, seq_len) for source in sources]

@@ -24,8 +24,8 @@ _UNITS = {
 }
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE | re.ASCII)
 _LEAST_BUDGET = 2**20
-_MOST_BUDGET = 2**60
-"""More than any memory has; sums of budgets stay within 64 bits."""
+_MOST = 2**60
+"""More than any memory has; sums of such sizes stay within 64 bits."""
 
 MOST_ROWS = 2**20
 """Rows of a step: the planner looks at all ways to divide them."""
@@ -35,13 +35,18 @@ def parse_size(text: str | int) -> int:
     """Bytes of a size such as ``"24GiB"``, ``"100 GB"``, ``"1.5 TiB"`` or a plain number of bytes.
 
     KB, MB, GB, TB count in thousands, KiB, MiB, GiB, TiB in 1024s; case does not matter. Fractions
-    of a byte are dropped. Raises ``ConfigError`` for anything else.
+    of a byte are dropped. Raises ``ConfigError`` for anything else, and for more than an EiB.
     """
     match = _SIZE.fullmatch(str(text))
     unit = match and _UNITS.get(match[2].lower())
     if match is None or unit is None:
         raise ConfigError(f"{text!r} is not a size; write it like 24GiB, 100 GB or 1073741824")
-    return int(Decimal(match[1]) * unit)
+    size = int(Decimal(match[1]) * unit)
+    if size > _MOST:
+        raise ConfigError(
+            f"{text!r} is above {format_size(_MOST)}, which no memory has; write it like 24GiB"
+        )
+    return size
 
 
 def format_size(size: int) -> str:
@@ -65,11 +70,6 @@ def _budget(value: Any) -> Any:
         raise ValueError(
             f"{value!r} is {format_size(size)}, below the least budget of "
             f"{format_size(_LEAST_BUDGET)}; write it like 24GiB"
-        )
-    if size > _MOST_BUDGET:
-        raise ValueError(
-            f"{value!r} is above the largest budget of {format_size(_MOST_BUDGET)}; "
-            "write it like 24GiB"
         )
     return size
 

@@ -24,3 +24,9 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, way: str) 
     with pytest.raises(OSError, match="file"):
         write_whole(path, "text")
     assert list(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("path", ["/", ".", ".."])
+def test_a_folder_without_a_name_is_no_file(path: str) -> None:
+    with pytest.raises(IsADirectoryError):
+        write_whole(Path(path), "text")

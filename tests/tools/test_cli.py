@@ -378,6 +378,15 @@ def test_an_error_of_ours_is_one_line_too(run: Run, monkeypatch: pytest.MonkeyPa
     assert "Traceback (most recent call last)" in err
 
 
+@pytest.mark.parametrize("command", ["resume", "report"])
+def test_what_the_system_refuses_is_no_bug(command: str) -> None:
+    code, _, err = call(command, "x" * 300)
+    assert code == 1
+    assert err.startswith("error: '")
+    assert err.endswith(": File name too long\n")
+    assert len(err) < 200
+
+
 # -- Ctrl-C --------------------------------------------------------------------------------------
 
 
