@@ -105,6 +105,7 @@ def test_a_measured_trace_stands_beside_the_prediction(step: Path) -> None:
     predicted = simulate(GRAPH, "h200")
     data = page_data(predicted, measured, {})
     assert [world["name"] for world in data["worlds"]] == ["predicted", "measured"]
+    assert data["colours"].keys() >= set(data["lanes"])
     first = [min(start for _, start, _ in w["spans"]["compute"]) for w in data["worlds"]]
     assert first[0] == pytest.approx(first[1])
     gaps = [abs(one - two) for _, one, two in data["differences"]]

@@ -3,10 +3,6 @@
 const data = JSON.parse(document.getElementById("data").textContent);
 const tasks = data.tasks;
 const byName = new Map(tasks.map((task, index) => [task.name, index]));
-const colours = {
-  compute: "#4c78a8", h2d: "#f58518", d2h: "#e45756", cpu: "#54a24b",
-  nvme_read: "#b279a2", nvme_write: "#9d755d",
-};
 const critical = new Set(data.critical);
 const config = { responsive: true, displaylogo: false, scrollZoom: true,
   modeBarButtons: [["zoom2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d", "toImage"]] };
@@ -50,7 +46,7 @@ function bars(start, stop) {
       trace.y.push(row.label);
       trace.customdata.push(index);
       trace.text.push(task.name + "  " + seconds(end - begin));
-      trace.marker.color.push(index === selected ? "#111" : colours[task.lane]);
+      trace.marker.color.push(index === selected ? "#111" : data.colours[task.lane]);
       trace.marker.line.color.push("#d4a017");
       trace.marker.line.width.push(lit && end - begin > 6 * pixel ? 1 : 0);
     }
@@ -122,7 +118,7 @@ function drawGraph() {
   const nodes = { type, mode: "markers", x: tasks.map((t) => t.x), y: tasks.map((t) => t.y),
     customdata: tasks.map((_, i) => i), text: tasks.map((t) => t.name), name: "tasks",
     hovertemplate: "%{text}<extra></extra>",
-    marker: { color: tasks.map((t, i) => (i === selected ? "#111" : colours[t.lane])),
+    marker: { color: tasks.map((t, i) => (i === selected ? "#111" : data.colours[t.lane])),
               size: tasks.map((_, i) => (i === selected ? 14 : 7)) } };
   const layout = { title: { text: "graph (left to right: what waits for what)" }, height: 520,
     margin: { l: 130, r: 20, t: 40, b: 40 }, dragmode: "pan", hovermode: "closest", uirevision: 1,

@@ -16,6 +16,7 @@ from typing import Any
 from slideformer.graph.analysis import topological_order
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import ConfigError
+from slideformer.graph.exchange import COLOURS
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
 from slideformer.simulation import GraphTimeline
@@ -101,6 +102,7 @@ def page_data(
         "start": min((begin for begin, _ in times), default=0.0),
         "stop": max((end for _, end in times), default=1.0),
         "lanes": lanes,
+        "colours": COLOURS,
         "tasks": tasks,
         "buffers": {b.name: [b.nbytes, b.tier, b.slot] for b in graph.buffers.values()},
         "worlds": worlds,
