@@ -16,6 +16,9 @@ class Tier(StrEnum):
     NVME = "nvme"
 
 
+PAGE = 4096
+"""Bytes to whose multiples places in memory and extents on NVMe are rounded: direct I/O asks it."""
+
 HOST_TIERS = frozenset({Tier.PINNED, Tier.CPU})
 """Tiers that lie in host memory and count against its budget."""
 
@@ -23,6 +26,11 @@ HOST_TIERS = frozenset({Tier.PINNED, Tier.CPU})
 def host_bytes(sizes: Mapping[Tier, int]) -> int:
     """Bytes of all tiers that lie in host memory."""
     return sum(size for tier, size in sizes.items() if tier in HOST_TIERS)
+
+
+def whole_pages(nbytes: int) -> int:
+    """``nbytes`` and what fills the last page."""
+    return -(-nbytes // PAGE) * PAGE
 
 
 class Role(StrEnum):

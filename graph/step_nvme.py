@@ -25,7 +25,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
-from slideformer.graph.buffers import Role, Tier
+from slideformer.graph.buffers import Role, Tier, whole_pages
 from slideformer.graph.chunks import Chunk
 from slideformer.graph.model import ModelSpec, UnitSpec
 from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
@@ -36,9 +36,6 @@ if TYPE_CHECKING:
     from slideformer.graph.step_memory import StepMemory
 
 Unit = TypeVar("Unit")
-
-EXTENT_ALIGNMENT = 4096
-"""Bytes to whose multiples extents and their places in memory are rounded: direct I/O asks it."""
 
 RINGS = ("staged", "wh", "xs")
 """Names of those slots in host memory: of each there are ``nvme_slots``, or none if unused."""
@@ -56,11 +53,6 @@ def kind_parts(kind: str, unit: UnitSpec, optimizer: Optimizer) -> tuple[Part, .
 def extent_nbytes(parts: Sequence[Part], numel: int) -> int:
     """Bytes of the extent that holds ``numel`` elements of some arrays."""
     return whole_pages(parts_nbytes(parts, numel))
-
-
-def whole_pages(nbytes: int) -> int:
-    """``nbytes`` and what fills the last page."""
-    return -(-nbytes // EXTENT_ALIGNMENT) * EXTENT_ALIGNMENT
 
 
 def spread(units: Sequence[Unit], count: int) -> list[Unit]:

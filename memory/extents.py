@@ -1,7 +1,7 @@
 """Extents: named ranges of bytes on NVMe, and how they are striped over files.
 
 All extents of a run lie one after another in one address space, cut into stripes of `STRIPE` bytes
-that go round the files. Extents begin and end at multiples of 4096, as direct I/O asks, so each
+that go round the files. Extents begin and end at multiples of `PAGE`, as direct I/O asks, so each
 piece of one within a stripe does too. Loads no torch and opens nothing.
 """
 
@@ -11,8 +11,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import GraphError
-from slideformer.memory.layout import PLACE_ALIGNMENT, aligned
+from slideformer.memory.layout import aligned
 
 STRIPE = 4 << 20
 """Bytes of a stripe, the most that one request moves; disks reach their full rate with it."""
@@ -39,15 +40,13 @@ class Piece(NamedTuple):
 def lay_out_extents(wanted: Mapping[str, int]) -> dict[str, Extent]:
     """Extents of these sizes, one after another.
 
-    Raises `GraphError` for a size that is no multiple of 4096.
+    Raises `GraphError` for a size that is no multiple of `PAGE`.
     """
     found: dict[str, Extent] = {}
     offset = 0
     for name, nbytes in wanted.items():
-        if nbytes % PLACE_ALIGNMENT:
-            raise GraphError(
-                f"{name} is on NVMe with {nbytes:,} bytes; use a multiple of {PLACE_ALIGNMENT:,}"
-            )
+        if nbytes % PAGE:
+            raise GraphError(f"{name} is on NVMe with {nbytes:,} bytes; use a multiple of {PAGE:,}")
         found[name] = Extent(name, offset, nbytes)
         offset += nbytes
     return found

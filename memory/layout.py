@@ -9,15 +9,12 @@ from typing import TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import PAGE, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
 
 Ints = NDArray[np.int64]
 Number = TypeVar("Number", int, Ints)
-
-PLACE_ALIGNMENT = 4096
-"""Bytes to which each place is aligned: a page, and enough for direct I/O."""
 
 
 @dataclass(frozen=True)
@@ -66,4 +63,4 @@ def lay_out(
 
 def aligned(nbytes: Number) -> Number:
     """Bytes that a place of ``nbytes`` takes in its arena; or of many places, each on its own."""
-    return -(-nbytes // PLACE_ALIGNMENT) * PLACE_ALIGNMENT
+    return -(-nbytes // PAGE) * PAGE

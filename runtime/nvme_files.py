@@ -18,11 +18,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import StoreError
 
 logger = logging.getLogger(__name__)
-
-PAGE = 4096
 
 _PATTERN = "slideformer-*.nvme"
 

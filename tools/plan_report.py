@@ -9,14 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from slideformer.config import EngineConfig, format_size
-from slideformer.graph.buffers import Tier, host_bytes
+from slideformer.graph.buffers import Tier, host_bytes, whole_pages
 from slideformer.graph.machines import Machine
 from slideformer.graph.model import ModelSpec, UnitKind, UnitSpec
 from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.state import state_nbytes
 from slideformer.graph.step import compile_step
-from slideformer.graph.step_nvme import boundaries_on_nvme, whole_pages
+from slideformer.graph.step_nvme import boundaries_on_nvme
 from slideformer.simulation import simulate
 
 

@@ -8,13 +8,12 @@ from dataclasses import replace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import PAGE, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step, footprint
 from slideformer.graph.step_nvme import (
-    EXTENT_ALIGNMENT,
     HI,
     LO,
     MOMENTS,
@@ -67,14 +66,14 @@ def test_graphs_keep_the_rules_and_extents_are_whole_pages(case: Case) -> None:
         verify(graph)
         for buffer in graph.buffers.values():
             if buffer.tier is Tier.NVME:
-                assert buffer.nbytes % EXTENT_ALIGNMENT == 0
+                assert buffer.nbytes % PAGE == 0
                 assert not buffer.slot
         for ring in ("staged.", "wh.", "xs."):
             assert sum(name.startswith(ring) for name in graph.slots) <= case[1].nvme_slots
     spec, plan = case
     assert footprint(*case) == places(graphs)
     boundary = plan.micro_tokens * spec.hidden * plan.compute.nbytes
-    if plan.nvme_direct and boundary % EXTENT_ALIGNMENT == 0:
+    if plan.nvme_direct and boundary % PAGE == 0:
         assert not any(name.startswith("xs.") for name in graphs[0].slots)
 
 
