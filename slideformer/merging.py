@@ -6,6 +6,7 @@ A unit of the model is read, changed in FP32 and written at a time; nothing is t
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ _PLAIN: dict[str, Any] = {
     "modules_to_save": None,
     "rank_pattern": {},
     "alpha_pattern": {},
+    "layer_replication": None,
 }
 """What an adapter's configuration must not differ from, where it has it, to be plain LoRA."""
 
@@ -48,7 +50,7 @@ def merge_adapters(adapter: Path, output: Path, base: Path | None = None) -> Pat
         UnsupportedModelError: the model's family is not supported.
     """
     described = _read_config(adapter / ADAPTER_CONFIG)
-    folder = base or Path(described["base_model_name_or_path"])
+    folder = base or Path(str(described.get("base_model_name_or_path")))
     if not folder.is_dir():
         raise CheckpointError(
             f"{adapter / ADAPTER_CONFIG} belongs to the model {folder}, which is no folder here; "
@@ -56,8 +58,9 @@ def merge_adapters(adapter: Path, output: Path, base: Path | None = None) -> Pat
         )
     spec = model_spec(read_model_config(folder))
     dtype = check_weights(folder, spec)
-    additions = _additions(adapter / ADAPTER_WEIGHTS, spec)
-    scale = float(described["lora_alpha"]) / int(described["r"])
+    rank = int(described["r"])
+    additions = _additions(adapter / ADAPTER_WEIGHTS, spec, rank)
+    scale = float(described["lora_alpha"]) / rank
     largest = max(unit.numel for unit in spec.units)
     hi, lo = torch.empty(2, largest, dtype=torch.int16)
     masters = {unit.name: (hi[: unit.numel], lo[: unit.numel]) for unit in spec.units}
@@ -72,6 +75,11 @@ def merge_adapters(adapter: Path, output: Path, base: Path | None = None) -> Pat
                     join_master(hi[where], lo[where], values)
                     a, b = (_read(stored) for stored in pair)
                     values.view(param.shape).addmm_(b, a, alpha=scale)
+                    if not values.isfinite().all():
+                        raise CheckpointError(
+                            f"{pair[0].path}: with its adapters {param.key} is not finite; the "
+                            "training diverged, so use an earlier checkpoint"
+                        )
                     split_master(values, hi[where], lo[where])
             writer.write_unit(name)
 
@@ -83,14 +91,18 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The configuration of plain LoRA adapters."""
     try:
         described: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        _, _ = int(described["r"]), float(described["lora_alpha"])
-        _ = str(described["base_model_name_or_path"])
+        rank, alpha = int(described["r"]), float(described["lora_alpha"])
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}; name a folder of adapters"
         ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r})") from error
+    if rank < 1 or not math.isfinite(alpha):
+        raise CheckpointError(
+            f"{path}: r is {rank} and lora_alpha is {alpha}; a rank of at least 1 and a finite "
+            "number are needed"
+        )
     for name, plain in _PLAIN.items():
         if described.get(name, plain) not in (plain, None):
             raise CheckpointError(
@@ -100,9 +112,13 @@ def _read_config(path: Path) -> dict[str, Any]:
     return described
 
 
-def _additions(path: Path, spec: ModelSpec) -> dict[str, tuple[StoredTensor, StoredTensor]]:
+def _additions(
+    path: Path, spec: ModelSpec, rank: int
+) -> dict[str, tuple[StoredTensor, StoredTensor]]:
     """Parameter → the matrices A and B that are added to it."""
     stored = read_header(path)
+    if not stored:
+        raise CheckpointError(f"{path} holds no adapters; name a folder that does")
     shapes = {param.key: param.shape for unit in spec.units for param in unit.params}
     found: dict[str, tuple[StoredTensor, StoredTensor]] = {}
     for key, a in stored.items():
@@ -111,7 +127,16 @@ def _additions(path: Path, spec: ModelSpec) -> dict[str, tuple[StoredTensor, Sto
         if key.endswith(".lora_B.weight") and f"{key[:-13]}lora_A.weight" in stored:
             continue
         shape = shapes.get(f"{stem}.weight")
-        if b is None or shape is None or (b.shape[0], a.shape[1]) != shape:
+        if b is not None and shape is not None and a.shape[:1] != (rank,):
+            raise CheckpointError(
+                f"{path}: {key} has the shape {tuple(a.shape)}, but r is {rank} in "
+                f"{ADAPTER_CONFIG}; use the two files of one run"
+            )
+        if (
+            b is None
+            or shape is None
+            or (a.shape, b.shape) != ((rank, *shape[1:]), (shape[0], rank))
+        ):
             raise CheckpointError(
                 f"{path}: {key} is no adapter of this model; name the model it belongs to with "
                 "--model"

@@ -135,3 +135,32 @@ def test_adapters_of_another_model_or_kind_are_refused(tmp_path: Path) -> None:
     assert "adapter_config.json is damaged (KeyError" in refused(
         tmp_path / "adapter", tmp_path / "out"
     )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"r": 0}, "r is 0 and lora_alpha is 6.0; a rank of at least 1"),
+        ({"r": RANK + 1}, rf"has the shape \({RANK}, \d+\), but r is {RANK + 1} in adapter_config"),
+        ({"lora_alpha": float("nan")}, "lora_alpha is nan; .* a finite number"),
+        ({"lora_alpha": 1e38}, "with its adapters .* is not finite"),
+        ({"base_model_name_or_path": None}, "belongs to the model None, which is no folder here"),
+        ({"base_model_name_or_path": 5}, "belongs to the model 5, which is no folder here"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication is .* only plain LoRA"),
+    ],
+)
+def test_what_cannot_be_added_is_refused_and_leaves_nothing(
+    changes: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    base = model(tmp_path / "base", torch.float32)
+    write_adapter(tmp_path / "adapter", base, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        merge_adapters(tmp_path / "adapter", tmp_path / "merged")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
+
+
+def test_a_file_without_adapters_is_refused(tmp_path: Path) -> None:
+    base = model(tmp_path / "base", torch.float32)
+    write_adapter(tmp_path / "adapter", base)
+    save_file({}, tmp_path / "adapter" / "adapter_model.safetensors")
+    assert "holds no adapters" in refused(tmp_path / "adapter", tmp_path / "merged")
