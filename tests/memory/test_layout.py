@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import PAGE, Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
-from slideformer.memory.layout import PLACE_ALIGNMENT, aligned, lay_out, places
+from slideformer.memory.layout import aligned, lay_out, places
 from tests.support.graphs import bytes_of, task_graphs
 
 wanted = st.dictionaries(
@@ -29,18 +29,18 @@ def test_places_never_overlap(places: dict[str, tuple[Tier, int]]) -> None:
         of_tier = [n for n, (t, _) in places.items() if t is tier]
         for name in sorted(of_tier, key=lambda n: (layout.offsets[n], places[n][1])):
             assert layout.offsets[name] >= reached
-            assert layout.offsets[name] % PLACE_ALIGNMENT == 0
+            assert layout.offsets[name] % PAGE == 0
             reached = layout.offsets[name] + places[name][1]
         assert reached <= layout.sizes.get(tier, 0)
         waste = layout.sizes.get(tier, 0) - sum(places[n][1] for n in of_tier)
-        assert 0 <= waste <= len(of_tier) * (PLACE_ALIGNMENT - 1)
+        assert 0 <= waste <= len(of_tier) * (PAGE - 1)
         assert layout.sizes.get(tier, 0) == sum(aligned(places[n][1]) for n in of_tier)
 
 
 @given(st.integers(0, 10**6))
 def test_aligned_rounds_up_to_the_next_multiple(nbytes: int) -> None:
-    assert aligned(nbytes) % PLACE_ALIGNMENT == 0
-    assert 0 <= aligned(nbytes) - nbytes < PLACE_ALIGNMENT
+    assert aligned(nbytes) % PAGE == 0
+    assert 0 <= aligned(nbytes) - nbytes < PAGE
 
 
 @given(st.lists(task_graphs(), max_size=3))
