@@ -134,6 +134,23 @@ FAMILIES: Mapping[str, Family] = {
 """The supported families by ``model_type``."""
 
 
+_SIZES: Mapping[str, int] = {
+    "num_hidden_layers": 10_000,
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "moe_intermediate_size": 1 << 22,
+    "num_attention_heads": 1 << 14,
+    "num_key_value_heads": 1 << 14,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 26,
+    "max_position_embeddings": 1 << 31,
+    "num_experts": 1 << 14,
+    "num_local_experts": 1 << 14,
+    "num_experts_per_tok": 1 << 14,
+}
+"""The most that a setting may be, far beyond any model; the least is 1."""
+
+
 def read_model_config(folder: Path) -> PretrainedConfig:
     """Read ``config.json`` of a model folder. Code that a folder ships is never run.
 
@@ -154,11 +171,15 @@ def read_model_config(folder: Path) -> PretrainedConfig:
             f"model folder {folder} has no config.json: is it a Hugging Face model, fully"
             " downloaded?"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a JSON {type(content).__name__}, not an object")
     family_of(content.get("model_type"))
+    for name, most in _SIZES.items():  # before anything is as long as one of these says
+        size = content.get(name)
+        if isinstance(size, int) and not 1 <= size <= most:
+            raise CheckpointError(f"{path}: {name} is {size}; it must be between 1 and {most}")
     from transformers import AutoConfig, PretrainedConfig
 
     try:

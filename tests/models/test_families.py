@@ -228,6 +228,13 @@ def test_code_of_the_folder_is_not_run(tmp_path: Path) -> None:
     [
         (None, "has no config.json"),
         ("{", "cannot read"),
+        ("[" * 100_000, "cannot read"),
+        (
+            '{"model_type": "llama", "num_key_value_heads": 0}',
+            "num_key_value_heads is 0; it must be",
+        ),
+        ('{"model_type": "qwen2", "num_hidden_layers": 1000000000}', "between 1 and 10000"),
+        ('{"model_type": "llama", "hidden_size": -72}', "hidden_size is -72; it must be between 1"),
         ("[]", "not an object"),
         ("\xff", "cannot read"),
         ('{"model_type": "llama", "hidden_size": "many"}', "not a valid model config.*hidden_size"),
