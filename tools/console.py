@@ -5,6 +5,7 @@ Data goes to stdout and is written by the commands themselves.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import signal
@@ -35,7 +36,13 @@ def stderr_console() -> Console:
 
 
 def set_up_logging(console: Console, *, debug: bool = False) -> None:
-    """Send this package's log to the console: above a progress bar, or as plain lines to a file."""
+    """Send this package's log to the console: above a progress bar, or as plain lines to a file.
+
+    What the terminal's encoding lacks, and bytes of file names that are no text, are escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     package = logging.getLogger("slideformer")
     for handler in package.handlers[:]:
         package.removeHandler(handler)

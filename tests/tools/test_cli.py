@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import signal
 import subprocess
@@ -385,6 +386,19 @@ def test_what_the_system_refuses_is_no_bug(command: str) -> None:
     assert err.startswith("error: '")
     assert err.endswith(": File name too long\n")
     assert len(err) < 200
+
+
+def test_what_an_encoding_lacks_is_escaped(model: Path, tmp_path: Path) -> None:
+    data = os.fsencode(tmp_path) + b"/\xff.jsonl"
+    command = [sys.executable, "-m", "slideformer.tools", "plan", "--model", str(model)]
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    flags = ["--cpu-memory", "3GiB", "--gpu-memory", "3GiB", "--seq-len", "16"]
+    plan = subprocess.run([*command, *flags], env=environment, capture_output=True, check=True)
+    assert rb"\xd7 16 tokens" in plan.stdout
+    stats = [*command[:3], "data", "stats", data, "--model", str(model)]
+    refused = subprocess.run(stats, env=environment, capture_output=True, check=False)
+    assert refused.returncode == 1
+    assert refused.stderr.endswith(rb"\udcff.jsonl: there is no such file; check the path" + b"\n")
 
 
 # -- Ctrl-C --------------------------------------------------------------------------------------
