@@ -84,7 +84,8 @@ def config(model: Path, data: Path, tmp_path: Path) -> Config:
 def plain(model: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of a run without interruption, and without checkpoints."""
     output = tmp_path_factory.mktemp("plain") / "out"
-    Trainer(run_config(model, data, output, checkpoint_every=None)).train()
+    result = Trainer(run_config(model, data, output, checkpoint_every=None)).train()
+    assert not result.interrupted, "somebody sent this process a signal"
     return output
 
 
