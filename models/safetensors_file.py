@@ -74,7 +74,7 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         }
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise CheckpointError(
             f"the header of {path} is damaged ({error!r}): download the file again"
         ) from error

@@ -72,7 +72,7 @@ def _find_tensors(folder: Path) -> dict[str, StoredTensor]:
         shard_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(shard_of.values()))
         lacking = [shard for shard in shards if not (folder / shard).is_file()]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index} is damaged ({error!r}): download it again") from error
     if lacking:
         raise CheckpointError(

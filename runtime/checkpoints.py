@@ -261,7 +261,7 @@ def _read_manifest(path: Path) -> _Manifest:
         version = content["version"]
         if content["format"] != "slideformer-checkpoint":
             raise ValueError("it is of another format")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _damaged(path, error) from None
     if version != VERSION:
         raise CheckpointError(

@@ -96,7 +96,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror or error}; name a folder of adapters"
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r})") from error
     if rank < 1 or not math.isfinite(alpha):
         raise CheckpointError(

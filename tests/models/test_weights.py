@@ -335,7 +335,14 @@ def test_a_damaged_index_is_named(folder: Folder) -> None:
     first, *_ = shards = sorted(set(whole["weight_map"].values()))
     assert len(shards) > 2
 
-    for content in ("{", "[]", "{}", '{"weight_map": {"a": 1}}', '{"weight_map": ["a"]}'):
+    for content in (
+        "{",
+        "[]",
+        "{}",
+        "[" * 100_000,
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": ["a"]}',
+    ):
         index.write_text(content)
         found = refusal(source)
         assert "is damaged" in found
@@ -414,6 +421,13 @@ def test_a_nonsensical_header_is_named(tmp_path: Path, entry: object) -> None:
     path = tmp_path / "model.safetensors"
     header = json.dumps({"w": entry}).encode()
     path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
+        read_header(path)
+
+
+def test_a_header_nested_too_deeply_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes((100_000).to_bytes(8, "little") + b"[" * 100_000)
     with pytest.raises(CheckpointError, match=r"model\.safetensors is damaged"):
         read_header(path)
 

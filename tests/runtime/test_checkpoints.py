@@ -132,6 +132,7 @@ def alter(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
         (alter(lambda m: m.update(version=2)), "is of version 2, this program reads 1"),
         (alter(lambda m: m.update(format="other")), "of another format"),
         (lambda path: path.write_text("[1]"), "is damaged"),
+        (lambda path: path.write_text("[" * 100_000), "is damaged"),
     ],
 )
 def test_a_manifest_that_changed_is_refused(

@@ -135,6 +135,8 @@ def test_adapters_of_another_model_or_kind_are_refused(tmp_path: Path) -> None:
     assert "adapter_config.json is damaged (KeyError" in refused(
         tmp_path / "adapter", tmp_path / "out"
     )
+    (tmp_path / "adapter" / "adapter_config.json").write_text("[" * 100_000)
+    assert "adapter_config.json is damaged" in refused(tmp_path / "adapter", tmp_path / "out")
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,7 @@ def test_what_a_run_records_beside_has_a_curve_of_its_own() -> None:
         ("", "metrics.jsonl: holds no step yet"),
         ("[1]\n", "line 1: holds no JSON object; is it of this program?"),
         ('{"step": 1}\n{"step"\n', "line 2: malformed JSON"),
+        ("[" * 100_000, "line 1: malformed JSON"),
         ('{"loss": 1}\n', "line 1: has no 'step'; is it of this program?"),
     ],
 )

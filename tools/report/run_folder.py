@@ -77,7 +77,7 @@ def _plan(path: Path) -> dict[str, Any]:
 def _object(where: Path | str, text: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: malformed JSON: {error}") from None
     if not isinstance(value, dict):
         raise DataError(f"{where}: holds no JSON object; is it of this program?")
