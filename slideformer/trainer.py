@@ -18,7 +18,7 @@ from typing import Self
 from slideformer.checkpointing import Checkpoint
 from slideformer.config import Config
 from slideformer.engine import Engine
-from slideformer.graph.errors import SlideFormerError
+from slideformer.graph.errors import ConfigError, SlideFormerError
 from slideformer.models.aside import check_output
 from slideformer.models.data.corpus import check_source
 from slideformer.models.families import read_model_config
@@ -121,5 +121,8 @@ class Trainer:
         finally:
             reports.finish()
         if config.trace is not None:
-            write_trace(config.trace, engine.graph, engine.timeline())
+            try:
+                write_trace(config.trace, engine.graph, engine.timeline())
+            except ConfigError as error:
+                raise ConfigError(f"{error}; the model is saved as {loop.output}") from None
         return loop.result(checkpoints.last)

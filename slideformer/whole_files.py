@@ -1,4 +1,4 @@
-"""Text files that are there whole or not at all."""
+"""Files that are there whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file in UTF-8, at once in place of one that is there.
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write a file, text in UTF-8, at once in place of one that is there.
 
     Raises `OSError` if it cannot be written; nothing is left behind then.
     """
@@ -17,7 +17,7 @@ def write_whole(path: Path, text: str) -> None:
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_bytes(content.encode() if isinstance(content, str) else content)
         aside.replace(path)
     finally:
         with suppress(OSError):

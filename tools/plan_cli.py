@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from slideformer.tools import step_flags as flags
 from slideformer.tools.console import plain_console
 from slideformer.tools.graph_cli import stdout_console
 from slideformer.tools.setting_flags import settings_as_flags
+from slideformer.whole_files import write_whole
 
 if TYPE_CHECKING:
     from slideformer.outlook import Outlook, Solution
@@ -165,6 +167,8 @@ def _draw(
     axes.set(xlabel=f"--{name} in GiB", ylabel="tokens/s by the bound", ylim=(0, None))
     axes.grid(alpha=0.3)
     try:
-        figure.savefig(plot, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=plot.suffix[1:] or "png")
+        write_whole(plot, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{plot}: the sweep cannot be drawn there: {error}") from None

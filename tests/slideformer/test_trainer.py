@@ -418,6 +418,16 @@ def test_a_disk_that_fills_behind_the_weights_leaves_nothing(
     assert leftovers(config) == []
 
 
+def test_a_trace_that_cannot_be_written_does_not_hide_where_the_model_is(
+    config: Config, tmp_path: Path
+) -> None:
+    trace = tmp_path / "trace"
+    taken = Recorder(1, lambda: (trace / "step.json").mkdir())
+    with pytest.raises(ConfigError, match=f"trace .* cannot be written.* saved as {config.output}"):
+        Trainer(changed(config, trace=trace)).train(taken)
+    assert (config.output / "config.json").exists()
+
+
 def test_an_output_that_is_taken_meanwhile_is_left_alone(
     config: Config, caplog: pytest.LogCaptureFixture
 ) -> None:

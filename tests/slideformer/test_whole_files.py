@@ -30,3 +30,24 @@ def test_what_cannot_be_written_leaves_nothing_behind(tmp_path: Path, way: str) 
 def test_a_folder_without_a_name_is_no_file(path: str) -> None:
     with pytest.raises(IsADirectoryError):
         write_whole(Path(path), "text")
+
+
+def test_bytes_are_written_as_they_are(tmp_path: Path) -> None:
+    write_whole(tmp_path / "file", b"\x89\r\n")
+    assert (tmp_path / "file").read_bytes() == b"\x89\r\n"
+
+
+def test_a_disk_that_fills_leaves_the_file_that_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_whole(tmp_path / "file", "old")
+
+    def half(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", half)
+    with pytest.raises(OSError, match="No space"):
+        write_whole(tmp_path / "file", "new")
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]

@@ -7,6 +7,7 @@ dashed and of the same colour. A curve has at least two rows.
 
 from __future__ import annotations
 
+import io
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,6 +21,7 @@ from slideformer.config import parse_size
 from slideformer.graph.errors import ConfigError
 from slideformer.tools.bench.rows import Row
 from slideformer.tools.console import run_alone
+from slideformer.whole_files import write_whole
 
 _GIB = 1 << 30
 
@@ -99,7 +101,9 @@ def draw(points: Sequence[Point], output: Path) -> None:
         if groups:
             plot.legend(fontsize="small")
     try:
-        figure.savefig(output, dpi=150)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=150, format=output.suffix[1:] or "png")
+        write_whole(output, drawn.getvalue())
     except (OSError, ValueError) as error:
         raise ConfigError(f"{output}: cannot be written: {error}") from None
 

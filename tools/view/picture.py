@@ -5,13 +5,14 @@ Files are PNG or SVG, by their suffix. Pages that one can search and zoom are ma
 
 from __future__ import annotations
 
-from contextlib import suppress
+import io
 from pathlib import Path
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.exchange import COLOURS
 from slideformer.graph.tasks import Lane
 from slideformer.simulation import GraphTimeline
+from slideformer.whole_files import write_whole
 
 _GIB = float(1 << 30)
 
@@ -64,11 +65,9 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
     lower.set_xlim(0, timeline.makespan or 1.0)
     if tiers:
         lower.legend(loc="upper right", fontsize="small")
-    aside = path.with_name(f".{path.name}.part")
     try:
-        figure.savefig(aside, dpi=200, format=path.suffix[1:])
-        aside.replace(path)
+        drawn = io.BytesIO()
+        figure.savefig(drawn, dpi=200, format=path.suffix[1:])
+        write_whole(path, drawn.getvalue())
     except OSError as error:
-        with suppress(OSError):
-            aside.unlink()
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
