@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +55,9 @@ class AdapterWriter(HuggingFaceWriter):
         *,
         replace: bool,
         base: Path,
+        files: Mapping[str, bytes] | None,
     ) -> None:
-        super().__init__(source, output, spec, weights, torch.float32, replace=replace)
+        super().__init__(source, output, spec, weights, torch.float32, replace=replace, files=files)
         self._base = base
 
     def _write_shard(self, unit: UnitSpec) -> None:
@@ -90,14 +92,17 @@ def weights_writer(
     *,
     replace: bool = False,
     base: Path | None = None,
+    files: Mapping[str, bytes] | None = None,
 ) -> HuggingFaceWriter:
     """The writer for what training a model changes: its adapters if it has any, else its weights.
 
     Without ``base`` adapters belong to ``source``.
     """
     if spec.lora is None:
-        return HuggingFaceWriter(source, output, spec, weights, dtype, replace=replace)
-    return AdapterWriter(source, output, spec, weights, replace=replace, base=base or source)
+        return HuggingFaceWriter(source, output, spec, weights, dtype, replace=replace, files=files)
+    return AdapterWriter(
+        source, output, spec, weights, replace=replace, base=base or source, files=files
+    )
 
 
 def adapter_config(spec: ModelSpec, lora: Lora, base: str) -> dict[str, object]:

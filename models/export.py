@@ -8,7 +8,6 @@ masters in pieces; BF16 needs no conversion at all. Optimizer states are not sav
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -40,7 +39,10 @@ PIECE = 2**15
 """Elements that are converted at a time: of so few, PyTorch's operators run on the calling thread
 alone and neither take cores from the training that goes on meanwhile nor wait for them."""
 
-_COMPANIONS = (
+_CONFIG = "config.json"
+
+_SMALL_FILES = (
+    _CONFIG,
     "generation_config.json",
     "tokenizer*",
     "special_tokens_map.json",
@@ -52,17 +54,26 @@ _COMPANIONS = (
     "*.model",
     "tekken.json",
 )
-"""Patterns of the files beside the weights that belong to a model and are copied as they are."""
+"""Patterns of the files beside the weights that belong to a model."""
 
 
-def companions(source: Path) -> dict[str, Path]:
-    """The files of a model folder that belong to a model beside config and weights, by name."""
-    return {
-        str(path.relative_to(source)): path
-        for pattern in _COMPANIONS
-        for path in source.glob(pattern)
-        if path.is_file()
-    }
+def small_files(source: Path) -> dict[str, bytes]:
+    """The contents of a model folder's files beside the weights, by name: config and tokenizer.
+
+    Empty for a folder that does not exist. Raises `CheckpointError` for a file that cannot be read.
+    """
+    try:
+        return {
+            str(path.relative_to(source)): path.read_bytes()
+            for pattern in _SMALL_FILES
+            for path in source.glob(pattern)
+            if path.is_file()
+        }
+    except OSError as error:
+        raise CheckpointError(
+            f"{error.filename or source} cannot be read ({error.strerror or error}): it belongs to "
+            "the model and is saved with it; make it readable, or download it again"
+        ) from error
 
 
 def saved_nbytes(spec: ModelSpec, dtype: torch.dtype) -> int:
@@ -74,13 +85,14 @@ class HuggingFaceWriter:
     """Writes one folder; a context manager that removes what is unfinished when it is left.
 
     Args:
-        source: the model folder whose config and tokenizer belong to the weights, and whose values
-            are taken for frozen units without a lower half.
+        source: the model folder that the weights belong to, whose values are taken for frozen units
+            without a lower half.
         output: the folder to create.
         spec: the model.
         weights: masters of all units; a unit's are read while :meth:`write_unit` runs.
         dtype: float32, bfloat16 or float16: what the weights are stored as.
         replace: whether a folder that is at ``output`` makes room for this one in the end.
+        files: what `small_files` gave for ``source`` at another time, by default now.
 
     Raises:
         CheckpointError: see :func:`check_output`; or the disk has not enough room.
@@ -95,10 +107,12 @@ class HuggingFaceWriter:
         dtype: torch.dtype,
         *,
         replace: bool = False,
+        files: Mapping[str, bytes] | None = None,
     ) -> None:
         check_output(output, replace=replace)
         self._replace = replace
         self._source = source
+        self._files = small_files(source) if files is None else files
         self._output = output.absolute()
         self._spec = spec
         self._weights = weights
@@ -151,10 +165,11 @@ class HuggingFaceWriter:
         with self._cleaned_up():
             self._write_index()
             self._write_config()
-            for name, path in companions(self._source).items():
+            for name, content in self._files.items():
                 target = self._aside / name
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(path, target)
+                if name != _CONFIG:
+                    target.parent.mkdir(exist_ok=True)
+                    target.write_bytes(content)
             for name, text in records.items():
                 (self._aside / name).write_text(text, encoding="utf-8")
             for path in self._aside.rglob("*"):
@@ -219,10 +234,15 @@ class HuggingFaceWriter:
 
     def _write_config(self) -> None:
         """Copy the config, with the dtype that the weights are in now."""
-        config = json.loads((self._source / "config.json").read_text(encoding="utf-8"))
+        if _CONFIG not in self._files:
+            raise CheckpointError(
+                f"{self._source} had no {_CONFIG}, without which weights cannot be saved: give a "
+                "model folder"
+            )
+        config = json.loads(self._files[_CONFIG])
         config.pop("torch_dtype", None)  # its name before transformers 5
         config["dtype"] = str(self._dtype).removeprefix("torch.")
-        self._write_json("config.json", config)
+        self._write_json(_CONFIG, config)
 
     def _write_json(self, name: str, content: Mapping[str, object]) -> None:
         text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Self
 
 import torch
@@ -51,8 +52,9 @@ class CheckpointInfo(BaseModel):
         plan: MemoryPlan,
         numerics: Mapping[str, str | int],
         stored: torch.dtype,
+        base: Path,
     ) -> Self:
-        """That of a run after ``step`` steps."""
+        """That of a run after ``step`` steps from the model folder ``base``."""
         return cls(
             step=step,
             stored=str(stored).removeprefix("torch."),
@@ -62,6 +64,7 @@ class CheckpointInfo(BaseModel):
             frozen=frozen_units(spec),
             optimizer=plan.optimizer,
             lora=None if spec.lora is None else asdict(spec.lora),
+            base=str(base.absolute()),
         )
 
     @property

@@ -36,7 +36,6 @@ from slideformer.graph.plan import Optimizer
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
-from slideformer.models.export import companions
 from slideformer.models.families import read_model_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
@@ -51,8 +50,8 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 class PendingCheckpoint:
     """A checkpoint whose state is being written; `finish` or `abort` it.
 
-    ``skipped`` tells how many steps changed nothing, once the state is written. Raises
-    `CheckpointError` if it cannot be begun.
+    ``files`` are the small ones of the model's folder. ``skipped`` tells how many steps changed
+    nothing, once the state is written. Raises `CheckpointError` if it cannot be begun.
     """
 
     def __init__(
@@ -60,11 +59,11 @@ class PendingCheckpoint:
         output: Path,
         spec: ModelSpec,
         info: CheckpointInfo,
-        model: Path,
+        files: Mapping[str, bytes],
         skipped: Callable[[], int],
     ) -> None:
         self.output = output.absolute()
-        self._info = info.model_copy(update={"base": str(model.absolute())})
+        self._info = info
         self._skipped = skipped
         sizes = file_sizes(spec, info.compute, info.optimizer)
         self._nbytes = sum(sizes.values())
@@ -76,7 +75,7 @@ class PendingCheckpoint:
         except OSError as error:
             raise write_error(self.output, self._nbytes, error) from error
         self._units = {unit.name: unit for unit in spec.units}
-        self._model = model
+        self._files = files
         self.context = CheckpointContext(self)
 
     @property
@@ -106,7 +105,8 @@ class PendingCheckpoint:
         """
         try:
             self._wait()
-            self._add_model()
+            for name, content in self._files.items():
+                self._writer.add(f"{MODEL_FOLDER}/{name}", content)
             for name, text in files.items():
                 self._writer.add(name, text.encode())
             found = {"training": dict(training), "skipped": self._skipped()}
@@ -140,12 +140,6 @@ class PendingCheckpoint:
             ) from error
         if self.context.errors:
             raise self.context.errors[0]
-
-    def _add_model(self) -> None:
-        files = {"config.json": self._model / "config.json", **companions(self._model)}
-        for name, path in files.items():
-            if path.is_file():  # random weights need no folder
-                self._writer.add(f"{MODEL_FOLDER}/{name}", path.read_bytes())
 
 
 class Checkpoint:

@@ -42,7 +42,7 @@ from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
-from slideformer.models.export import Records
+from slideformer.models.export import Records, small_files
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.model_memory import ModelMemory
@@ -93,6 +93,7 @@ class Engine:
     ) -> None:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
+        self._files = small_files(config.model)  # now, as the folder may not outlive the run
         self.spec = spec_for(self._hf_config, config)
         if checkpoint is not None:
             checkpoint.check_model(self.spec, Optimizer(config.optimizer))
@@ -290,9 +291,11 @@ class Engine:
         it cannot be written the run can go on. Raises `CheckpointError` if there is no room, and
         what failed an earlier step.
         """
-        info = CheckpointInfo.of(self._steps, self.spec, self.plan, self.numerics, self._stored)
+        info = CheckpointInfo.of(
+            self._steps, self.spec, self.plan, self.numerics, self._stored, self.config.model
+        )
         skipped = partial(self._clip.skipped, info.step)
-        pending = PendingCheckpoint(Path(output), self.spec, info, self.config.model, skipped)
+        pending = PendingCheckpoint(Path(output), self.spec, info, self._files, skipped)
         try:
             pending.started(self._submit(_CHECKPOINT, pending.context))
         except BaseException:
@@ -311,8 +314,9 @@ class Engine:
         self._check_open()
         masters = self._memory.saved_masters()
         with weights_writer(
-            self.config.model, Path(output), self.spec, masters, self._stored, replace=replace
-        ) as writer:
+            self.config.model, Path(output), self.spec, masters, self._stored,
+            replace=replace, files=self._files,
+        ) as writer:  # fmt: skip
             saving = SaveContext(writer)
             try:
                 self._submit(_SAVE, saving)

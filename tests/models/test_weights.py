@@ -626,11 +626,11 @@ def test_a_source_that_vanished_is_named(folder: Folder, tmp_path: Path) -> None
     source = folder()
     masters, stored = load(source)
     spec = model_spec(read_model_config(source))
+    shutil.rmtree(source)
     with HuggingFaceWriter(source, tmp_path / "out", spec, masters, stored) as writer:
         for unit in spec.units:
             writer.write_unit(unit.name)
-        shutil.rmtree(source)
-        with pytest.raises(CheckpointError, match=r"source/config\.json"):
+        with pytest.raises(CheckpointError, match=r"source had no config\.json"):
             writer.finish()
     assert not list(tmp_path.iterdir())
 

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from collections import namedtuple
@@ -230,6 +231,25 @@ def test_a_failed_run_names_the_checkpoint_to_go_on_from(
     assert steps_of(config) == ["step-2", "step-4"]
     Trainer.resume(config.output).train()
     same(config.output, plain)
+
+
+@pytest.mark.parametrize("how", ["removed", "altered"])
+def test_a_model_folder_that_goes_during_training_is_not_missed(
+    model: Path, data: Path, plain: Path, tmp_path: Path, how: str
+) -> None:
+    copy = tmp_path / "model"
+    shutil.copytree(model, copy)
+    config = run_config(copy, data, tmp_path / "out")
+
+    def spoil() -> None:
+        for path in copy.iterdir():
+            path.unlink() if how == "removed" else path.write_bytes(b"{}")
+
+    Trainer(config).train(Stopper(after=3, do=spoil))
+    same(config.output, plain)
+    exported = find_checkpoint(config.output).export(tmp_path / "exported")
+    for path in exported.glob("*.json"):
+        assert path.read_bytes() == (plain / path.name).read_bytes(), path
 
 
 def test_an_nvme_disk_that_fails_costs_the_steps_since_the_last_checkpoint(
