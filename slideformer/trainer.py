@@ -30,6 +30,7 @@ from slideformer.traces import write_trace
 from slideformer.training.checkpoints import RunCheckpoints, find_checkpoint
 from slideformer.training.interrupt import Interrupt
 from slideformer.training.loop import TrainingLoop
+from slideformer.training.only_run import only_run
 from slideformer.training.reports import Progress, TrainingResult, output_records
 from slideformer.training.resuming import check_resumed_output, free_output, resumed_config
 from slideformer.training.trackers import with_trackers
@@ -81,18 +82,23 @@ class Trainer:
 
         Raises:
             SlideFormerError: any of the tree but `GraphError`; nothing is saved then. Before memory
-                is allocated: output, model, data, settings or budgets cannot work. Later:
-                `TaskError` or `NonFiniteError` from a step, `CheckpointError` from saving.
+                is allocated: output, model, data, settings or budgets cannot work, or another run
+                is saving to the output. Later: `TaskError` or `NonFiniteError` from a step,
+                `CheckpointError` from saving.
             KeyboardInterrupt: see above, or Ctrl-C before the first step.
         """
+        if self._checkpoint is None:
+            check_output(self.config.output)
+        else:
+            check_resumed_output(self.config, self._checkpoint)
+        with only_run(self.config.output):
+            return self._train(with_trackers(self.config, progress))
+
+    def _train(self, reports: Progress) -> TrainingResult:
         config, checkpoint = self.config, self._checkpoint
-        reports = with_trackers(config, progress)
         checkpoints = RunCheckpoints(config.output, config.keep_checkpoints)
         if checkpoint is None:
-            check_output(config.output)
             checkpoints.check_new()
-        else:
-            check_resumed_output(config, checkpoint)
         spec = spec_for(read_model_config(config.model), config)
         checkpoints.clean()
         for source in (*config.data, *config.validation):

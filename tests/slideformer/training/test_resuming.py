@@ -332,6 +332,48 @@ def test_another_run_into_the_same_place_is_refused(config: Config) -> None:
         Trainer(config).train()
 
 
+def test_a_second_run_into_the_same_place_at_once_is_refused(
+    config: Config, plain: Path, tmp_path: Path
+) -> None:
+    config = config.model_copy(update={"output": tmp_path / "new" / "folder" / "out"})
+
+    def try_again() -> None:
+        found = find_checkpoint(config.output)
+        for again in (Trainer(config), Trainer(config, checkpoint=found)):
+            with pytest.raises(CheckpointError) as raised:
+                again.train()
+            assert str(raised.value) == (
+                f"another run, process {os.getpid()}, is saving to {config.output}: wait for its "
+                "end, or give another output"
+            )
+
+    Trainer(config).train(Stopper(after=5, do=try_again))
+    same(config.output, plain)
+    assert names(config.output.parent) == ["out", "out-checkpoints"]
+
+
+def test_the_lock_of_a_killed_run_is_free(config: Config, tmp_path: Path, processes: Any) -> None:
+    lock = tmp_path / ".out.lock"
+    endless = processes(config.model_copy(update={"steps": 10**6}))
+    while endless.is_alive() and not checkpoints_folder(config.output).exists():
+        time.sleep(0.01)
+    with pytest.raises(CheckpointError, match=f"another run, process {endless.pid}, is saving to"):
+        Trainer(config).train()
+    endless.kill()
+    endless.join()
+    assert lock.exists()
+    aside.discard(checkpoints_folder(config.output))
+    Trainer(config).train()
+    assert names(tmp_path) == ["out", "out-checkpoints"]
+
+
+def test_a_run_that_is_refused_leaves_no_folder(config: Config, tmp_path: Path) -> None:
+    deep = {"output": tmp_path / "a" / "b" / "out", "model": tmp_path / "none"}
+    with pytest.raises(CheckpointError):
+        Trainer(config.model_copy(update=deep)).train()
+    assert names(tmp_path) == []
+
+
 def test_what_cannot_be_resumed_is_refused(config: Config, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no checkpoint to resume from"):
         Trainer.resume(config.output)
