@@ -32,7 +32,7 @@ from slideformer.devices import make_lanes
 from slideformer.filling import fill
 from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.plan import Compute, MemoryPlan, Optimizer
+from slideformer.graph.plan import Budgets, Compute, MemoryPlan, Optimizer
 from slideformer.handles import StepHandle
 from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
@@ -74,8 +74,8 @@ class Engine:
     ``initial`` replaces the model folder by random weights of that shape (for benchmarks), and
     ``phantom`` backs the state of most layers by that of others (``phantom.py``). ``policy``
     replaces the one that ``config`` names. With ``checkpoint`` it goes on from there and keeps its
-    numerics. ``on_plan`` is called with the plan before anything large is allocated; what it raises
-    ends the construction.
+    numerics. ``on_plan`` is called with the plan and its budgets before anything large is
+    allocated; what it raises ends the construction.
 
     Raises `BudgetError`, `CheckpointError`, `ConfigError`, `DeviceError`, `UnsupportedModelError`
     before anything large is allocated.
@@ -89,7 +89,7 @@ class Engine:
         phantom: bool = False,
         policy: Policy | None = None,
         checkpoint: Checkpoint | None = None,
-        on_plan: Callable[[MemoryPlan], None] | None = None,
+        on_plan: Callable[[MemoryPlan, Budgets], None] | None = None,
     ) -> None:
         self.config = config
         self._hf_config = initial or read_model_config(config.model)
@@ -111,7 +111,7 @@ class Engine:
         self.plan = plan_for(self._hf_config, config, budgets, self._profile, kept)
         layers = phantom_layers(self.spec, self.plan) if phantom else {}
         if on_plan is not None:
-            on_plan(self.plan)
+            on_plan(self.plan, budgets)
         self._steps = checkpoint.info.step if checkpoint else 0
         self._skipped = checkpoint.info.skipped if checkpoint else 0
         self._open: deque[Future[None]] = deque()

@@ -28,7 +28,7 @@ from slideformer.config import format_size
 from slideformer.graph.buffers import Tier
 from slideformer.graph.products import model_flops
 from slideformer.profiles import cached_machine
-from slideformer.this_machine import budgets_for, device_for
+from slideformer.this_machine import device_for
 from slideformer.tools.host_memory import process_bytes
 from slideformer.tools.plan_report import print_plan
 from slideformer.tools.smoothing import Smoothed
@@ -61,9 +61,8 @@ class ConsoleProgress:
 
     def start(self, run: RunStart) -> None:
         """Print the plan, and show the bar if someone watches."""
-        device = device_for(run.config)
-        budgets, machine = budgets_for(run.config, device), cached_machine(device.type)
-        print_plan(self._console, run.config, run.spec, run.plan, budgets, machine)
+        machine = cached_machine(device_for(run.config).type)
+        print_plan(self._console, run.config, run.spec, run.plan, run.budgets, machine)
         if run.config.device == "cpu" or not torch.cuda.is_available():
             self._console.print("No GPU is used: what is planned for it lies in host memory, too.")
         self._every, self._steps = run.config.log_every, run.steps

@@ -19,7 +19,7 @@ from slideformer.config import Config
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.handles import StepHandle
 from slideformer.models.data.batches import Batch, BatchStream
 from slideformer.models.data.dataset import load_datasets
@@ -72,7 +72,7 @@ class TrainingLoop:
         self._interrupted = False
         self._done_at = 0.0
 
-    def prepare(self, plan: MemoryPlan) -> None:
+    def prepare(self, plan: MemoryPlan, budgets: Budgets) -> None:
         """Read the data, the last thing that can be refused, and report the plan."""
         config = self._config
         dataset, validation = load_datasets(
@@ -99,7 +99,7 @@ class TrainingLoop:
             self._go_on(self._start)
         if config.trace is not None:
             make_folder(config.trace)
-        self._progress.start(RunStart(config, self._spec, plan, steps, self._done))
+        self._progress.start(RunStart(config, self._spec, plan, budgets, steps, self._done))
 
     def _go_on(self, start: Checkpoint) -> None:
         """Continue the data where the checkpoint's run was; refuse what is not that run's."""

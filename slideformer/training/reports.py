@@ -13,7 +13,7 @@ from pydantic import TypeAdapter
 
 from slideformer.config import Config, config_text
 from slideformer.graph.model import ModelSpec
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.graph.serialise import to_json
 from slideformer.traces import GRAPH_FILE, TRACE_FILE, to_chrome
 
@@ -35,11 +35,15 @@ PLAN_FILE = "plan.json"
 
 @dataclass(frozen=True, slots=True)
 class RunStart:
-    """What is known before memory is allocated: ``done`` of ``steps`` steps were done before."""
+    """What is known before memory is allocated: ``done`` of ``steps`` steps were done before.
+
+    ``budgets`` are those of the plan: what was asked for, but no more than there is.
+    """
 
     config: Config
     spec: ModelSpec
     plan: MemoryPlan
+    budgets: Budgets
     steps: int
     done: int = 0
 

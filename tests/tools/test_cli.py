@@ -20,6 +20,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from slideformer import this_machine
 from slideformer.config import Config, load_config
 from slideformer.graph.machines import load_machine
 from slideformer.settings.problems import flag_name
@@ -317,6 +318,16 @@ def test_a_budget_that_is_too_small_names_one_that_works(run: Run) -> None:
     assert "no plan fits" in run.refused(gpu_memory=f"{int(least[1]) - 1}MiB")
     code, _, err = call(*run.arguments(gpu_memory=f"{least[1]}MiB"))
     assert code == 0, err
+
+
+def test_a_budget_beyond_the_machine_is_not_that_of_the_plan(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(this_machine, "host_memory", lambda: 3 << 30)
+    code, _, err = call(*run.arguments(cpu_memory="900GiB"))
+    assert code == 0, err
+    assert "cpu_memory is 900.00 GiB, but there are 3.00 GiB here" in err
+    assert re.search(r"^ *host +\S+ GiB +3\.00 GiB *$", err, re.MULTILINE)
 
 
 def test_output(run: Run) -> None:

@@ -21,7 +21,7 @@ from slideformer.config import EngineConfig, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.buffers import Tier, host_bytes
 from slideformer.graph.errors import ConfigError
-from slideformer.graph.plan import MemoryPlan
+from slideformer.graph.plan import Budgets, MemoryPlan
 from slideformer.graph.tasks import Lane
 from slideformer.measuring.nvme_rates import disk_rates
 from slideformer.measuring.trial import random_batches, shape_config
@@ -67,7 +67,7 @@ def nvme_bench(
 def train(shape: str, config: EngineConfig, steps: int) -> dict[str, float]:
     """Train ``steps`` steps and print each; returns bytes/s of each lane, and of both together."""
 
-    def show(plan: MemoryPlan) -> None:
+    def show(plan: MemoryPlan, _: Budgets) -> None:
         if not plan.peaks.get(Tier.NVME, 0):
             raise ConfigError("the plan needs no NVMe under these budgets; lower --cpu-memory")
         print(

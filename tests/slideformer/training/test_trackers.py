@@ -12,6 +12,7 @@ import pytest
 
 from slideformer.config import Config
 from slideformer.graph.errors import ConfigError
+from slideformer.graph.plan import Budgets
 from slideformer.trainer import Trainer
 from slideformer.training.reports import RunStart, StepMetrics
 from slideformer.training.trackers import scalars, with_trackers
@@ -24,7 +25,7 @@ def metrics(step: int, loss: float = 2.0) -> StepMetrics:
 
 
 def start(config: Config, done: int = 0) -> RunStart:
-    return RunStart(config, small_spec(), small_plan(), 10, done)
+    return RunStart(config, small_spec(), small_plan(), Budgets(None, 1 << 30), 10, done)
 
 
 def config_of(folder: Path, **settings: Any) -> Config:
