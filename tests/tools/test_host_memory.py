@@ -1,7 +1,7 @@
 """Host memory of processes: what is shared counts once, and the peak is not missed.
 
-What is measured runs in an interpreter of its own: the share of a test process in the libraries that
-it maps changes by hundreds of MiB when another test process begins or ends.
+What is measured runs in an interpreter of its own: the share of a test process in the libraries
+that it maps changes by hundreds of MiB when another test process begins or ends.
 """
 
 from __future__ import annotations
