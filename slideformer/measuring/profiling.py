@@ -27,6 +27,7 @@ from slideformer.measuring.lane_rates import (
 )
 from slideformer.measuring.nvme_rates import disk_rates
 from slideformer.measuring.product_rates import ProductSizes, measure_products
+from slideformer.measuring.update_rates import COPY_PIECES
 from slideformer.memory.limits import available_host_memory
 from slideformer.profiles import machine_key
 from slideformer.this_machine import default_threads
@@ -63,6 +64,7 @@ def sizes_for(device: torch.device) -> ProfileSizes:
     room = available_host_memory()
     walked = min(_MOST_WALKED, room // 2) // WALKED_BYTES
     memory = min(256 << 20, room // 16)
+    copied = min(256 << 20, room // (16 * COPY_PIECES))  # of what both ways pin, an eighth of it
     if device.type == "cuda":
         return ProfileSizes(
             ProductSizes(
@@ -74,7 +76,7 @@ def sizes_for(device: torch.device) -> ProfileSizes:
                 longest=1.0,
                 seconds=0.25,
             ),
-            LaneSizes(walked, memory, width=3584, tokens=4096, seconds=3.0),
+            LaneSizes(walked, copied, width=3584, tokens=4096, seconds=3.0),
             memory,
         )
     return ProfileSizes(
@@ -87,7 +89,7 @@ def sizes_for(device: torch.device) -> ProfileSizes:
             longest=0.5,
             seconds=0.1,
         ),
-        LaneSizes(min(walked, 1 << 28), min(memory, 64 << 20), width=256, tokens=256, seconds=1.0),
+        LaneSizes(min(walked, 1 << 28), min(copied, 64 << 20), width=256, tokens=256, seconds=1.0),
         memory,
     )
 

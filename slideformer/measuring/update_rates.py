@@ -30,7 +30,8 @@ STREAM_BYTES = 24
 
 _WAYS = ("h2d", "d2h")
 
-_COPY_PIECES = 8
+COPY_PIECES = 8
+"""Pieces of pinned memory that copies one way go round."""
 
 _FASTEST_COPY = 150e9
 """Bytes/s that no bus exceeds, to start enough copies."""
@@ -49,7 +50,7 @@ class Copies:
     def __init__(self, device: torch.device, nbytes: int) -> None:
         self.nbytes = nbytes
         self._cuda = device.type == "cuda"
-        size = _COPY_PIECES * nbytes
+        size = COPY_PIECES * nbytes
         self._host = [
             itertools.cycle(
                 torch.zeros(size, dtype=torch.uint8, pin_memory=self._cuda).split(nbytes)

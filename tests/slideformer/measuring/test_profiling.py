@@ -19,11 +19,12 @@ from slideformer.graph.products import backward_products, forward_products
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.rates import ProductRates, RatePoint
 from slideformer.graph.tasks import Lane, ProductKind
-from slideformer.measuring import lane_rates, product_rates
+from slideformer.measuring import lane_rates, product_rates, profiling
 from slideformer.measuring.lane_rates import LaneSizes
 from slideformer.measuring.product_rates import ProductSizes, layer_config, measure_products
 from slideformer.measuring.profiling import LIBRARY_NBYTES, ProfileSizes, measure_machine, sizes_for
 from slideformer.measuring.stand_in import Arithmetic, plan_of
+from slideformer.measuring.update_rates import COPY_PIECES
 from slideformer.models.shapes import SHAPE_NAMES, shape_config
 from slideformer.models.units import model_spec
 from slideformer.profiles import cached_machine, machine_key, store_machine
@@ -183,6 +184,18 @@ def test_a_cache_that_cannot_be_written_is_refused(
     monkeypatch.setattr(profiles, "cache_folder", lambda: tmp_path / "missing")
     with pytest.raises(DeviceError, match=r"cannot be kept .*--output"):
         store_machine("cpu", load_machine("h100"))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("room", [1 << 30, 4 << 30, 32 << 30, 512 << 30])
+def test_what_is_measured_fits_the_memory_that_is_free(
+    room: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "available_host_memory", lambda: room)
+    sizes = sizes_for(torch.device(device))
+    walked = lane_rates.WALKED_BYTES * sizes.lanes.update_numel
+    pinned = 2 * COPY_PIECES * sizes.lanes.copy_nbytes
+    assert walked + pinned + 2 * sizes.memory_nbytes <= room
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
