@@ -123,7 +123,7 @@ def _draft(request: PlanRequest, found: Solution) -> _Draft:
     """
     plan, graph = found.plan, draft_step(request.spec, found.plan)
     if found.gradients == 0:
-        return _Draft(plan, park_gradients(graph, ()))
+        return _Draft(plan, graph)
     count = min(found.gradients, MIN_GRADIENT_SLOTS + found.spare_host // found.gradient)
     if plan.deferred:
         count = found.gradients

@@ -49,13 +49,11 @@ class Solution:
     `GRID`; micro-batches, with which grows what the bound leaves out; bytes of memory if nothing
     were moved to another tier; offloaded boundaries. ``seconds`` is its bound, ``work`` are those
     of each lane, and ``nvme`` bytes are on NVMe. ``spare_host`` bytes of the host's budget are left
-    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once. ``fastest`` is
-    the least bound of all plans within the budgets.
+    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once.
     """
 
     plan: MemoryPlan
     seconds: float
-    fastest: float
     work: Mapping[Lane, float]
     rank: tuple[int, ...]
     nvme: int
@@ -88,17 +86,13 @@ class Lattice:
     def solve(self, budgets: Budgets) -> Solution | None:
         """The best plan within ``budgets``, or None if there is none."""
         best: Solution | None = None
-        fastest = math.inf
         for base in self._bases:
             if best is not None and int(on_grid(np.array(base.least))) > best.rank[0]:
                 break
             found = self._best_on(base, budgets)
-            if found is None:
-                continue
-            fastest = min(fastest, found.fastest)
-            if best is None or found.rank < best.rank:
+            if found is not None and (best is None or found.rank < best.rank):
                 best = found
-        return None if best is None else replace(best, fastest=fastest)
+        return best
 
     def fastest(self, budgets: Budgets) -> float:
         """The least bound of all plans within ``budgets``, infinite if there is none."""
@@ -126,11 +120,13 @@ class Lattice:
         None has more on NVMe. Of plans with the same units resident and as many layers spilled, on
         one base, only the one that keeps most is among them.
         """
-        found = [best]
-        for base in self._bases:
-            if base.least <= best.seconds * (1 + NEAR):
-                found += self._near_on(base, budgets, best)
-        others = sorted((s for s in found[1:] if s.plan != best.plan), key=lambda s: s.seconds)
+        near = (
+            found
+            for base in self._bases
+            if base.least <= best.seconds * (1 + NEAR)
+            for found in self._near_on(base, budgets, best)
+        )
+        others = sorted((s for s in near if s.plan != best.plan), key=lambda s: s.seconds)
         return [best, *others[: count - 1]]
 
     def least_gpu(self, budgets: Budgets) -> int | None:
@@ -264,7 +260,6 @@ class _Fitting:
         return Solution(
             plan=replace(base.plan_at(chosen), boundary_slots=slots),
             seconds=float(self.seconds[at]),
-            fastest=float(self.seconds.min()),
             work={lane: float(seconds) for lane, seconds in work.items()},
             rank=(time, stored, base.plan.micro_batches, *rest),
             nvme=int(sizes.nbytes),

@@ -15,6 +15,12 @@ from tests.support.requests import AMPLE, UNBOUNDED, request_for, requests
 from tests.support.specs import small_spec
 
 
+def fastest(lattice: Lattice, budgets: Budgets) -> float:
+    """The least bound of all plans within ``budgets``, looked for on every base."""
+    fitting = (lattice._fitting(base, budgets).seconds for base in lattice._bases)
+    return min(float(seconds.min()) for seconds in fitting if len(seconds))
+
+
 def test_gains_are_those_of_a_larger_budget() -> None:
     spec = small_spec(
         layers=8, hidden=4096, intermediate=8192, heads=32, kv_heads=8, head_dim=128, vocab=9999
@@ -24,13 +30,15 @@ def test_gains_are_those_of_a_larger_budget() -> None:
     gpu = lattice.least_gpu(AMPLE)
     assert gpu is not None
     budgets = Budgets(gpu, UNBOUNDED)
-    before, after = solve_each(request, [budgets, Budgets(gpu + MORE, UNBOUNDED)])
+    larger = Budgets(gpu + MORE, UNBOUNDED)
+    before, after = solve_each(request, [budgets, larger])
     assert before is not None
     assert after is not None
+    least = fastest(lattice, budgets)
     found = outlook(lattice, before.plan, budgets)
-    assert found.bound == before.seconds >= before.fastest > before.seconds / (1 + GRID)
+    assert found.bound == before.seconds >= least > before.seconds / (1 + GRID)
     assert found.gains == {
-        "GPU memory": 1 - after.fastest / before.fastest,
+        "GPU memory": 1 - fastest(lattice, larger) / least,
         "host memory": 0.0,
     }
     assert found.gains["GPU memory"] > 0.005
