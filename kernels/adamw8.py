@@ -17,7 +17,12 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.adamw import AdamW, Segment
-from slideformer.kernels.adamw_checks import GRADIENTS, check_segments, check_tensor, check_threads
+from slideformer.kernels.adamw_checks import (
+    check_segments,
+    check_tensor,
+    check_threads,
+    codes_and_master,
+)
 from slideformer.kernels.adamw_library import (
     Kernels,
     constants_of,
@@ -65,15 +70,8 @@ def adamw8_update(
             leave the range; ``threads`` is below 1.
     """
     n = hi.numel()
-    for name, tensor, dtypes, numel in (
-        ("hi", hi, (torch.int16,), n),
-        ("lo", lo, (torch.int16,), n),
-        ("m", m, (torch.uint8,), n),
-        ("v", v, (torch.uint8,), n),
-        ("scales", scales, (torch.float32,), 2 * block_count(n)),
-        ("grad", grad, GRADIENTS, n),
-    ):
-        check_tensor(name, tensor, dtypes, numel)
+    for each in codes_and_master(hi, lo, m, v, scales, grad, block_count(n)):
+        check_tensor(*each)
     check_threads(threads)
     check_segments(segments, n)
     library = (kernels or default_kernels()).library

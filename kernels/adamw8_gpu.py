@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.adamw import AdamW, Segment
-from slideformer.kernels.adamw_checks import GRADIENTS, check_beside, check_segments
+from slideformer.kernels.adamw_checks import check_beside, check_segments, codes_and_master
 from slideformer.kernels.adamw_library import all_constants
 from slideformer.kernels.quantise import block_count
 from slideformer.kernels.triton_support import triton_enabled
@@ -49,16 +49,9 @@ def adamw8_update_gpu(
     if not triton_enabled(hi):
         raise ValueError(f"hi is on {hi.device}; it must be on a GPU (adamw8 serves the CPU)")
     n = hi.numel()
-    for name, tensor, dtypes, numel in (
-        ("hi", hi, (torch.int16,), n),
-        ("lo", lo, (torch.int16,), n),
-        ("m", m, (torch.uint8,), n),
-        ("v", v, (torch.uint8,), n),
-        ("scales", scales, (torch.float32,), 2 * block_count(n)),
-        ("grad", grad, GRADIENTS, n),
-        ("norm", norm.reshape(-1), (torch.float32, torch.float64), 1),
-    ):
+    for name, tensor, dtypes, numel in codes_and_master(hi, lo, m, v, scales, grad, block_count(n)):
         check_beside(name, tensor, dtypes, (numel,), hi)
+    check_beside("norm", norm.reshape(-1), (torch.float32, torch.float64), (1,), hi)
     check_segments(segments, n)
     from slideformer.kernels import adamw8_triton
 

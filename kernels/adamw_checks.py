@@ -49,6 +49,21 @@ def check_state(
     check_threads(threads)
 
 
+def codes_and_master(
+    hi: Tensor, lo: Tensor, m: Tensor, v: Tensor, scales: Tensor, grad: Tensor, blocks: int
+) -> tuple[tuple[str, Tensor, tuple[torch.dtype, ...], int], ...]:
+    """What each tensor of an update with moments of 8 bits is to be: name, dtypes, elements."""
+    n = hi.numel()
+    return (
+        ("hi", hi, (torch.int16,), n),
+        ("lo", lo, (torch.int16,), n),
+        ("m", m, (torch.uint8,), n),
+        ("v", v, (torch.uint8,), n),
+        ("scales", scales, (torch.float32,), 2 * blocks),
+        ("grad", grad, GRADIENTS, n),
+    )
+
+
 def check_tensor(name: str, tensor: Tensor, dtypes: tuple[torch.dtype, ...], n: int) -> None:
     """Refuse what the C code would misread: a tensor that is not n elements in a row on the CPU."""
     if tensor.dtype not in dtypes:
