@@ -1,4 +1,4 @@
-"""ModelSettings of Hugging Face configs that families share, read and checked.
+"""Settings of Hugging Face configs that families share, read and checked.
 
 What a setting asks for and the code does not do is refused by name.
 """
