@@ -92,5 +92,5 @@ def shown(value: object, form: Callable[[object], str] = repr) -> str:
     """What a user's code gave us as text; ``form`` of it may be the user's, too, and raise."""
     try:
         return form(value)
-    except Exception:
+    except Exception:  # of any type: it is a user's method
         return f"<{type(value).__name__} that cannot be shown>"
