@@ -102,11 +102,13 @@ class Core:
                 continue
             run.state = State.DONE
             self._story.append((run.task.name, run.instance.number))
-            run.instance.unfinished -= 1
-            if run.instance.unfinished == 0:
-                self._open.remove(run.instance)
-                instructions.append(InstanceDone(run.instance))
             self._release(run, issued=False)
+            instance = run.instance
+            instance.unfinished -= 1
+            if instance.unfinished == 0:
+                self._open.remove(instance)
+                instance.runs = []  # no cycles: their memory goes without Python's collector
+                instructions.append(InstanceDone(instance))
         instructions += self._dispatch()
         return instructions
 

@@ -7,6 +7,7 @@ thread per stream lane waits for its tasks' events and reports them; nothing els
 from __future__ import annotations
 
 import functools
+import gc
 import queue
 import sys
 import threading
@@ -48,9 +49,13 @@ class CudaDevice:
         """Start all threads.
 
         Python hands its lock from a busy thread to a waiting one every 5 ms by default; here that
-        would keep finished events, decisions and launches waiting for each other.
+        would keep finished events, decisions and launches waiting for each other. Its collector of
+        cycles stops all threads, for 0.3 s where torch and transformers are loaded; what is there
+        now it passes over until `close`.
         """
         sys.setswitchinterval(_SWITCH_SECONDS)
+        gc.collect()
+        gc.freeze()
         self._post = post
         self._origin = _timed_event()
         self._origin.record(self._streams[Lane.COMPUTE])
@@ -80,6 +85,7 @@ class CudaDevice:
             waiter.close()
         for lane in self._host.values():
             lane.close()
+        gc.unfreeze()
 
     def _serve(self) -> None:
         """Launch tasks in the order in which the core issued them."""

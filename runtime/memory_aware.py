@@ -59,7 +59,8 @@ class MemoryAware:
         run = min(ready, key=lambda r: (self._growth(r), r.instance.number, r.position))
         known = self._graphs[id(run.instance.graph)]
         instance = self._instance(run)
-        instance.accesses.subtract(known.buffers[run.position])
+        for name in known.buffers[run.position]:
+            instance.accesses[name] -= 1
         instance.tasks -= 1
         if instance.tasks == 0:
             del known.instances[run.instance.number]
@@ -74,9 +75,12 @@ class MemoryAware:
     def _growth(self, run: TaskRun) -> int:
         """Bytes that the task takes, less those that no later task of its instance uses."""
         known = self._graphs[id(run.instance.graph)]
+        names = known.buffers[run.position]
+        if not names:
+            return 0
         left, sizes = self._instance(run).accesses, known.graph.buffers
         growth = 0
-        for name in known.buffers[run.position]:
+        for name in names:
             if left[name] == known.accesses[name]:
                 growth += sizes[name].nbytes
             if left[name] == 1:

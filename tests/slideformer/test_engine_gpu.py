@@ -208,6 +208,7 @@ def test_follows_plain_pytorch(checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 def test_stays_within_its_plan() -> None:
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
     config = EngineConfig(
         model="none", batch_size=8, seq_len=1024, gpu_memory=5 << 30, cpu_memory=24 << 30,
         device="cuda",
@@ -226,4 +227,4 @@ def test_stays_within_its_plan() -> None:
         assert peak <= engine.plan.peaks[Tier.GPU] <= config.gpu_memory
         assert peak >= 0.85 * engine.plan.peaks[Tier.GPU]
     torch.cuda.empty_cache()
-    assert torch.cuda.memory_allocated() < 64 << 20
+    assert torch.cuda.memory_allocated() <= before + (64 << 20)  # cuBLAS keeps a workspace
