@@ -5,8 +5,7 @@ Where a plan has given buffers their slots, the peak is fixed and this policy sa
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from slideformer.graph.graph import TaskGraph
@@ -16,21 +15,21 @@ from slideformer.runtime.runs import TaskRun
 
 
 @dataclass(slots=True)
-class _Instance:
-    """Accesses to each loose buffer, and tasks, that are still to come."""
-
-    accesses: Counter[str]
-    tasks: int
-
-
-@dataclass(slots=True)
 class _Graph:
-    """Loose buffers of each task, how often each is used, and the instances under way."""
+    """Loose buffers of each task, the tasks that use each, and the instances under way."""
 
     graph: TaskGraph
     buffers: list[list[str]]
-    accesses: Counter[str]
+    users: dict[str, list[int]]
     instances: dict[int, _Instance] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class _Instance:
+    """Accesses to each loose buffer, and tasks, that are still to come."""
+
+    accesses: dict[str, int]
+    tasks: int
 
 
 class MemoryAware:
@@ -44,45 +43,60 @@ class MemoryAware:
 
     def __init__(self) -> None:
         self._graphs: dict[int, _Graph] = {}
+        self._ranks = _Ranks(self._rank)
 
     def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
-        """Note which buffers each task uses and how often each is used."""
+        """Note which buffers each task uses, and which tasks use each."""
         loose = {b.name for b in graph.buffers.values() if not b.slot and not b.carried}
         buffers = [
             [n for n in dict.fromkeys((*t.reads, *t.writes)) if n in loose] for t in graph.tasks
         ]
-        accesses = Counter(name for names in buffers for name in names)
-        self._graphs[id(graph)] = _Graph(graph, buffers, accesses)
+        users: dict[str, list[int]] = {}
+        for position, names in enumerate(buffers):
+            for name in names:
+                users.setdefault(name, []).append(position)
+        self._graphs[id(graph)] = _Graph(graph, buffers, users)
 
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task after which fewest bytes are in use."""
-        run = min(ready, key=lambda r: (self._growth(r), r.instance.number, r.position))
-        known = self._graphs[id(run.instance.graph)]
-        instance = self._instance(run)
+        run = min(ready, key=self._ranks.__getitem__)
+        del self._ranks[run]
+        known, instance = self._known(run)
         for name in known.buffers[run.position]:
             instance.accesses[name] -= 1
+            for position in known.users[name]:  # rank otherwise now
+                self._ranks.pop(run.instance.runs[position], None)
         instance.tasks -= 1
         if instance.tasks == 0:
             del known.instances[run.instance.number]
         return run
 
-    def _instance(self, run: TaskRun) -> _Instance:
+    def _known(self, run: TaskRun) -> tuple[_Graph, _Instance]:
         known, number = self._graphs[id(run.instance.graph)], run.instance.number
         if number not in known.instances:
-            known.instances[number] = _Instance(known.accesses.copy(), len(known.graph.tasks))
-        return known.instances[number]
+            accesses = {name: len(users) for name, users in known.users.items()}
+            known.instances[number] = _Instance(accesses, len(known.graph.tasks))
+        return known, known.instances[number]
 
-    def _growth(self, run: TaskRun) -> int:
-        """Bytes that the task takes, less those that no later task of its instance uses."""
-        known = self._graphs[id(run.instance.graph)]
-        names = known.buffers[run.position]
-        if not names:
-            return 0
-        left, sizes = self._instance(run).accesses, known.graph.buffers
+    def _rank(self, run: TaskRun) -> tuple[int, int, int]:
+        """First the bytes that the task takes, less those that no later task uses; then its age."""
+        known, instance = self._known(run)
         growth = 0
-        for name in names:
-            if left[name] == known.accesses[name]:
-                growth += sizes[name].nbytes
-            if left[name] == 1:
-                growth -= sizes[name].nbytes
-        return growth
+        for name in known.buffers[run.position]:
+            left, nbytes = instance.accesses[name], known.graph.buffers[name].nbytes
+            if left == len(known.users[name]):
+                growth += nbytes
+            if left == 1:
+                growth -= nbytes
+        return growth, run.instance.number, run.position
+
+
+class _Ranks(dict[TaskRun, tuple[int, int, int]]):
+    """Ranks of ready tasks, computed when first asked for: a lane may have hundreds."""
+
+    def __init__(self, rank: Callable[[TaskRun], tuple[int, int, int]]) -> None:
+        self._rank = rank
+
+    def __missing__(self, run: TaskRun) -> tuple[int, int, int]:
+        rank = self[run] = self._rank(run)
+        return rank

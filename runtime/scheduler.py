@@ -105,15 +105,19 @@ class Scheduler:
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
-        self._woken = False  # before draining: an event that comes now must wake us again
-        events: list[Event] = []
         while self._events:
-            events.append(self._events.popleft())
-        if self._trace is not None:
-            for event in events:
-                if isinstance(event, Finished):
-                    self._trace.record(event)
-        self._carry_out(self._core.handle(events))
+            events: list[Event] = []
+            while self._events:
+                events.append(self._events.popleft())
+            if self._trace is not None:
+                for event in events:
+                    if isinstance(event, Finished):
+                        self._trace.record(event)
+            self._carry_out(self._core.handle(events))
+        self._woken = False
+        if self._events and not self._woken:  # came after the last look
+            self._woken = True
+            self._loop.call_soon(self._wake)
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         launches: list[tuple[Launch, Operation, Any]] = []

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from operator import attrgetter
+from typing import NamedTuple
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.runs import Finished
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """One task's time on its lane, in seconds on the device's clock."""
 
     task: str

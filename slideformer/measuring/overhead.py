@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from dataclasses import dataclass
 
@@ -15,8 +14,8 @@ from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.models.shapes import shape_config
 from slideformer.models.units import model_spec
+from slideformer.runtime.loop import SchedulerThread
 from slideformer.runtime.policies import make_policy, policy_names
-from slideformer.runtime.scheduler import Scheduler
 from slideformer.runtime.trace import Trace
 
 
@@ -59,28 +58,28 @@ def scheduler_overhead(
 
     At most two are open at a time, as in training.
     """
-    return {name: asyncio.run(_run(graph, device, name, instances)) for name in policy_names()}
+    return {name: _run(graph, device, name, instances) for name in policy_names()}
 
 
-async def _run(graph: TaskGraph, device: torch.device, policy: str, instances: int) -> Overhead:
-    scheduler = Scheduler(make_lanes(device), make_policy(policy), MachineProfile(), Trace())
+def _run(graph: TaskGraph, device: torch.device, policy: str, instances: int) -> Overhead:
+    scheduler = SchedulerThread(make_lanes(device), make_policy(policy), MachineProfile(), Trace())
     operations = [_nothing] * len(graph.tasks)
     try:
-        await scheduler.submit(graph, operations)  # ranks the tasks
-        started, before = time.perf_counter(), time.thread_time()
+        scheduler.submit(graph, operations).result()  # ranks the tasks
+        started, before = time.perf_counter(), scheduler.cpu_seconds()
         last = scheduler.submit(graph, operations)
         for _ in range(instances - 1):
             following = scheduler.submit(graph, operations)
-            await last
+            last.result()
             last = following
-        await last
+        last.result()
         return Overhead(
             instances * len(graph.tasks),
             time.perf_counter() - started,
-            time.thread_time() - before,
+            scheduler.cpu_seconds() - before,
         )
     finally:
-        await scheduler.close()
+        scheduler.close()
 
 
 def _nothing(context: object) -> None:
