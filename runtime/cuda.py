@@ -35,12 +35,16 @@ def _streams(index: int) -> dict[Lane, torch.cuda.Stream]:
 
 
 class CudaDevice:
-    """Stream lanes on one GPU; the host lanes run on threads as on the CPU device."""
+    """Stream lanes on one GPU; the host lanes run on threads as on the CPU device.
+
+    ``workspace`` is how many bytes the temporaries of its tasks take at most.
+    """
 
     stream_lanes = STREAM_LANES
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, workspace: int = 0) -> None:
         self._index = index
+        self._workspace = workspace
         self._streams = _streams(index)
         self._launches: queue.SimpleQueue[Work | None] = queue.SimpleQueue()
         self._events: dict[TaskRun, torch.cuda.Event] = {}
@@ -99,14 +103,16 @@ class CudaDevice:
                     self._post(Failed(work[0].run, error))
 
     def _take_workspace(self) -> None:
-        """Let cuBLAS take its workspace before there are temporaries.
+        """Let the allocator have the room for temporaries in one block, behind cuBLAS's workspace.
 
-        It stays where it is for good, and in their midst it would split what they could use.
+        Blocks taken as temporaries of other sizes come do not serve each other's, and together hold
+        up to half as much again. cuBLAS's stays where it is for good, and would split the block.
         """
         # If even this fails, the first task says why.
         with suppress(RuntimeError), torch.cuda.stream(self._streams[Lane.COMPUTE]):
             one = torch.ones(1, 1, device=self._index, dtype=torch.bfloat16)
             torch.mm(one, one)
+            torch.empty(self._workspace, device=self._index, dtype=torch.uint8)
 
     def _launch(self, work: Work) -> None:
         launch, operation, context = work

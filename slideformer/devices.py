@@ -26,6 +26,11 @@ def find_device(name: str) -> torch.device:
     return torch.device("cpu")
 
 
-def make_lanes(device: torch.device) -> CudaDevice | CpuDevice:
-    """The lanes of a scheduler on ``device``: on streams of the GPU, or on threads alone."""
-    return CudaDevice(device.index or 0) if device.type == "cuda" else CpuDevice()
+def make_lanes(device: torch.device, workspace: int = 0) -> CudaDevice | CpuDevice:
+    """The lanes of a scheduler on ``device``: on streams of the GPU, or on threads alone.
+
+    ``workspace`` is what tasks' temporaries take, in bytes.
+    """
+    if device.type == "cuda":
+        return CudaDevice(device.index or 0, workspace)
+    return CpuDevice()

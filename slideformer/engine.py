@@ -168,7 +168,10 @@ class Engine:
         self._operations = [bind(graph, bindings, self._memory) for graph in self._graphs]
         self._trace = Trace()
         self._scheduler = SchedulerThread(
-            make_lanes(self._device), self._policy, self._profile, self._trace
+            make_lanes(self._device, self.plan.workspace),
+            self._policy,
+            self._profile,
+            self._trace,
         )
 
     # -- running ---------------------------------------------------------------------------------

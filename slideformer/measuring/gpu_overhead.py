@@ -58,20 +58,21 @@ def _hold(connection: Connection, index: int) -> None:
     torch.cuda.set_device(device)
     config, tokens = layer_config(_WIDTH, _VOCAB), _ROWS * _SEQ_LEN
     sizes = Arithmetic(_ROWS, _SEQ_LEN, _ROWS, tokens // 2, "bf16")
+    workspace = max(
+        workspace_bytes(decoder_config(config), tokens, 2, _SEQ_LEN),
+        head_workspace_bytes(_VOCAB, tokens // 2, tokens, 2) + tokens * _WIDTH * 2,
+    )
+    planned = workspace + allocator_slack(workspace)
     with torch.no_grad():
         stand_in = StandIn(config, sizes, device)
         asked = torch.cuda.memory_allocated(device)
+        torch.empty(planned, device=device, dtype=torch.uint8)  # as runs take it
         for _ in range(2):
             stand_in.forward()
             stand_in.head()
             stand_in.backward()
         torch.cuda.synchronize(device)
-    workspace = max(
-        workspace_bytes(decoder_config(config), tokens, 2, _SEQ_LEN),
-        head_workspace_bytes(_VOCAB, tokens // 2, tokens, 2) + tokens * _WIDTH * 2,
-    )
     reserved = torch.cuda.memory_reserved(device)
-    planned = workspace + allocator_slack(workspace)
     connection.send((reserved, max(0, reserved - asked - planned)))
     with suppress(EOFError):  # who asked has left
         connection.recv()
