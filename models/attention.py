@@ -151,11 +151,16 @@ class RecordedAttention:
             self._output = self._saved.output
             return
         with torch.enable_grad():
-            # .data has a version of its own: other parts of what a layer keeps are overwritten
-            # before backward, and autograd would take that for a change of these.
+            # .data has a version of its own: other parts of the memory that these are views of are
+            # overwritten before backward, and autograd would take that for a change of these.
             q, k, v = (t.data.requires_grad_() for t in (q, k, v))
+            mask = scores.mask
+            if isinstance(mask, Documents):
+                mask = mask._replace(starts=mask.starts.data)
+            elif mask is not None:
+                mask = mask.data
             self._inputs = q, k, v
-            self._output = attention(q, k, v, scores)
+            self._output = attention(q, k, v, scores._replace(mask=mask))
 
     @property
     def output(self) -> Tensor:

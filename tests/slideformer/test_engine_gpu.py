@@ -19,6 +19,7 @@ from slideformer.kernels.split import join_master
 from slideformer.models.data.batches import Batch
 from slideformer.models.shapes import shape_config
 from tests.models.tiny import save, tiny_config, tiny_model
+from tests.support.engines import packed_batch
 
 pytestmark = pytest.mark.gpu
 
@@ -38,7 +39,12 @@ ON_NVME: list[dict[str, Any]] = [
 ]
 
 
-def batch(seed: int) -> Batch:
+DOCUMENTS = [[30, 20, 14], [64], [5, 50], [40, 24], [1, 63], [], [33], [8] * 8]
+
+
+def batch(seed: int, packed: bool = False) -> Batch:
+    if packed:
+        return packed_batch(seed, DOCUMENTS, vocab=VOCAB, seq_len=SEQ_LEN)
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, VOCAB, (ROWS, SEQ_LEN), generator=generator)
     targets = torch.full_like(ids, -100)
@@ -81,7 +87,7 @@ def train(
     settings = {"micro_batch": 2, "lr": 1e-3, "deterministic": True, **settings}
     config = EngineConfig(model=folder, batch_size=ROWS, seq_len=SEQ_LEN, device="cuda", **settings)
     with Engine(config) as engine:
-        handles = [engine.step(batch(seed)) for seed in range(STEPS)]
+        handles = [engine.step(batch(seed, config.packing)) for seed in range(STEPS)]
         losses = [handle.loss() for handle in handles]
         engine.synchronize()
         weights = {}
@@ -142,6 +148,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "lion": {"optimizer": "lion", "lr": 1e-4},
     "adamw8bit": {"optimizer": "adamw8bit"},
     "lora": {"lora": {"rank": 8, "alpha": 16}},
+    "packing": {"packing": True},
 }
 
 
