@@ -8,7 +8,6 @@ several times as long.
 from __future__ import annotations
 
 import mmap
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
@@ -107,9 +106,6 @@ class Arenas:
         cuda = device.type == "cuda"
         for tier, nbytes in layout.sizes.items():
             if tier is Tier.GPU and cuda:
-                # Temporaries come and go in many sizes; growing segments in place instead of
-                # keeping one per size holds reserved memory near what is allocated.
-                os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
                 self._tensors[tier] = torch.empty(nbytes, dtype=torch.uint8, device=device)
             else:
                 self._host[tier] = HostArena(nbytes)

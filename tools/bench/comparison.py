@@ -42,15 +42,15 @@ def measure(
 
     ``trace`` is a folder for the graph of a step and when each task of the last steps ran.
     """
-    comparison = Comparison(row, turns, device)
+    comparison = Comparison(row, turns, device, trace)
     result = comparison.result
     try:
         try:
             comparison.run()
-            if trace is not None:
-                result["trace_report"] = trace_report(comparison.trace(trace), turns.steps)
         finally:
             comparison.close()
+        if trace is not None:
+            result["trace_report"] = trace_report(_read_trace(trace), turns.steps)
         if floors:
             result["floors"] = measure_floors(result)
     except WorkerError as error:
@@ -63,10 +63,11 @@ def measure(
 class Comparison:
     """One row being measured; close it in the end, whatever happened."""
 
-    def __init__(self, row: Row, turns: Turns, device: str) -> None:
+    def __init__(self, row: Row, turns: Turns, device: str, trace: Path | None) -> None:
         self.row = row
         self._turns = turns
         self._device = device
+        self._trace = trace
         self._together = True
         self._ours = Worker("slideformer.tools.bench.ours:Ours")
         self._baseline: Worker | None = None
@@ -96,13 +97,6 @@ class Comparison:
             result["host_peak"], result["host_samples"] = host.peak, host.samples
             result["host_kind"] = host.kind
         return result
-
-    def trace(self, folder: Path) -> GraphTimeline:
-        """When the tasks of the last steps ran; written into ``folder`` too."""
-        self._ours.ask("trace", folder=str(folder.absolute()))
-        graph = from_json((folder / GRAPH_FILE).read_bytes())
-        spans = from_chrome((folder / TRACE_FILE).read_bytes()).spans
-        return GraphTimeline(spans, graph=graph)
 
     def close(self) -> None:
         """End both processes."""
@@ -156,6 +150,8 @@ class Comparison:
                 self._build_ours()
             ours.append(self._ours.ask("run", **turns))
             self._note(pair, "ours", ours[-1])
+            if self._trace is not None and pair == self._turns.pairs - 1:
+                self._ours.ask("trace", folder=str(self._trace.absolute()))
             if self._baseline is None:
                 continue
             if not self._together:
@@ -168,6 +164,12 @@ class Comparison:
     def _note(self, pair: int, side: str, turn: Mapping[str, Any]) -> None:
         rate = self.row.step_rows * self.row.seq_len / turn["step_seconds"]
         logger.info("%s, pair %d: %s %.0f tokens/s", self.row.label, pair + 1, side, rate)
+
+
+def _read_trace(folder: Path) -> GraphTimeline:
+    """When the tasks of the last steps ran."""
+    graph = from_json((folder / GRAPH_FILE).read_bytes())
+    return GraphTimeline(from_chrome((folder / TRACE_FILE).read_bytes()).spans, graph=graph)
 
 
 def _room(found: Mapping[str, Any]) -> float:

@@ -229,16 +229,22 @@ class Scripted:
         self.log.append(f"{self.name}.close")
 
 
-def test_what_does_not_fit_together_takes_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_does_not_fit_together_takes_turns(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     log: list[str] = []
     Scripted.log = log
     monkeypatch.setattr(comparison, "Worker", Scripted)
-    result = measure(Row(**TINY), Turns(pairs=2), "cpu")
+    monkeypatch.setattr(comparison, "_read_trace", str)
+    monkeypatch.setattr(comparison, "trace_report", lambda read, steps: [read])
+    result = measure(Row(**TINY), Turns(pairs=2), "cpu", trace=tmp_path)
+    assert result["trace_report"] == [str(tmp_path)]
     assert result["sharing"].startswith("in turn")
     assert result["summary"]["ratio"] == 2.0
     start = log.index("Baseline.release") + 1
     turn = ["Ours.run", "Ours.release", "Baseline.run", "Baseline.release"]
-    assert log[start:] == [*turn, "Ours.build", *turn, "Ours.close", "Baseline.close"]
+    last = [turn[0], "Ours.trace", *turn[1:]]  # while there still is an engine
+    assert log[start:] == [*turn, "Ours.build", *last, "Ours.close", "Baseline.close"]
 
 
 def test_a_failing_row_is_told_and_closed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -362,7 +368,7 @@ def test_the_command_line_needs_no_torch() -> None:
 
 
 def test_comparison_needs_no_baseline(in_process: None) -> None:
-    compared = Comparison(Row(**TINY, baseline="none"), TURNS, "cpu")
+    compared = Comparison(Row(**TINY, baseline="none"), TURNS, "cpu", None)
     result = compared.run()
     compared.close()
     assert result["theirs"] == []
