@@ -22,7 +22,12 @@ from slideformer.memory.nvme_needs import Sizes
 Seconds = NDArray[np.float64]
 
 OVERLAP_LOSS = 0.12
-"""Share of the second busiest lane that even a good order leaves exposed."""
+"""Share of the second busiest lane that even a good order leaves exposed, if it is as busy as the
+busiest."""
+
+OVERLAP_FADE = 8
+"""The power of how busy the one is beside the other with which that share falls: a lane that has
+time left makes up for what it could not overlap."""
 
 NARROW_LOSS = 0.005
 """What a window of two units costs: a load starts only when the unit before last is done."""
@@ -90,7 +95,9 @@ class Bound:
         work = np.broadcast_arrays(*self.work(point, stored).values())
         lanes = np.sort(work, axis=0)
         narrow = NARROW_LOSS if self._base.window < 3 else 0.0
-        bound: Seconds = (lanes[-1] + OVERLAP_LOSS * lanes[-2]) * (1 + narrow) + self._tasks
+        first, second = lanes[-1], lanes[-2]
+        exposed = OVERLAP_LOSS * second * (second / first) ** OVERLAP_FADE
+        bound: Seconds = (first + exposed) * (1 + narrow) + self._tasks
         return bound
 
     def work(self, point: Counts, stored: Sizes) -> dict[Lane, Seconds]:

@@ -32,7 +32,7 @@ from slideformer.memory.solver import Lattice, Solution
 STEPS = 3
 """Simulated steps: the first fills the pipeline, and the time between the others' ends counts."""
 
-CONTENDERS = 16
+CONTENDERS = 24
 """At most so many plans are simulated before one is chosen."""
 
 SIMULATED_TASKS = 10_000

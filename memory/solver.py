@@ -37,7 +37,7 @@ from slideformer.memory.unit_sizes import Chunks
 GRID = 0.01
 """Relative distance of what is told apart: less time does not pay for more memory."""
 
-NEAR = 0.02
+NEAR = 0.03
 """Relative error of the bound: plans this near to the best may be faster when simulated."""
 
 
