@@ -509,7 +509,7 @@ def test_plan_needs_only_the_config_and_prints_to_stdout(model: Path, tmp_path: 
     assert "steps of 4 × 32 tokens in BF16" in out
     assert re.search(r"micro-batches +2 of 2 rows", out)
     assert re.search(r"host +2\.0\d GiB +[\d.]+ GiB \(what is free\)", out)
-    assert re.search(r"gpu +[\d.]+ MiB +2\.00 GiB", out)
+    assert re.search(r"gpu +[\d.]+ [MG]iB +2\.00 GiB", out)
     assert re.search(r"Estimate for a generic machine .* tokens/s", out)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json"]
 
