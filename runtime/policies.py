@@ -6,6 +6,7 @@ policies load through the entry-point group ``slideformer.policies``.
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -146,6 +147,8 @@ def prepare(policy: Policy, graph: TaskGraph, profile: MachineProfile) -> None:
     try:
         policy.prepare(graph, profile)
     except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         raise PolicyError(
             f"policy {name_of(policy)} raised {shown(error)} when it prepared for graph "
             f"{graph.name!r}"
@@ -157,9 +160,17 @@ def choice(policy: Policy, lane: Lane, ready: Sequence[TaskRun]) -> object:
     try:
         return policy.choose(lane, ready)
     except BaseException as error:
+        if _is_ctrl_c(error):
+            raise
         raise PolicyError(
             f"policy {name_of(policy)} raised {shown(error)} on lane {lane}"
         ) from error
+
+
+def _is_ctrl_c(error: BaseException) -> bool:
+    """Whether the user interrupted a policy, which Python tells the main thread alone."""
+    main = threading.current_thread() is threading.main_thread()
+    return main and isinstance(error, KeyboardInterrupt)
 
 
 def name_of(policy: Policy) -> str:

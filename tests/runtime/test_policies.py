@@ -102,6 +102,20 @@ def test_among_equals_the_one_ready_first_goes_first(name: str) -> None:
     assert [span.task for span in timeline.spans] == ["same.L0", "same.L1", "same.L2"]
 
 
+@pytest.mark.parametrize("method", ["prepare", "choose"])
+def test_ctrl_c_while_a_policy_thinks_is_no_failure_of_the_policy(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = make_policy("fifo")
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(policy, method, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        simulate(free_tasks(1), policy, PROFILE)
+
+
 def test_names() -> None:
     assert {"fifo", "critical-path", "earliest-deadline"} <= set(policy_names())
     for name in policy_names():
