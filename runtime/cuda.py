@@ -66,7 +66,7 @@ class CudaDevice:
         self._origin.synchronize()
         self._origin_time = time.perf_counter()
         self._host = {lane: LaneThreads(lane, 1, post) for lane in HOST_LANES}
-        self._waiters = {lane: _Waiter(lane, self._report) for lane in STREAM_LANES}
+        self._waiters = {lane: _Waiter(lane, self._wait) for lane in STREAM_LANES}
         self._launcher = threading.Thread(
             target=self._serve, name="slideformer-launcher", daemon=True
         )
@@ -130,22 +130,27 @@ class CudaDevice:
         self._events[run] = stopped
         self._waiters[run.task.lane].put(run, started, stopped)
 
-    def _report(self, run: TaskRun, started: torch.cuda.Event, stopped: torch.cuda.Event) -> None:
-        """A stream task has finished: post it with its times on the host's clock."""
+    def _wait(self, run: TaskRun, started: torch.cuda.Event, stopped: torch.cuda.Event) -> None:
+        """Until a stream task has ended; then post it with its times on the host's clock."""
+        try:
+            stopped.synchronize()
+            begin = self._origin.elapsed_time(started) / 1e3 + self._origin_time
+            end = self._origin.elapsed_time(stopped) / 1e3 + self._origin_time
+            event: Event = Finished(run, begin, end)
+        except BaseException as error:  # what a kernel did wrong shows when it is waited for
+            event = Failed(run, error)
         self._events.pop(run, None)
-        begin = self._origin.elapsed_time(started) / 1e3 + self._origin_time
-        end = self._origin.elapsed_time(stopped) / 1e3 + self._origin_time
-        self._post(Finished(run, begin, end))
+        self._post(event)
 
 
 class _Waiter:
-    """Waits for the events of one stream lane, in order, without spinning."""
+    """Waits for the launched tasks of one stream lane, in order, without spinning."""
 
     def __init__(
-        self, lane: Lane, report: Callable[[TaskRun, torch.cuda.Event, torch.cuda.Event], None]
+        self, lane: Lane, wait: Callable[[TaskRun, torch.cuda.Event, torch.cuda.Event], None]
     ) -> None:
         self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._report = report
+        self._wait = wait
         self._thread = threading.Thread(
             target=self._serve, name=f"slideformer-wait-{lane}", daemon=True
         )
@@ -162,8 +167,7 @@ class _Waiter:
 
     def _serve(self) -> None:
         while (item := self._queue.get()) is not None:
-            item[2].synchronize()
-            self._report(*item)
+            self._wait(*item)
 
 
 def _timed_event() -> torch.cuda.Event:
