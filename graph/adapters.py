@@ -20,6 +20,7 @@ from slideformer.graph.model import (
     UnitSpec,
     layout_unit,
 )
+from slideformer.graph.plan import MemoryPlan
 
 PROJECTIONS = ("qkv", "o", "gate_up", "down")
 """The operands, without ``.weight``, that may have adapters."""
@@ -60,6 +61,28 @@ def adapted_parts(unit: UnitSpec, lora: Lora, projection: str) -> list[tuple[int
     return rows
 
 
+def forward_nbytes(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan) -> int:
+    """Bytes that the adapters of a layer read and write in forward on a micro-batch.
+
+    Products as narrow as a rank take as long as their wide sides need to pass through memory: each
+    projection's inputs are read, its outputs read and written.
+    """
+    return plan.micro_tokens * plan.compute.nbytes * _passed(spec, unit, inputs=1, outputs=2)
+
+
+def backward_nbytes(spec: ModelSpec, unit: UnitSpec, plan: MemoryPlan, *, kept: bool) -> int:
+    """The same in recompute and backward, as far as `backward_products` says.
+
+    Inner products and their gradient are made once for the inputs' gradient and once for that of
+    the adapters: outputs' gradients are read three times, inputs twice, and the inputs' gradient is
+    read and written.
+    """
+    elements = _passed(spec, unit, inputs=4, outputs=3)
+    if not kept:
+        elements += _passed(spec, unit, inputs=1, outputs=2, without="down")
+    return plan.micro_tokens * plan.compute.nbytes * elements
+
+
 def module_of(param: ParamSpec) -> str:
     """The module that a parameter belongs to, as ``q_proj``."""
     return param.key.split(".")[-2]
@@ -78,6 +101,18 @@ def _matrices(unit: UnitSpec) -> Iterator[tuple[str, ParamSpec]]:
             inside = operand.offset <= param.offset < operand.offset + operand.numel
             if inside and projection in PROJECTIONS:
                 yield projection, param
+
+
+def _passed(spec: ModelSpec, unit: UnitSpec, inputs: int, outputs: int, without: str = "") -> int:
+    """Elements a token that pass, if each projection's sides do so many times."""
+    adapter = spec.adapters.get(unit.name)
+    total = 0
+    for operand in adapter.operands if adapter else ():
+        projection, _, side = operand.name.partition(".")
+        if projection != without:
+            rows, columns = operand.shape
+            total += inputs * columns if side == "lora_A" else outputs * rows
+    return total
 
 
 def _adapter(unit: UnitSpec, lora: Lora) -> UnitSpec:

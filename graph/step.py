@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from slideformer.graph.adapters import backward_nbytes, forward_nbytes
 from slideformer.graph.buffers import Role, Slot, Tier
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.model import ModelSpec, UnitSpec
@@ -147,7 +148,10 @@ class _LayerWriter:
             TaskKind.COMPUTE,
             reads=[*weights, x, *self._layout, *counted],
             writes=[out, *kept, *self._balance[:1]],
-            cost=Cost(products=self._products(unit)),
+            cost=Cost(
+                products=self._products(unit),
+                nbytes=forward_nbytes(self.spec, unit, self.plan),
+            ),
             unit=unit.name,
             micro=m,
         )
@@ -246,14 +250,17 @@ class _LayerWriter:
         x = activations.boundaries[unit.name, m]
         dx = activations.boundaries["dx", m]
         kept = [activations.kept[unit.name, m]] if position in self._keeping else []
-        products = backward_products(self.spec, unit, self.plan, kept=bool(kept))
+        cost = Cost(
+            products=backward_products(self.spec, unit, self.plan, kept=bool(kept)),
+            nbytes=backward_nbytes(self.spec, unit, self.plan, kept=bool(kept)),
+        )
         self.memory.task(
             f"bwd.{unit.name}.m{m}",
             TaskKind.COMPUTE,
             reads=[*weights, x, dx, *kept, *self._layout, *self._balance]
             + (accumulators if m else []),
             writes=[dx, *kept, *accumulators],
-            cost=Cost(products=products),
+            cost=cost,
             unit=unit.name,
             micro=m,
         )

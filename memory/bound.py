@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from slideformer.graph.adapters import backward_nbytes, forward_nbytes
 from slideformer.graph.model import ModelSpec
 from slideformer.graph.plan import MemoryPlan, kept_nbytes
 from slideformer.graph.products import backward_products, forward_products, head_products
@@ -52,6 +53,7 @@ class Bound:
         self._layer, self._micro = layer.numel, base.micro_batches
         rates = profile.products
         one = rates.seconds(forward_products(spec, layer, base.micro_rows, base.seq_len))
+        one += forward_nbytes(spec, layer, base) / profile.gpu_copy
         self._forward = self._micro * one
         units = (spec.embed, *spec.layers)
         self._resident = np.cumsum([0, *(unit.numel for unit in units)])
@@ -64,10 +66,12 @@ class Bound:
         backward: dict[bool, tuple[float, float]] = {}  # by whether a layer is frozen
         for unit in reversed(spec.layers[spec.lowest_trained :]):
             if unit.frozen not in backward:
-                backward[unit.frozen] = (
-                    rates.seconds(backward_products(spec, unit, base, kept=False)),
-                    rates.seconds(backward_products(spec, unit, base, kept=True)),
+                plain, kept = (
+                    rates.seconds(backward_products(spec, unit, base, kept=each))
+                    + backward_nbytes(spec, unit, base, kept=each) / profile.gpu_copy
+                    for each in (False, True)
                 )
+                backward[unit.frozen] = plain, kept
             plain, kept = backward[unit.frozen]
             again.append(plain)
             spared.append(plain - kept)

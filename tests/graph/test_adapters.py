@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from slideformer.graph.adapters import adapted_parts, with_adapters
+from slideformer.graph.adapters import PROJECTIONS, adapted_parts, with_adapters
 from slideformer.graph.buffers import Role
 from slideformer.graph.model import Lora, ModelSpec
 from slideformer.graph.plan import Compute
@@ -77,3 +77,28 @@ def test_the_parts_of_a_projection_tile_its_rows(
             shapes = {o.name: o.shape for o in adapter.operands}
             assert shapes[f"{name}.lora_B"] == (rows, rank)
             assert shapes[f"{name}.lora_A"][0] == rank * len(parts)
+
+
+@some
+@given(specs(), st.data())
+def test_the_wide_sides_of_adapted_projections_pass_through_memory(
+    plain: ModelSpec, data: st.DataObject
+) -> None:
+    spec = with_adapters(plain, Lora(2, 4.0))
+    plan = data.draw(draft_plans(spec))
+    for task in compile_step(spec, plan).tasks:
+        if task.op not in ("fwd", "bwd"):
+            continue
+        layer = next(unit for unit in spec.layers if unit.name == task.args["unit"])
+        sides = {
+            o.name: o.shape
+            for o in layer.operands
+            if o.share == 1 and o.name.removesuffix(".weight") in PROJECTIONS
+        }
+        forward = {name: columns + 2 * rows for name, (rows, columns) in sides.items()}
+        passed = sum(forward.values())
+        if task.op == "bwd":
+            kept = any(name.startswith("kept.") for name in task.reads)
+            passed = sum(4 * columns + 3 * rows for rows, columns in sides.values())
+            passed += 0 if kept else sum(forward.values()) - forward.get("down.weight", 0)
+        assert task.cost.nbytes == passed * plan.micro_tokens * plan.compute.nbytes
