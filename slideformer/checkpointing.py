@@ -51,7 +51,8 @@ class PendingCheckpoint:
     """A checkpoint whose state is being written; `finish` or `abort` it.
 
     ``files`` are the small ones of the model's folder. ``skipped`` tells how many steps changed
-    nothing, once the state is written. Raises `CheckpointError` if it cannot be begun.
+    nothing, once the state is written. Raises `CheckpointError` if it cannot be begun; nothing is
+    left behind then.
     """
 
     def __init__(
@@ -71,7 +72,11 @@ class PendingCheckpoint:
         check_room(self.output, self._nbytes)
         try:
             self._folder = AsideFolder(self.output)
-            self._writer = RangeWriter(self._folder.path, sizes)
+            try:
+                self._writer = RangeWriter(self._folder.path, sizes)
+            except BaseException:
+                self._folder.abort()
+                raise
         except OSError as error:
             raise write_error(self.output, self._nbytes, error) from error
         self._units = {unit.name: unit for unit in spec.units}

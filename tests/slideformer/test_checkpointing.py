@@ -308,6 +308,24 @@ def test_a_disk_that_fills_leaves_the_run_alive_and_nothing_behind(
     assert Checkpoint(tmp_path / "c").info.step == 3
 
 
+def test_a_checkpoint_that_cannot_be_begun_leaves_nothing(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really = os.open
+
+    def few_files(path: Any, flags: int, *mode: int, **more: Any) -> int:
+        if flags & os.O_CREAT:
+            raise OSError(24, "Too many open files")
+        return really(path, flags, *mode, **more)
+
+    with Engine(config_for(folder)) as engine:
+        monkeypatch.setattr(os, "open", few_files)
+        with pytest.raises(CheckpointError, match="Too many open files"):
+            engine.checkpoint(tmp_path / "c")
+        monkeypatch.undo()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_no_room_is_refused_before_anything_is_written(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
