@@ -175,7 +175,7 @@ class NvmeStore:
             except OSError as error:
                 raise self._error(direction.verb, extent, piece, error) from error
 
-        started = time.perf_counter()
+        direction.begin()
         parts = [
             direction.pool.submit(attempt, number, piece)
             for number, piece in enumerate(pieces(extent, len(self._files)))
@@ -183,7 +183,7 @@ class NvmeStore:
 
         def done(found: list[int]) -> None:
             finish(found)
-            direction.judge(extent.nbytes, time.perf_counter() - started, self.paths)
+            direction.end(extent.nbytes, self.paths)  # one that fails ends the run
 
         return _gather(parts, done)
 
@@ -210,21 +210,32 @@ def open_store(
 
 
 class _Direction:
-    """The threads of one way, and how fast they have been."""
+    """The threads of one way, and how fast they have been while a transfer was under way."""
 
     def __init__(self, verb: str, threads: int) -> None:
         self.verb = verb
         self.pool = ThreadPoolExecutor(threads, thread_name_prefix=f"slideformer-nvme-{verb}")
         self._lock = threading.Lock()
+        self._open = 0
+        self._since = 0.0
         self._nbytes = 0
         self._seconds = 0.0
         self._reported = False
 
-    def judge(self, nbytes: int, seconds: float, paths: Iterable[Path]) -> None:
-        """Count a transfer; of a slow disk, say so once."""
+    def begin(self) -> None:
+        """A transfer begins, beside others perhaps."""
         with self._lock:
+            if self._open == 0:
+                self._since = time.perf_counter()
+            self._open += 1
+
+    def end(self, nbytes: int, paths: Iterable[Path]) -> None:
+        """A transfer is done; of a slow disk, say so once."""
+        with self._lock:
+            now = time.perf_counter()
+            self._seconds += now - self._since
+            self._open, self._since = self._open - 1, now
             self._nbytes += nbytes
-            self._seconds += seconds
             slow = self._nbytes >= _SAMPLE and self._nbytes < SLOW * self._seconds
             if not slow or self._reported:
                 return

@@ -9,10 +9,12 @@ import logging
 import mmap
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from slideformer.memory import extents as layout
 from slideformer.memory.extents import Extent, file_nbytes, lay_out_extents, pieces
 from slideformer.runtime import nvme
 from slideformer.runtime.nvme import NvmeStore, open_store
-from slideformer.runtime.nvme_files import stale_nbytes
+from slideformer.runtime.nvme_files import RunFile, stale_nbytes
 
 PAGE = 4096
 SMALL = {"a": PAGE, "b": 3 * PAGE, "c": 2 * PAGE}
@@ -391,3 +393,22 @@ def test_a_slow_disk_is_reported_once_and_does_its_work(
     (record,) = caplog.records
     assert "NVMe is slow: writes of" in record.getMessage()
     assert "--nvme" in record.getMessage()
+
+
+def test_transfers_at_the_same_time_share_the_time_that_a_disk_is_judged_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    size, seconds, several = 4 << 20, 0.2, "abcd"
+    monkeypatch.setattr(nvme, "SLOW", float("inf"))
+    monkeypatch.setattr(nvme, "_SAMPLE", len(several) * size)
+    monkeypatch.setattr(RunFile, "write", lambda *_: time.sleep(seconds))
+    extents = lay_out_extents(dict.fromkeys(several, size))
+    store = open_store([tmp_path], extents)
+    for each in [store.write(extent, bytes(size)) for extent in extents.values()]:
+        each.result()
+    store.close()
+    (record,) = caplog.records
+    found = re.search(r"writes of (\d+) MB/s", record.getMessage())
+    assert found is not None
+    one_by_one = size / seconds / 1e6
+    assert int(found[1]) > 2 * one_by_one
