@@ -1,4 +1,4 @@
-"""On a real GPU, too, a run that is stopped and resumed ends in the same files as one that never was."""
+"""On a real GPU, too, a stopped run that is resumed ends in the files of one that never was."""
 
 from __future__ import annotations
 
