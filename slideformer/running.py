@@ -27,12 +27,11 @@ import torch
 from torch import Tensor
 
 from slideformer.config import format_size
-from slideformer.devices import make_lanes
+from slideformer.devices import find_device, make_lanes
 from slideformer.graph.buffers import Tier
 from slideformer.graph.errors import (
     BudgetError,
     ConfigError,
-    DeviceError,
     GraphError,
     TaskError,
     shown,
@@ -71,7 +70,7 @@ class RunResult:
 async def run(
     graph: TaskGraph,
     bindings: Mapping[str, Callback],
-    device: Literal["cpu", "cuda"] = "cpu",
+    device: Literal["auto", "cpu", "cuda"] = "cpu",
     policy: Policy | str = "earliest-deadline",
     *,
     instances: int = 1,
@@ -85,15 +84,15 @@ async def run(
     to the memory that is free. A callable that has not returned after ``timeout`` seconds fails the
     run; its thread cannot be stopped and is left behind, as is the memory it works on.
 
-    Raises `ConfigError` for a number of instances or a timeout that cannot be; `GraphError` for an
-    op without a callable, contents that do not fit and buffers on NVMe;
-    `BudgetError` if not all places fit the budgets; `DeviceError`; `PolicyError`; and
-    `TaskError` with the task's name if a callable raises or does not return.
+    Raises `ConfigError` for a number of instances, a timeout or a device that cannot be;
+    `DeviceError` if there is no such device; `GraphError` for an op without a callable, contents
+    that do not fit and buffers on NVMe; `BudgetError` if not all places fit the budgets;
+    `PolicyError`; and `TaskError` with the task's name if a callable raises or does not return.
     """
     _check_numbers(instances, timeout)
     chosen = make_policy(policy) if isinstance(policy, str) else policy
-    target = _device(device)
-    _check_places(graph, budgets or _free_memory(target), device)
+    target = find_device(device)
+    _check_places(graph, budgets or _free_memory(target), target)
     wanted = places([graph])
     arenas = Arenas(lay_out(wanted), wanted, target)
     watched: _WatchedDevice | None = None
@@ -131,7 +130,7 @@ def _check_numbers(instances: int, timeout: float | None) -> None:
         raise ConfigError(f"timeout is {timeout!r}; it must be seconds, more than 0, or None")
 
 
-def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
+def _check_places(graph: TaskGraph, budgets: Budgets, device: torch.device) -> None:
     """Refuse a graph whose places are not all to be had at once.
 
     Nothing less is safe for every order that a policy may choose. On the CPU the ``gpu`` tier lies
@@ -151,7 +150,7 @@ def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
                 f"{first.get(place, '')}{place} is on NVMe, which run() has no store for; give it "
                 "another tier, or train by such a graph with sf.Engine"
             )
-        side = "GPU" if tier is Tier.GPU and device == "cuda" else "host"
+        side = "GPU" if tier is Tier.GPU and device.type == "cuda" else "host"
         used[side] += aligned(nbytes)
         if used[side] > room[side]:
             raise BudgetError(
@@ -159,16 +158,6 @@ def _check_places(graph: TaskGraph, budgets: Budgets, device: str) -> None:
                 f"{graph.name!r} to {format_size(used[side])} of {side} memory, the budget is "
                 f"{format_size(room[side])}; let buffers share slots, or raise the budget"
             )
-
-
-def _device(name: str) -> torch.device:
-    if name == "cpu":
-        return torch.device("cpu")
-    if name != "cuda":
-        raise DeviceError(f"unknown device {name!r}; use 'cpu' or 'cuda'")
-    if not torch.cuda.is_available():
-        raise DeviceError("device is 'cuda', but no GPU is usable; use device='cpu'")
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _free_memory(device: torch.device) -> Budgets:

@@ -143,7 +143,7 @@ def mix(task: Task, reads: Memory, writes: Memory) -> None:
         ({"timeout": math.nan}, ConfigError, "timeout is nan; it must be seconds"),
         ({"policy": object()}, PolicyError, "policy 'object' raised AttributeError"),
         ({"policy": "lifo"}, ConfigError, r"unknown policy 'lifo'; did you mean 'fifo'"),
-        ({"device": "tpu"}, DeviceError, r"unknown device 'tpu'; use 'cpu' or 'cuda'"),
+        ({"device": "tpu"}, ConfigError, r"device is 'tpu'; use auto, cuda or cpu"),
         (
             {"budgets": Budgets(0, 4096)},
             BudgetError,
@@ -161,7 +161,7 @@ def test_what_cannot_run_is_refused(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_cuda_without_a_gpu_is_refused() -> None:
-    with pytest.raises(DeviceError, match="no GPU is usable"):
+    with pytest.raises(DeviceError, match="device is 'cuda', but "):
         go(scale_graph(), device="cuda")
 
 
