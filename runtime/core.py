@@ -112,11 +112,6 @@ class Core:
         instructions += self._dispatch()
         return instructions
 
-    def abort(self, error: SlideFormerError) -> list[Instruction]:
-        """Stop issuing; `Stop` follows once nothing is in flight."""
-        self._fail(error)
-        return self._dispatch()
-
     # -- edges -----------------------------------------------------------------------------------
 
     def _join_frontier(self, instance: Instance) -> None:

@@ -86,10 +86,6 @@ class Scheduler:
         prepare(self._policy, graph, self._profile)
         self._prepared[id(graph)] = graph
 
-    def abort(self, error: SlideFormerError) -> None:
-        """Fail the run with ``error`` once what is in flight has ended."""
-        self._carry_out(self._core.abort(error))
-
     async def close(self) -> None:
         """Wait for everything in flight, then stop the device's threads."""
         pending = list(self._done.values())

@@ -421,19 +421,6 @@ def test_an_error_for_the_user_keeps_its_class_and_gets_the_name() -> None:
     assert str(stop.error) == "t0.x#0: the gradient is infinite"
 
 
-def test_an_abort_waits_for_what_is_in_flight() -> None:
-    core = Core(make_policy("fifo"))
-    instance, _ = core.submit(free(TaskKind.CPU, TaskKind.CPU))
-    error = TaskError("interrupted")
-    assert core.abort(error) == []
-    assert core.handle([Finished(instance.runs[0], 0.0, 1.0)]) == [Stop(error)]
-
-
-def test_an_abort_of_an_idle_run_stops_at_once() -> None:
-    error = TaskError("interrupted")
-    assert Core(make_policy("fifo")).abort(error) == [Stop(error)]
-
-
 class Broken:
     """A policy that breaks its contract in one of several ways."""
 

@@ -263,27 +263,6 @@ def test_an_error_for_the_user_keeps_its_class() -> None:
     asyncio.run(run())
 
 
-def test_an_abort_fails_what_is_open() -> None:
-    started, release = threading.Event(), threading.Event()
-
-    def wait(_: object) -> None:
-        started.set()
-        assert release.wait(10)
-
-    async def run() -> None:
-        scheduler = Scheduler(CpuDevice(), Fifo())
-        done = scheduler.submit(counter(2), [wait, nothing])
-        assert await asyncio.to_thread(started.wait, 10)
-        scheduler.abort(TaskError("interrupted"))
-        assert not done.done(), "a task is still in flight"
-        release.set()
-        with pytest.raises(TaskError, match="interrupted"):
-            await done
-        await scheduler.close()
-
-    asyncio.run(run())
-
-
 class Unprepared(Fifo):
     """Fails before the first choice."""
 
