@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slideformer.kernels.adamw_library import UpdateConstants
 from slideformer.kernels.adamw_step_triton import (
     adamw_step,
     jit_any_range,
@@ -61,19 +62,7 @@ def _update(
     touched: tl.tensor | None,
     there: tl.tensor | None,
     inside: tl.tensor | None,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    constants: UpdateConstants,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
@@ -96,11 +85,8 @@ def _update(
     v_codes = tl.load(v + at, mask=there).to(tl.int32)
     m_before = _decode(m_codes, m_scale, FIRST)
     v_before = _decode(v_codes, v_scale, SECOND)
-    w, first, second = adamw_step(
-        *(load_master(hi, lo, at, inside), m_before, v_before, g, step_size, decay),
-        *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-        *(inv_sqrt_bias2, eps, grad_scale),
-    )
+    w = load_master(hi, lo, at, inside)
+    w, first, second = adamw_step(w, m_before, v_before, g, constants)
     store_master(hi, lo, at, inside, w)
     if inside is not None:
         # Others keep their moments, but share the new scale; those beyond the end have no part.
@@ -126,19 +112,7 @@ def _range_kernel(
     begin: tl.tensor,
     end: tl.tensor,
     n: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    constants: UpdateConstants,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
     FIRST: tl.constexpr,
@@ -150,18 +124,16 @@ def _range_kernel(
         block = start + tl.arange(0, BLOCKS)[:, None]
         if (start * BLOCK >= begin) & ((start + BLOCKS) * BLOCK <= end):
             _update(
-                *(hi, lo, m, v, scales, grad, block, None, None, None, step_size, decay),
-                *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps, grad_scale, BLOCK, FIRST, SECOND),
+                *(hi, lo, m, v, scales, grad, block, None, None, None),
+                *(constants, BLOCK, FIRST, SECOND),
             )
         else:
             at = block * BLOCK + tl.arange(0, BLOCK)[None, :]
             touched = (block * BLOCK < end) & (block * BLOCK + BLOCK > begin)
             there, inside = touched & (at < n), (at >= begin) & (at < end)
             _update(
-                *(hi, lo, m, v, scales, grad, block, touched, there, inside, step_size, decay),
-                *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps, grad_scale, BLOCK, FIRST, SECOND),
+                *(hi, lo, m, v, scales, grad, block, touched, there, inside),
+                *(constants, BLOCK, FIRST, SECOND),
             )
 
 
@@ -171,9 +143,9 @@ def update_range(
     norm: Tensor,
     begin: int,
     end: int,
-    constants: tuple[float, ...],
+    constants: UpdateConstants,
 ) -> None:
-    """Update the elements ``[begin, end)``, at least one; ``constants`` in the kernel's order."""
+    """Update the elements ``[begin, end)``, at least one."""
     programs = triton.cdiv(end, _BLOCKS * BLOCK) - begin // (_BLOCKS * BLOCK)
     _range_kernel[(programs,)](
         *state,
@@ -182,7 +154,7 @@ def update_range(
         begin,
         end,
         len(grad),
-        *constants,
+        constants,
         **CONSTANTS,
         num_warps=_WARPS,
         enable_fp_fusion=False,

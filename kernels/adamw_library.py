@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -27,17 +28,28 @@ _lock = threading.Lock()
 _Pointer = ctypes.c_void_p
 
 
-class _Constants(ctypes.Structure):
-    """``Constants`` of adamw.cpp."""
+class UpdateConstants(NamedTuple):
+    """What an update of a range of elements calculates with, by its names in adamw.cpp."""
 
-    _fields_ = tuple(
-        (name, ctypes.c_float)
-        for name in (
-            *("beta1", "beta1_lo", "comp1", "comp1_lo"),
-            *("beta2", "beta2_lo", "comp2", "comp2_lo"),
-            *("inv_sqrt_bias2", "eps", "grad_scale"),
-        )
-    )
+    step_size: float
+    decay: float
+    beta1: float
+    beta1_lo: float
+    comp1: float
+    comp1_lo: float
+    beta2: float
+    beta2_lo: float
+    comp2: float
+    comp2_lo: float
+    inv_sqrt_bias2: float
+    eps: float
+    grad_scale: float
+
+
+class _Constants(ctypes.Structure):
+    """``Constants`` of adamw.cpp: what does not differ between the segments of a call."""
+
+    _fields_ = tuple((name, ctypes.c_float) for name in UpdateConstants._fields[2:])
 
 
 class _Segment(ctypes.Structure):
@@ -148,11 +160,11 @@ def constants_of(hyper: AdamW) -> _Constants:
     return _Constants(*pairs, inv_sqrt_bias2, hyper.eps, hyper.grad_scale)
 
 
-def all_constants(lr: float, weight_decay: float, hyper: AdamW) -> tuple[float, ...]:
-    """``step_size``, ``decay`` and the fields of ``Constants``, in the order of adamw.cpp."""
+def all_constants(lr: float, weight_decay: float, hyper: AdamW) -> UpdateConstants:
+    """The constants of adamw.cpp with the rates of one segment."""
     constants = constants_of(hyper)
-    fields = (float(getattr(constants, field[0])) for field in constants._fields_)
-    return (*step_rates(lr, weight_decay, hyper), *fields)
+    fields = (float(getattr(constants, name)) for name in UpdateConstants._fields[2:])
+    return UpdateConstants(*step_rates(lr, weight_decay, hyper), *fields)
 
 
 def pointers(*tensors: Tensor) -> list[int]:

@@ -1,4 +1,4 @@
-"""What the Triton kernels of AdamW share: split masters, and the arithmetic of a step.
+"""What the Triton kernels of AdamW and Lion share: split masters, and the arithmetic of a step.
 
 Operations and their order are those at the head of ``adamw.cpp``. Importing it imports Triton.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from slideformer.kernels.adamw_library import UpdateConstants
 from slideformer.kernels.triton_jit import jit
 
 jit_any_range: Callable[[Callable[..., Any]], Any] = triton.jit(do_not_specialize=("begin", "end"))
@@ -40,30 +41,29 @@ def store_master(
 
 @jit
 def adamw_step(
-    w: tl.tensor,
-    first: tl.tensor,
-    second: tl.tensor,
-    g: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    w: tl.tensor, first: tl.tensor, second: tl.tensor, g: tl.tensor, constants: UpdateConstants
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Weights and moments of AdamW after a step with the gradient ``g``."""
-    g = g * grad_scale
-    first = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
-    p = comp2 * g
-    r = tl.fma(comp2_lo, g, tl.fma(comp2, g, -p))
-    second = tl.fma(beta2, second, tl.fma(p, g, tl.fma(beta2_lo, second, r * g)))
-    d = tl.fma(tl.sqrt_rn(second), inv_sqrt_bias2, eps)
-    w -= tl.fma(step_size, tl.div_rn(first, d), decay * w)
+    c = constants
+    g = g * c.grad_scale
+    first = tl.fma(c.beta1, first, tl.fma(c.comp1, g, tl.fma(c.beta1_lo, first, c.comp1_lo * g)))
+    p = c.comp2 * g
+    r = tl.fma(c.comp2_lo, g, tl.fma(c.comp2, g, -p))
+    second = tl.fma(c.beta2, second, tl.fma(p, g, tl.fma(c.beta2_lo, second, r * g)))
+    d = tl.fma(tl.sqrt_rn(second), c.inv_sqrt_bias2, c.eps)
+    w -= tl.fma(c.step_size, tl.div_rn(first, d), c.decay * w)
     return w, first, second
+
+
+@jit
+def lion_step(
+    w: tl.tensor, first: tl.tensor, g: tl.tensor, constants: UpdateConstants
+) -> tuple[tl.tensor, tl.tensor]:
+    """Weights and moments of Lion after a step with the gradient ``g``."""
+    c = constants
+    g = g * c.grad_scale
+    mixed = tl.fma(c.beta1, first, tl.fma(c.comp1, g, tl.fma(c.beta1_lo, first, c.comp1_lo * g)))
+    sign = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
+    w -= tl.fma(c.step_size, sign, c.decay * w)
+    first = tl.fma(c.beta2, first, tl.fma(c.comp2, g, tl.fma(c.beta2_lo, first, c.comp2_lo * g)))
+    return w, first

@@ -17,9 +17,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from slideformer.kernels.adamw_library import UpdateConstants
 from slideformer.kernels.adamw_step_triton import (
     adamw_step,
     jit_any_range,
+    lion_step,
     load_master,
     store_master,
 )
@@ -40,36 +42,16 @@ def _update(
     at: tl.tensor,
     mask: tl.tensor | None,
     g: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    constants: UpdateConstants,
 ) -> None:
     """One step of the elements ``at``, whose gradient is ``g``."""
     w = load_master(hi, lo, at, mask)
     first = tl.load(m + at, mask=mask)
     if v is None:  # Lion
-        g = g * grad_scale
-        mixed = tl.fma(beta1, first, tl.fma(comp1, g, tl.fma(beta1_lo, first, comp1_lo * g)))
-        sign = (mixed > 0).to(tl.float32) - (mixed < 0).to(tl.float32)
-        w -= tl.fma(step_size, sign, decay * w)
-        first = tl.fma(beta2, first, tl.fma(comp2, g, tl.fma(beta2_lo, first, comp2_lo * g)))
+        w, first = lion_step(w, first, g, constants)
     else:
         second = tl.load(v + at, mask=mask)
-        w, first, second = adamw_step(
-            *(w, first, second, g, step_size, decay),
-            *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-            *(inv_sqrt_bias2, eps, grad_scale),
-        )
+        w, first, second = adamw_step(w, first, second, g, constants)
         tl.store(v + at, second, mask=mask)
     store_master(hi, lo, at, mask, w)
     tl.store(m + at, first, mask=mask)
@@ -85,19 +67,7 @@ def _range_kernel(
     norm: tl.tensor,
     begin: tl.tensor,
     end: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    constants: UpdateConstants,
     BLOCK: tl.constexpr,
 ) -> None:
     # Blocks begin at multiples of BLOCK in the array, whatever the range, so that accesses are
@@ -107,19 +77,11 @@ def _range_kernel(
     if tl.abs(tl.load(norm)) < float("inf"):
         if (start >= begin) & (start + BLOCK <= end):
             g = tl.load(grad + at).to(tl.float32)
-            _update(
-                *(hi, lo, m, v, at, None, g, step_size, decay),
-                *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps, grad_scale),
-            )
+            _update(hi, lo, m, v, at, None, g, constants)
         else:
             mask = (at >= begin) & (at < end)
             g = tl.load(grad + at, mask=mask).to(tl.float32)
-            _update(
-                *(hi, lo, m, v, at, mask, g, step_size, decay),
-                *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps, grad_scale),
-            )
+            _update(hi, lo, m, v, at, mask, g, constants)
 
 
 @jit
@@ -197,19 +159,7 @@ def _rows_kernel(
     dense_grad: tl.tensor | None,
     squares: tl.tensor,
     hidden: tl.tensor,
-    step_size: tl.tensor,
-    decay: tl.tensor,
-    beta1: tl.tensor,
-    beta1_lo: tl.tensor,
-    comp1: tl.tensor,
-    comp1_lo: tl.tensor,
-    beta2: tl.tensor,
-    beta2_lo: tl.tensor,
-    comp2: tl.tensor,
-    comp2_lo: tl.tensor,
-    inv_sqrt_bias2: tl.tensor,
-    eps: tl.tensor,
-    grad_scale: tl.tensor,
+    constants: UpdateConstants,
     COLUMNS: tl.constexpr,
     AHEAD: tl.constexpr,
 ) -> None:
@@ -224,11 +174,7 @@ def _rows_kernel(
             g = _row_gradient(
                 u, row, column, mask, starts, order, dx, dense_grad, hidden, COLUMNS, AHEAD
             )
-            _update(
-                *(hi, lo, m, v, row * hidden + column, mask, g, step_size, decay),
-                *(beta1, beta1_lo, comp1, comp1_lo, beta2, beta2_lo, comp2, comp2_lo),
-                *(inv_sqrt_bias2, eps, grad_scale),
-            )
+            _update(hi, lo, m, v, row * hidden + column, mask, g, constants)
 
 
 def update_range(
@@ -237,9 +183,9 @@ def update_range(
     norm: Tensor,
     begin: int,
     end: int,
-    constants: tuple[float, ...],
+    constants: UpdateConstants,
 ) -> None:
-    """Update the elements ``[begin, end)``, at least one; ``constants`` in the kernel's order."""
+    """Update the elements ``[begin, end)``, at least one."""
     blocks = triton.cdiv(end, _BLOCK) - begin // _BLOCK
     _range_kernel[(blocks,)](
         *state,
@@ -247,7 +193,7 @@ def update_range(
         norm,
         begin,
         end,
-        *constants,
+        constants,
         BLOCK=_BLOCK,
         num_warps=_warps(_BLOCK),
         enable_fp_fusion=False,
@@ -263,14 +209,14 @@ def update_rows(
     dx: Tensor,
     dense_grad: Tensor | None,
     squares: Tensor,
-    constants: tuple[float, ...],
+    constants: UpdateConstants,
 ) -> None:
     """See :func:`slideformer.kernels.adamw_gpu.adamw_rows_gpu`."""
     row_squares(counts, rows, starts, order, dx, dense_grad, squares)
     hidden = dx.shape[1]
     pieces, options = _pieces(hidden)
     table = (counts, rows, starts, order if order.numel() else None, dx, dense_grad)
-    _rows_kernel[(len(rows) * pieces,)](*state, *table, squares, hidden, *constants, **options)
+    _rows_kernel[(len(rows) * pieces,)](*state, *table, squares, hidden, constants, **options)
 
 
 def row_squares(

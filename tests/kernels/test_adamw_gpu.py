@@ -39,7 +39,7 @@ from slideformer.kernels.adamw import (
 from slideformer.kernels.adamw8 import BLOCK, adamw8_update
 from slideformer.kernels.adamw8_gpu import adamw8_update_gpu
 from slideformer.kernels.adamw_gpu import adamw_rows_gpu, adamw_update_gpu, row_squares_gpu
-from slideformer.kernels.adamw_library import default_kernels
+from slideformer.kernels.adamw_library import UpdateConstants, default_kernels
 from slideformer.kernels.quantise import FIRST, SECOND, encode
 from slideformer.kernels.split import join_master, split_master
 
@@ -722,16 +722,14 @@ def compile_for_hopper() -> dict[str, dict[str, int]]:
     facts = {}
     for case, (kernel, constants) in cases.items():
         arguments = kernel.arg_names
-        signature = {name: types.get(name, "fp32") for name in arguments}
+        signature = {name: types[name] for name in arguments if name in types}
+        if "constants" in arguments:
+            signature["constants"] = UpdateConstants(*["fp32"] * len(UpdateConstants._fields))
         if case == "8 bits":
             signature |= {"m": "*u8", "v": "*u8"}
         signature |= dict.fromkeys(constants, "constexpr")
-        plain = ("fp32", "constexpr")
-        aligned = [
-            i
-            for i, name in enumerate(arguments)
-            if signature[name] not in plain and name not in ("begin", "end")
-        ]
+        unaligned = {"begin", "end", "constants", *constants}
+        aligned = [i for i, name in enumerate(arguments) if name not in unaligned]
         source = ASTSource(
             fn=kernel,
             signature=signature,
