@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from slideformer.graph.buffers import Tier
@@ -161,10 +161,6 @@ class MemoryPlan:
         """Positions of the spilled layers: spread evenly, so that each copy has time to finish."""
         first = layers - self.kept
         return frozenset(i * first // self.spilled for i in range(self.spilled))
-
-    def draft(self) -> MemoryPlan:
-        """The same plan with unbounded gradient parking and boundaries."""
-        return replace(self, boundary_slots=None, gradient_slots=0, gradient_slot=())
 
 
 MLP_TILE = 8192

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import NamedTuple
@@ -83,14 +83,6 @@ class Timeline:
     def instance(self, number: int) -> Timeline:
         """The spans of one instance."""
         return Timeline([s for s in self.spans if s.instance == number])
-
-    def gaps(self, lane: Lane) -> Iterator[tuple[float, float, str]]:
-        """Idle times of a lane between its spans: start, stop, and the task that ended the wait."""
-        reached = self.start
-        for span in self.of_lane(lane):
-            if span.started > reached:
-                yield reached, span.started, span.task
-            reached = max(reached, span.stopped)
 
 
 def _busy(spans: Iterable[Span]) -> float:

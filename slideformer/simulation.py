@@ -52,13 +52,6 @@ def simulate(
     return GraphTimeline(simulate_graph(graph, chosen, profile, instances).spans, graph=graph)
 
 
-def compare_policies(
-    graph: TaskGraph, machine: MachineProfile | str, instances: int = 3
-) -> dict[str, GraphTimeline]:
-    """Simulate the same graph on the same machine under every policy that can be chosen by name."""
-    return {name: simulate(graph, machine, name, instances) for name in policy_names()}
-
-
 @dataclass(frozen=True, slots=True)
 class Gap:
     """A lane's idle time before ``task``, in seconds on the timeline's clock.

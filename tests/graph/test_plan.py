@@ -20,8 +20,3 @@ def test_sums_of_several_contributions_are_kept_in_fp32() -> None:
     assert (several.layer_accumulator, several.head_accumulator) == (4, 4)
     fp32 = small_plan(compute=Compute.FP32, rows=2, micro_rows=2)
     assert (fp32.layer_accumulator, fp32.head_accumulator) == (4, 4)
-
-
-def test_a_draft_forgets_slots_and_nothing_else() -> None:
-    plan = small_plan(boundary_slots=5, gradient_slots=2, gradient_slot=(0, 1, 0), offloaded=2)
-    assert plan.draft() == small_plan(offloaded=2)

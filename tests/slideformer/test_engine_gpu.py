@@ -20,6 +20,7 @@ from slideformer.models.data.batches import Batch
 from slideformer.models.shapes import shape_config
 from tests.models.tiny import save, tiny_config, tiny_model
 from tests.support.engines import packed_batch
+from tests.support.specs import draft
 
 pytestmark = pytest.mark.gpu
 
@@ -82,7 +83,7 @@ def train(
     """Losses of a few steps, and the FP32 masters after them."""
     planned = engine_module.plan_for
     monkeypatch.setattr(
-        engine_module, "plan_for", lambda *args: replace(planned(*args).draft(), **placement)
+        engine_module, "plan_for", lambda *args: replace(draft(planned(*args)), **placement)
     )
     settings = {"micro_batch": 2, "lr": 1e-3, "deterministic": True, **settings}
     config = EngineConfig(model=folder, batch_size=ROWS, seq_len=SEQ_LEN, device="cuda", **settings)

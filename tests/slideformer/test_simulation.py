@@ -20,7 +20,7 @@ from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import Cost, Lane, TaskKind
 from slideformer.memory.ledger import replay
-from slideformer.simulation import SCHEDULER, compare_policies, simulate
+from slideformer.simulation import SCHEDULER, simulate
 from tests.support.graphs import task_graphs
 from tests.support.specs import small_plan, small_spec
 
@@ -137,12 +137,6 @@ def test_the_next_step_overlaps_this_one() -> None:
     assert timeline.step_seconds == 7.0  # the next copy waits for its target to be read
     assert timeline.exposed() == {"CPU_UPDATE": 2.0, "H2D": 2.0 + 1.0 + 1.0}
     assert timeline.exposed(first=1) == {"H2D": 2.0}
-
-
-def test_all_policies_are_compared() -> None:
-    timelines = compare_policies(chain(), PROFILE)
-    assert {"fifo", "critical-path", "earliest-deadline"} <= timelines.keys()
-    assert all(len(t.spans) == 12 for t in timelines.values())
 
 
 def test_a_policy_that_waits_for_nothing_is_told_apart() -> None:

@@ -29,6 +29,7 @@ from slideformer.models.data.packing import Rows
 from slideformer.runtime.policies import Policy
 from slideformer.schedule import Schedule
 from tests.models.tiny import by_stored_name, joined, save, tiny_config, tiny_model
+from tests.support.specs import draft
 
 ROWS, SEQ_LEN, MICRO_ROWS = 4, 16, 2
 
@@ -119,7 +120,7 @@ def engine_with(
     """
 
     def planned(*args: Any) -> MemoryPlan:
-        drawn = replace(original(*args).draft(), resident=frozenset(), kept=0, spilled=0)
+        drawn = replace(draft(original(*args)), resident=frozenset(), kept=0, spilled=0)
         drawn = replace(drawn, **plan)
         if gradient_slots:
             spec: ModelSpec = engine_module.spec_for(args[0], args[1])

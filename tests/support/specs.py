@@ -103,6 +103,11 @@ def small_plan(**changes: Any) -> MemoryPlan:
     return MemoryPlan(**{**fields, **changes})
 
 
+def draft(plan: MemoryPlan) -> MemoryPlan:
+    """The same plan with unbounded gradient parking and boundaries."""
+    return replace(plan, boundary_slots=None, gradient_slots=0, gradient_slot=())
+
+
 @st.composite
 def specs(draw: st.DrawFn) -> ModelSpec:
     """Small decoders of all forms, some with frozen units; something is trained."""

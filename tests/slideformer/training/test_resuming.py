@@ -50,6 +50,7 @@ from slideformer.training.reports import (
     StepMetrics,
 )
 from tests.support.checkpoints import SEQ_LEN, write_checkpoint, write_text
+from tests.support.specs import draft
 
 STEPS = 9
 KILLS = int(os.environ.get("SLIDEFORMER_KILLS", "6"))
@@ -264,7 +265,7 @@ def test_an_nvme_disk_that_fails_costs_the_steps_since_the_last_checkpoint(
     broken = False
 
     def planned(*args: Any) -> MemoryPlan:
-        plan = original(*args).draft()
+        plan = draft(original(*args))
         return replace(plan, nvme_moments=9, nvme_lo=9, nvme_hi=9, offloaded=9, nvme_boundaries=9)
 
     def fail(*args: Any) -> int:

@@ -13,6 +13,7 @@ from slideformer import engine
 from slideformer.graph.buffers import Tier
 from slideformer.graph.plan import MemoryPlan
 from slideformer.tools.bench import nvme
+from tests.support.specs import draft
 
 ARGUMENTS = ["--shape", "tiny", "--batch-size", "2", "--seq-len", "16", "--lr", "1e-3"]
 
@@ -30,7 +31,7 @@ def test_losses_fall_and_rates_are_compared(
     def planned(*args: Any) -> MemoryPlan:
         plan = original(*args)
         peaks = {**plan.peaks, Tier.NVME: 1}
-        return replace(plan.draft(), resident=frozenset(), nvme_moments=2, nvme_lo=1, peaks=peaks)
+        return replace(draft(plan), resident=frozenset(), nvme_moments=2, nvme_lo=1, peaks=peaks)
 
     monkeypatch.setattr(engine, "plan_for", planned)
     with pytest.raises(SystemExit) as left:
