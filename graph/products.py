@@ -45,9 +45,9 @@ def backward_products(
 ) -> tuple[Product, ...]:
     """One layer's recompute and backward on a micro-batch.
 
-    Of a frozen layer, backward is the gradient of its input alone.
-    Recompute leaves the down projection out, and from what is ``kept`` only attention is computed
-    again, if that. Norms of outputs need those outputs, so these are made again in any case.
+    Of a frozen layer, backward is the gradient of its input alone. Recompute leaves the down
+    projection out, and from what is ``kept`` only attention is computed again, if that. Norms of
+    outputs need those outputs, so these are made again in any case.
     """
     tokens = plan.micro_tokens
     forward, attention = forward_products(spec, unit, plan.micro_rows, plan.seq_len)

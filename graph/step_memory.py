@@ -229,9 +229,8 @@ class StepMemory:
     def constants(self) -> list[str]:
         """Made before the first step: tables of cosines and sines, and masks.
 
-        Tables are FP32 [ropes, 2, seq_len, rotary_dim].
-
-        Packed runs have no masks, as their documents differ from step to step.
+        Tables are FP32 [ropes, 2, seq_len, rotary_dim]. Packed runs have no masks, as their
+        documents differ from step to step.
         """
         seq_len = self.plan.seq_len
         nbytes = 8 * self.spec.ropes * seq_len * self.spec.rotary_dim

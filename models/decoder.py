@@ -38,12 +38,12 @@ class DecoderConfig:
 
     ``windows[i]`` is the sliding window of layer ``i``: position q attends to the positions k with
     ``q - window < k <= q``, so to itself and the ``window - 1`` before it; ``None`` is plain causal
-    attention. Scores are multiplied by ``scale``. With ``qk_norm`` each head of the
-    queries and keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The
-    embedding's row ``padding_idx`` receives no gradient from the look-up (it does receive one as a
-    row of a tied output matrix), as in ``torch.nn.Embedding``. The first ``rotary_dim`` elements of
-    a head are rotated. With ``fused`` the model folder stores queries, keys and values as one
-    matrix, and gate and up as another.
+    attention. Scores are multiplied by ``scale``. With ``qk_norm`` each head of the queries and
+    keys passes an RMSNorm over its ``head_dim`` elements before the rotation. The embedding's row
+    ``padding_idx`` receives no gradient from the look-up (it does receive one as a row of a tied
+    output matrix), as in ``torch.nn.Embedding``. The first ``rotary_dim`` elements of a head are
+    rotated. With ``fused`` the model folder stores queries, keys and values as one matrix, and gate
+    and up as another.
 
     With ``centred`` norms a weight is stored less one (see ``kernels/rms_norm.py``); with
     ``output_norms`` what attention and the MLP add to the stream passes a norm before. Scores of
