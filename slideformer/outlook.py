@@ -51,6 +51,9 @@ def _raised(budgets: Budgets) -> Iterator[tuple[str, Budgets]]:
 
 
 def solve_each(request: PlanRequest, budgets: Sequence[Budgets]) -> list[Solution | None]:
-    """What is chosen under each of several budgets; None where nothing fits."""
+    """The plan of the best bound under each of several budgets; None where nothing fits.
+
+    Of the plans near to it `make_plan` may choose another, which is faster when simulated.
+    """
     lattice = Lattice(request)
     return [lattice.solve(each) for each in budgets]

@@ -86,13 +86,17 @@ def _print_outlook(console: Console, made: MemoryPlan, found: Outlook) -> None:
 
 
 def _sweep(console: Console, request: PlanRequest, sweep: str, plot: Path) -> None:
-    """Print a table of what is chosen under each budget, and draw it."""
+    """Print a table of the plan of the best bound under each budget, and draw it."""
     from slideformer.outlook import solve_each
 
     name, values = _swept(sweep)
     budgets = [replace(request.budgets, **{SWEPT[name]: value}) for value in values]
     found = solve_each(request, budgets)
     console.print(_table(request, name, values, found))
+    console.print(
+        "By the bound that plans are compared with; for one budget, those near to the best are "
+        "simulated as well, and the fastest is taken"
+    )
     if not any(found):
         raise ConfigError(f"--sweep {sweep}: no plan fits any of these budgets; sweep larger ones")
     _draw(plot, request, name, values, found)

@@ -55,6 +55,7 @@ def test_a_sweep_prints_a_table_and_draws_it(tmp_path: Path) -> None:
     rows = [line.split() for line in out.splitlines() if " GiB " in line or " MiB " in line]
     assert len(rows) == 13
     assert "no plan fits" in out, "half a GiB is too little"
+    assert "By the bound that plans are compared with" in out
     speeds = [int(row[2].replace(",", "")) for row in rows if row[2] != "no"]
     assert len(speeds) > 8
     assert all(one <= 1.01 * two + 1 for one, two in pairwise(speeds))
