@@ -222,7 +222,8 @@ class Checkpoint:
         """Write its weights as a Hugging Face folder, a unit at a time; returns where it lies.
 
         Adapters become a folder for PEFT. Of a unit that was frozen in BF16 compute it has the
-        BF16 weights, and so has the folder. Raises `CheckpointError`, or `UnsupportedModelError` if it is of a newer release.
+        BF16 weights, and so has the folder. Raises `CheckpointError`, or `UnsupportedModelError` if
+        it is of a newer release.
         """
         source = self.folder / MODEL_FOLDER
         spec = model_spec(read_model_config(source))
