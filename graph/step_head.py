@@ -51,7 +51,7 @@ class HeadWriter:
                 "loss.router",
                 TaskKind.COMPUTE,
                 op="balance_loss",
-                reads=[memory.loss, memory.balance, "targets"],
+                reads=[memory.loss, memory.balance],
                 writes=[memory.loss],
             )
         memory.copy("d2h.loss", TaskKind.D2H, memory.loss, memory.host_loss)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from slideformer.kernels.reference import IGNORE_INDEX
+from slideformer.models.documents import packed_tensors
 from slideformer.models.model_memory import ModelMemory, Views
 
 
@@ -47,30 +48,36 @@ class Balance(NamedTuple):
 
     def gradient(self) -> Tensor:
         """Gradient of the loss by the probabilities of one layer, FP32 [T, E]."""
-        counts, _, total = self._parts()
+        counts, _, total = _parts(self.statistics)
         by_expert = counts * (self.coefficient * len(counts) / total.square())
         return self.real[:, None] * by_expert
 
-    def loss(self) -> Tensor:
-        """The loss once all layers were counted, FP32 scalar."""
-        counts, summed, total = self._parts()
-        return (counts * summed).sum() * (self.coefficient * len(counts)) / total.square()[0]
 
-    def _parts(self) -> tuple[Tensor, Tensor, Tensor]:
-        experts = (len(self.statistics) - 1) // 2
-        counts, summed, total = self.statistics.split([experts, experts, 1])
-        return counts, summed, total
+def balance_loss(statistics: Tensor, coefficient: float) -> Tensor:
+    """The loss once all layers were counted, FP32 scalar."""
+    counts, summed, total = _parts(statistics)
+    return (counts * summed).sum() * (coefficient * len(counts)) / total.square()[0]
 
 
-def real_tokens(targets: Tensor) -> Tensor:
-    """Which tokens of rows ``targets`` int64 [B, S] count, int32 [B·S].
+def _parts(statistics: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    experts = (len(statistics) - 1) // 2
+    counts, summed, total = statistics.split([experts, experts, 1])
+    return counts, summed, total
 
-    Those up to the last that is learnt in their row: what is behind has no part in the step.
+
+def real_tokens(targets: Tensor, positions: Tensor) -> Tensor:
+    """Which tokens count, int32 [T]; of ``targets`` int64 [T] and ``positions`` [T].
+
+    Those up to the last that is learnt in their document, which starts where the position is 0:
+    what is behind has no part in the step.
     """
-    learnt = (targets != IGNORE_INDEX).flip(1).cumsum(1).flip(1) > 0
+    starts = positions == 0
+    document = starts.cumsum(0)
+    # Of each token, the document of the first target from there on.
+    learnt = torch.where(targets != IGNORE_INDEX, document, len(document) + 1)
+    following = learnt.flip(0).cummin(0).values.flip(0) == document
     # A target stands at the token before.
-    real = torch.cat((learnt[:, :1], learnt[:, :-1]), dim=1)
-    return real.int().flatten()
+    return torch.where(starts, following, following.roll(1)).int()
 
 
 def balance_of(memory: ModelMemory, views: Views, micro: int) -> Callable[[], Balance | None]:
@@ -79,6 +86,11 @@ def balance_of(memory: ModelMemory, views: Views, micro: int) -> Callable[[], Ba
     if "balance" not in views or experts is None or experts.balance is None:
         return lambda: None
     statistics, coefficient = views["balance"].view(torch.float32), experts.balance
-    targets = views["targets"].view(torch.int64)[memory.tokens(micro)]
-    targets = targets.view(-1, memory.plan.seq_len)
-    return lambda: Balance(statistics, real_tokens(targets), coefficient)
+    tokens = memory.tokens(micro)
+    targets = views["targets"].view(torch.int64)[tokens]
+    if memory.plan.packed:
+        packed = packed_tensors(views["documents"], memory.plan.tokens, memory.plan.micro_batches)
+        positions = packed.positions[tokens]
+    else:
+        positions = torch.arange(len(targets), device=targets.device) % memory.plan.seq_len
+    return lambda: Balance(statistics, real_tokens(targets, positions), coefficient)

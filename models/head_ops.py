@@ -12,7 +12,7 @@ from slideformer.graph.chunks import vocab_chunks
 from slideformer.graph.tasks import Task
 from slideformer.kernels.cross_entropy import LossForm
 from slideformer.kernels.rms_norm import rms_norm, rms_norm_backward
-from slideformer.models.balance import balance_of
+from slideformer.models.balance import balance_loss
 from slideformer.models.context import StepContext
 from slideformer.models.gradients import store_
 from slideformer.models.head import (
@@ -174,14 +174,12 @@ class HeadOps:
 
     def balance_loss(self, _: Task, views: Views) -> Operation:
         """Add the loss that balances the experts' load."""
-        balance, loss = balance_of(self._memory, views, 0), views["loss"].view(torch.float32)
-
-        def run(_: StepContext) -> None:
-            found = balance()
-            assert found is not None
-            loss.add_(found.loss())
-
-        return without_grad(run)
+        experts = self._memory.decoder.experts
+        assert experts is not None
+        assert experts.balance is not None
+        coefficient = experts.balance
+        statistics, loss = (views[name].view(torch.float32) for name in ("balance", "loss"))
+        return without_grad(lambda _: loss.add_(balance_loss(statistics, coefficient)))
 
     def report(self, task: Task, views: Views) -> Operation:
         """Hand the loss, or the norm of all gradients, to whoever waits for it."""

@@ -6,10 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
-from slideformer.models.balance import Balance, real_tokens
+from slideformer.models.balance import Balance, balance_loss, real_tokens
 
 
 @settings(max_examples=25)
@@ -43,7 +42,7 @@ def test_loss_and_gradient_are_those_of_transformers(
 
     inputs = [layer.clone().requires_grad_() for layer in logits]
     expected = 0.3 * load_balancing_loss_func(tuple(inputs), experts, chosen, real)
-    assert float(balance.loss()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert float(balance_loss(statistics, 0.3)) == pytest.approx(float(expected.detach()), rel=1e-5)
     for layer, theirs in zip(logits, torch.autograd.grad(expected, inputs), strict=True):
         probabilities = layer.softmax(-1)
         upstream = torch.cat([balance.part(part).gradient() for part in parts])
@@ -51,14 +50,19 @@ def test_loss_and_gradient_are_those_of_transformers(
         torch.testing.assert_close(probabilities * (upstream - inner), theirs, rtol=1e-4, atol=1e-7)
 
 
-def test_tokens_count_up_to_the_last_that_is_learnt() -> None:
+def test_tokens_count_up_to_the_last_that_is_learnt_in_their_document() -> None:
     none = -100
-    targets = torch.tensor(
-        [
-            [none, 5, none, 7, none, none],  # the token at 4 is the last target
-            [1, 2, 3, 4, 5, none],
-            [none] * 6,
-        ]
+    rows = [  # targets, positions, which tokens count
+        # The token at 4 is the last target.
+        ([none, 5, none, 7, none, none], [0, 1, 2, 3, 4, 5], [1, 1, 1, 1, 1, 0]),
+        ([1, 2, 3, 4, 5, none], [0, 1, 2, 3, 4, 5], [1] * 6),
+        ([none] * 6, [0, 1, 2, 3, 4, 5], [0] * 6),
+        # A token behind the last target is no one's, nor is a document of one token.
+        ([1, none, none, 2, none, none], [0, 1, 2, 0, 1, 0], [1, 1, 0, 1, 1, 0]),
+        ([none, 3, none, none, 6, none], [0, 0, 1, 0, 0, 1], [0, 1, 1, 0, 1, 1]),
+        ([none, none, none, none, 1, none], [0, 1, 0, 1, 2, 3], [0, 0, 1, 1, 1, 1]),
+    ]
+    targets, positions, expected = (
+        torch.tensor(column).flatten() for column in zip(*rows, strict=True)
     )
-    expected: Tensor = torch.tensor([[1, 1, 1, 1, 1, 0], [1] * 6, [0] * 6])
-    assert torch.equal(real_tokens(targets).view(3, 6), expected.int())
+    assert torch.equal(real_tokens(targets, positions), expected.int())

@@ -11,6 +11,7 @@ import torch
 from slideformer.config import EngineConfig
 from slideformer.graph.errors import DataError
 from slideformer.models.data.batches import Batch
+from tests.slideformer.test_engine_balance import BALANCED
 from tests.slideformer.test_engine_parity import LLAMA3_ROPE, SLIDING
 from tests.support.engines import (
     check_equal,
@@ -37,6 +38,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("qwen3-biases", {}),
     "mistral, windowed": ("mistral", {}),
     "mixtral, windowed": ("mixtral", {}),
+    "qwen3-moe, balanced": ("qwen3_moe", BALANCED),
     "gemma2, capped, some layers windowed": ("gemma2", {}),
     "gemma3, two rotary embeddings": ("gemma3_text", {"tied": True}),
 }
