@@ -78,7 +78,9 @@ class Scheduler:
         self._done[instance.number] = future
         self._work[instance.number] = (operations, context)
         self._carry_out(instructions)
-        return asyncio.shield(future)  # who gives up waiting does not end the instance
+        done = asyncio.shield(future)  # who gives up waiting does not end the instance
+        done.add_done_callback(_told)
+        return done
 
     def _prepare(self, graph: TaskGraph) -> None:
         if id(graph) in self._prepared:
@@ -139,3 +141,9 @@ class Scheduler:
             future.set_exception(error)
         self._done.clear()
         self._work.clear()
+
+
+def _told(done: asyncio.Future[None]) -> None:
+    """Look at an error that nobody may wait for: what failed the run is told by `submit`, too."""
+    if not done.cancelled():
+        done.exception()

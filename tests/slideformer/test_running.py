@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import subprocess
 import sys
@@ -318,6 +319,16 @@ class AlwaysEqual:
         return True
 
     __hash__ = None  # type: ignore[assignment]
+
+
+def test_a_run_that_fails_before_all_of_it_is_submitted_is_told_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(PolicyError, match="leaves every lane idle") as failure:
+        go(scale_graph(), policy=Hostile("idle"), instances=2)
+    del failure
+    gc.collect()  # asyncio complains when an error goes that nobody has looked at
+    assert caplog.records == []
 
 
 @pytest.mark.parametrize(
