@@ -106,7 +106,8 @@ class PendingCheckpoint:
         """Wait for the state, add ``files`` by name, and put the folder in its place.
 
         A checkpoint that lies there makes room for it. ``training`` becomes that of the info.
-        Raises `CheckpointError`; nothing is left behind then.
+        Raises `CheckpointError`; nothing is left behind then, but for a whole checkpoint that
+        cannot be renamed, which stays aside.
         """
         try:
             self._wait()

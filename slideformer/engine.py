@@ -17,6 +17,7 @@ import math
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Self
@@ -341,7 +342,10 @@ class Engine:
         self._operations = []  # they hold views of the memory
         self._memory.close()
         if self._device.type == "cuda":
-            torch.cuda.empty_cache()  # the next engine plans with what the driver calls free
+            # The next engine plans with what the driver calls free. After a kernel that failed all
+            # calls fail, which a task's error has told.
+            with suppress(RuntimeError):
+                torch.cuda.empty_cache()
 
     def __enter__(self) -> Self:
         return self

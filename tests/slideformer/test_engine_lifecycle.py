@@ -24,6 +24,7 @@ from slideformer.graph.errors import (
     DataError,
     NonFiniteError,
     SlideFormerError,
+    TaskError,
 )
 from slideformer.models.export import HuggingFaceWriter
 from slideformer.runtime.policies import Fifo
@@ -458,6 +459,22 @@ def test_a_closed_engine_holds_no_memory(folder: Path) -> None:
     assert made.steps == 1
     assert made.timeline().spans
     assert handle.gradient_norm() > 0
+
+
+def test_a_gpu_that_no_call_reaches_any_more_does_not_hide_why(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails() -> None:
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def train() -> None:
+        with Engine(config_for(folder)) as made:
+            monkeypatch.setattr(made, "_device", torch.device("cuda"))  # as far as its end goes
+            raise TaskError("what failed the run")
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", fails)
+    with pytest.raises(TaskError, match="what failed the run"):
+        train()
 
 
 @pytest.mark.parametrize(
