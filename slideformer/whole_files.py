@@ -11,14 +11,20 @@ from pathlib import Path
 def write_whole(path: Path, content: str | bytes) -> None:
     """Write a file, text in UTF-8, at once in place of one that is there.
 
-    Raises `OSError` if it cannot be written; nothing is left behind then.
+    Where a link leads is written, and into a device or pipe, which nothing may replace. Raises
+    `OSError` if it cannot be written; nothing is left behind then.
     """
     if path.is_dir():  # which may have no name, as `/` and `.`
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    data = content.encode() if isinstance(content, str) else content
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
+    target = Path(os.path.realpath(path))
+    aside = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        aside.replace(path)
+        aside.write_bytes(data)
+        aside.replace(target)
     finally:
         with suppress(OSError):
             aside.unlink()
