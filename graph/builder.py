@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from enum import StrEnum
 from typing import TypeVar
 
 from slideformer.graph.buffers import Buffer, Role, Slot, Tier
@@ -15,6 +16,7 @@ CHUNK_ALIGNMENT = 256
 """Bytes to whose multiples chunks begin, as copies and kernels like it."""
 
 _Item = TypeVar("_Item", Task, Buffer, Slot)
+_Member = TypeVar("_Member", bound=StrEnum)
 
 
 class GraphBuilder:
@@ -36,7 +38,8 @@ class GraphBuilder:
 
     def slot(self, name: str, tier: Tier, nbytes: int) -> str:
         """Declare a slot of ``nbytes`` bytes; returns its name."""
-        self._slots[name] = self._new(self._slots, Slot(name, tier, nbytes))
+        slot = Slot(name, _member(Tier, tier, f"slot {name}"), nbytes)
+        self._slots[name] = self._new(self._slots, slot)
         return name
 
     def buffer(
@@ -51,6 +54,8 @@ class GraphBuilder:
         carried: bool = False,
     ) -> str:
         """Declare a buffer of ``nbytes`` bytes; returns its name."""
+        where = f"buffer {name}"
+        tier, role = _member(Tier, tier, where), _member(Role, role, where)
         buffer = Buffer(name, nbytes, tier, role, slot, offset, carried)
         self._buffers[name] = self._new(self._buffers, buffer)
         return name
@@ -105,6 +110,10 @@ class GraphBuilder:
     ) -> str:
         """Append a task; ``op`` defaults to the name's first part. Returns the task's name."""
         op = op or name.split(".", 1)[0]
+        kind = _member(TaskKind, kind, f"task {name}")
+        for what, names in (("reads", reads), ("writes", writes), ("after", after)):
+            if isinstance(names, str):  # which is a sequence of names, too, one for each letter
+                raise GraphError(f"task {name}: {what} is the text {names!r}, not a list of names")
         task = Task(name, kind, op, tuple(reads), tuple(writes), tuple(after), cost or Cost(), args)
         self._tasks[name] = self._new(self._tasks, task)
         return name
@@ -126,3 +135,14 @@ class GraphBuilder:
         if item.name in known:
             raise GraphError(f"{type(item).__name__.lower()} {item.name!r} is declared twice")
         return item
+
+
+def _member(choices: type[_Member], value: _Member, where: str) -> _Member:
+    """``value`` as one of ``choices``, if it is one or is spelt like one."""
+    try:
+        return choices(value)
+    except ValueError:
+        known = ", ".join(choices)
+        raise GraphError(
+            f"{where}: {choices.__name__} {value!r} does not exist; known: {known}"
+        ) from None

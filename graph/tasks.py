@@ -114,13 +114,18 @@ class Product:
     width: int
 
 
+LONGEST = 1e20
+"""Most seconds that a task may be said to take, so that sums of them stay finite."""
+
+
 @dataclass(frozen=True, slots=True)
 class Cost:
     """What a task costs, from which a machine profile computes its duration.
 
     ``nbytes`` are moved or touched bytes, ``params`` elements updated by the optimizer. ``flops``
     are floating-point operations at the machine's sustained rate, and ``products`` those at the
-    rate of their kind and size. ``seconds``, if given, is a measured duration and overrides all.
+    rate of their kind and size. ``seconds``, if given, is a measured duration and overrides all;
+    it is at most `LONGEST`.
     """
 
     nbytes: int = 0

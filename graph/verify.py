@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from graphlib import CycleError, TopologicalSorter
 
 from slideformer.graph.buffers import HOST_TIERS, Buffer, Tier
-from slideformer.graph.errors import GraphError
+from slideformer.graph.errors import GraphError, shown
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.hazards import HazardMap, Segment
-from slideformer.graph.tasks import Task, TaskKind, TaskName
+from slideformer.graph.tasks import LONGEST, Task, TaskKind, TaskName
 
 _GPU = frozenset({Tier.GPU})
 _NVME = frozenset({Tier.NVME})
@@ -35,10 +35,10 @@ def verify(graph: TaskGraph) -> None:
     """Raise one `GraphError` that lists every broken rule of ``graph``, each with its task or
     buffer.
 
-    Rules: names are well formed; sizes fit; buffers lie inside their slots and in their slots'
-    tier; each kind touches only the tiers of its lane; what a task writes shares no bytes with its
-    other buffers; what is read was written before and not overwritten since; ``after`` makes no
-    cycle.
+    Rules: names are well formed; sizes and costs fit; buffers lie inside their slots and in their
+    slots' tier; each kind touches only the tiers of its lane; what a task writes shares no bytes
+    with its other buffers; what is read was written before and not overwritten since; ``after``
+    makes no cycle.
     """
     problems = [*_check_places(graph), *_check_tasks(graph)]
     if not problems:  # the remaining rules need every name to resolve
@@ -55,8 +55,8 @@ def listed(heading: str, problems: Sequence[str]) -> str:
 
 def _check_places(graph: TaskGraph) -> Iterator[str]:
     for slot in graph.slots.values():
-        if not 0 <= slot.nbytes < 1 << 63:
-            yield f"slot {slot.name}: size {slot.nbytes} is not between 0 and 2^63"
+        if not _is_size(slot.nbytes):
+            yield f"slot {slot.name}: size {_no_size(slot.nbytes)}"
         if slot.name in graph.buffers:
             yield f"slot {slot.name}: a buffer has the same name"
     for buffer in graph.buffers.values():
@@ -64,9 +64,10 @@ def _check_places(graph: TaskGraph) -> Iterator[str]:
 
 
 def _check_buffer(graph: TaskGraph, buffer: Buffer) -> Iterator[str]:
-    if not 0 <= buffer.nbytes < 1 << 63 or not 0 <= buffer.offset < 1 << 63:
-        yield f"buffer {buffer.name}: size {buffer.nbytes} or offset {buffer.offset} out of range"
-        return
+    for what, value in (("size", buffer.nbytes), ("offset", buffer.offset)):
+        if not _is_size(value):
+            yield f"buffer {buffer.name}: {what} {_no_size(value)}"
+            return
     if not buffer.slot:
         return
     slot = graph.slots.get(buffer.slot)
@@ -101,12 +102,40 @@ def _check_tasks(graph: TaskGraph) -> Iterator[str]:
                         f"use {tiers}"
                     )
         yield from _check_overlaps(graph, task)
+        yield from _check_cost(task)
         for name in task.after:
             if name not in graph.index:
                 yield f"task {task.name}: runs after {name!r}, which does not exist"
     for name, count in Counter(task.name for task in graph.tasks).items():
         if count > 1:
             yield f"task {name}: {count} tasks have this name"
+
+
+def _check_cost(task: Task) -> Iterator[str]:
+    """What a duration is computed from: a wrong one would stop the clock or turn it back."""
+    cost = task.cost
+    sizes = [("nbytes", cost.nbytes, 0), ("flops", cost.flops, 0), ("params", cost.params, 0)]
+    for number, product in enumerate(cost.products):
+        where = f"products.{number}"
+        sizes.append((f"{where}.flops", product.flops, 0))
+        sizes += [(f"{where}.tokens", product.tokens, 1), (f"{where}.width", product.width, 1)]
+    for part, value, least in sizes:
+        if not _is_size(value, least):
+            yield f"task {task.name}: cost.{part} {_no_size(value, least)}"
+    seconds = cost.seconds
+    if seconds is not None and not (isinstance(seconds, int | float) and 0 <= seconds <= LONGEST):
+        yield (
+            f"task {task.name}: cost.seconds is {shown(seconds):.80}, not a number from 0 to "
+            f"{LONGEST:g}"
+        )
+
+
+def _is_size(value: object, least: int = 0) -> bool:
+    return isinstance(value, int) and least <= value < 1 << 63
+
+
+def _no_size(value: object, least: int = 0) -> str:
+    return f"is {shown(value):.80}, not a whole number from {least} to less than 2^63"
 
 
 def _check_overlaps(graph: TaskGraph, task: Task) -> Iterator[str]:
@@ -138,10 +167,16 @@ def _check_overlaps(graph: TaskGraph, task: Task) -> Iterator[str]:
 def _check_contents(graph: TaskGraph) -> Iterator[str]:
     """Replay in program order: each read must find its own buffer's bytes."""
     hazards: HazardMap[int] = HazardMap()
+
+    def bytes_of(buffer: Buffer) -> list[Segment[int]]:
+        if buffer.slot and not buffer.nbytes:  # shares no byte with the others of its slot
+            return []
+        return hazards.cut(buffer.place, buffer.offset, buffer.stop)
+
     overlap = False
     for buffer in graph.buffers.values():
         if buffer.carried:
-            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+            for segment in bytes_of(buffer):
                 if segment.owner is not None:
                     overlap = True
                     yield f"buffers {segment.owner} and {buffer.name} are both carried and overlap"
@@ -151,7 +186,7 @@ def _check_contents(graph: TaskGraph) -> Iterator[str]:
     for position, task in enumerate(graph.tasks):
         for name in task.reads:
             buffer = graph.buffers[name]
-            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+            for segment in bytes_of(buffer):
                 if segment.owner is None:
                     yield f"task {task.name}: reads {name} before anything has written it"
                     break
@@ -161,11 +196,11 @@ def _check_contents(graph: TaskGraph) -> Iterator[str]:
                     break
         for name in task.writes:
             buffer = graph.buffers[name]
-            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+            for segment in bytes_of(buffer):
                 segment.owner, segment.writer = name, position
     for buffer in graph.buffers.values():
         if buffer.carried:
-            for segment in hazards.cut(buffer.place, buffer.offset, buffer.stop):
+            for segment in bytes_of(buffer):
                 if segment.owner != buffer.name:
                     by = _writer(graph, segment)
                     yield f"buffer {buffer.name}: carried, but overwritten by {by}"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import doctest
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from slideformer.graph import builder as module
-from slideformer.graph.buffers import Tier
+from slideformer.graph.buffers import Role, Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import GraphError
 from slideformer.graph.tasks import Cost, TaskKind
@@ -81,3 +82,31 @@ def test_a_build_verifies() -> None:
     builder.task("a.x", TaskKind.CPU, reads=["gone"])
     with pytest.raises(GraphError, match="gone"):
         builder.build()
+
+
+def test_names_of_tiers_kinds_and_roles_are_taken_as_these() -> None:
+    builder = GraphBuilder()
+    builder.slot("s", "cpu", 8)  # type: ignore[arg-type]
+    builder.buffer("x", 4, "cpu", role="weight", slot="s", carried=True)  # type: ignore[arg-type]
+    builder.task("a.x", "CPU", reads=["x"])  # type: ignore[arg-type]
+    graph = builder.build()
+    assert graph.slots["s"].tier is graph.buffers["x"].tier is Tier.CPU
+    assert graph.buffers["x"].role is Role.WEIGHT
+    assert graph.tasks[0].kind is TaskKind.CPU
+
+
+def test_unknown_tiers_kinds_and_roles_are_refused_by_name() -> None:
+    builder = GraphBuilder()
+    for declare, message in (
+        (lambda: builder.slot("s", "ram", 4), "slot s: Tier 'ram' does not exist; known: gpu, "),
+        (lambda: builder.buffer("x", 4, Tier.CPU, role="y"), "buffer x: Role 'y' does not exist"),
+        (lambda: builder.task("a.x", "GPU"), "task a.x: TaskKind 'GPU' does not .* H2D, D2H"),
+    ):
+        with pytest.raises(GraphError, match=message):
+            declare()
+
+
+@pytest.mark.parametrize("what", ["reads", "writes", "after"])
+def test_a_name_in_place_of_a_list_of_names_is_refused(what: Any) -> None:
+    with pytest.raises(GraphError, match=f"task a.x: {what} is the text 'x', not a list of names"):
+        GraphBuilder().task("a.x", TaskKind.CPU, **{what: "x"})

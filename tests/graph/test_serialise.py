@@ -16,7 +16,7 @@ from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.serialise import from_json, to_json
 from slideformer.graph.step import compile_evaluation, compile_save, compile_step
-from slideformer.graph.tasks import Cost, Product, ProductKind, Task, TaskKind
+from slideformer.graph.tasks import LONGEST, Cost, Product, ProductKind, Task, TaskKind
 from tests.support.graphs import task_graphs
 from tests.support.specs import draft_plans, small_plan, small_spec, specs
 
@@ -70,7 +70,7 @@ def test_round_trip_of_compiled_graphs(data: st.DataObject) -> None:
 
 @given(
     name=st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=20),
-    seconds=st.floats(min_value=0, allow_nan=False, allow_infinity=False),
+    seconds=st.floats(min_value=0, max_value=LONGEST),
     flops=st.integers(0, (1 << 63) - 1),
     product=st.builds(
         Product,
@@ -166,6 +166,7 @@ def top(**changes: Any) -> Callable[[Document], None]:
             r"task fwd\.x: cost\.products\.0\.tokens is 0",
         ),
         (item("tasks", 1, cost={"seconds": -0.5}), r"task fwd\.x: cost\.seconds is -0\.5"),
+        (item("tasks", 1, cost={"seconds": 1e308}), r"task fwd\.x: cost\.seconds is 1e\+308"),
         (item("tasks", 1, args={"lr": 0.1}), r"task fwd\.x: args\.lr"),
         (item("tasks", 1, args={"on": True}), r"task fwd\.x: args\.on"),
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given
 from slideformer.graph.buffers import Buffer, Slot, Tier
 from slideformer.graph.errors import GraphError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.tasks import Task, TaskKind
+from slideformer.graph.tasks import Cost, Product, ProductKind, Task, TaskKind
 from slideformer.graph.verify import verify
 from tests.support.graphs import task_graphs
 
@@ -24,9 +25,9 @@ def graph_of(
     )
 
 
-def cpu(name: str, **lists: tuple[str, ...]) -> Task:
+def cpu(name: str, cost: Cost | None = None, **lists: tuple[str, ...]) -> Task:
     """A task on the host."""
-    return Task(name, TaskKind.CPU, "op", **lists)
+    return Task(name, TaskKind.CPU, "op", cost=cost or Cost(), **lists)
 
 
 SLOT = Slot("s", Tier.CPU, 8)
@@ -57,6 +58,28 @@ BROKEN: dict[str, tuple[TaskGraph, list[str]]] = {
         ["b", "-1"],
     ),
     "slot size": (graph_of(slots=[Slot("s", Tier.CPU, -4)]), ["s", "-4"]),
+    "part of a byte": (graph_of(buffers=[Buffer("b", 4.5, Tier.CPU)]), ["b", "size is 4.5"]),  # type: ignore[arg-type]
+    "size without digits": (graph_of(slots=[Slot("s", Tier.CPU, 10**5000)]), ["slot s", "<int"]),
+    "negative cost": (
+        graph_of([cpu("a.x", cost=Cost(nbytes=-5))]),
+        ["task a.x: cost.nbytes is -5", "less than 2^63"],
+    ),
+    "cost that is too large": (
+        graph_of([cpu("a.x", cost=Cost(flops=1 << 63))]),
+        ["task a.x: cost.flops is 9223372036854775808"],
+    ),
+    "no duration": (
+        graph_of([cpu("a.x", cost=Cost(seconds=math.nan))]),
+        ["task a.x: cost.seconds is nan, not a number from 0 to 1e+20"],
+    ),
+    "duration that has no sum": (
+        graph_of([cpu("a.x", cost=Cost(seconds=1e308))]),
+        ["task a.x: cost.seconds is 1e+308"],
+    ),
+    "product of nothing": (
+        graph_of([cpu("a.x", cost=Cost(products=(Product(ProductKind.HEAD, 1, 0, 1),)))]),
+        ["task a.x: cost.products.0.tokens is 0", "from 1"],
+    ),
     "slot named like a buffer": (
         graph_of(buffers=[Buffer("s", 4, Tier.CPU)], slots=[SLOT]),
         ["slot s", "same name"],
@@ -128,6 +151,13 @@ def test_a_cycle_is_told_in_waiting_order(form: str) -> None:
     told = str(raised.value).rpartition(": ")[2].split(" -> ")
     start = names.index(told[0])  # it may begin with any of its tasks
     assert told == [*names[start:], *names[:start], told[0]]
+
+
+def test_an_empty_buffer_shares_no_bytes() -> None:
+    empty = Buffer("empty", 0, Tier.CPU, slot="s", offset=2, carried=True)
+    tasks = [cpu("a.x", writes=("kept",)), cpu("b.x", reads=("empty",), writes=("empty",))]
+    verify(graph_of(tasks, [CARRIED, empty], [SLOT]))
+    verify(graph_of(tasks, [empty, CARRIED], [SLOT]))
 
 
 def test_every_broken_rule_is_listed() -> None:
