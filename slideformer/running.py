@@ -39,6 +39,7 @@ from slideformer.graph.errors import (
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Budgets
 from slideformer.graph.tasks import Task
+from slideformer.graph.verify import verify
 from slideformer.memory.arena import Arenas
 from slideformer.memory.layout import aligned, lay_out, places
 from slideformer.memory.limits import available_host_memory
@@ -47,7 +48,7 @@ from slideformer.runtime.policies import Policy, make_policy
 from slideformer.runtime.runs import Event, Launch, TaskRun
 from slideformer.runtime.scheduler import Scheduler
 from slideformer.runtime.trace import Trace
-from slideformer.simulation import GraphTimeline
+from slideformer.simulation import GraphTimeline, check_instances
 
 Callback = Callable[[Task, tuple[Tensor, ...], tuple[Tensor, ...]], object]
 """What carries out a task: called with the task and the memory of its ``reads`` and ``writes``.
@@ -85,11 +86,14 @@ async def run(
     run; its thread cannot be stopped and is left behind, as is the memory it works on.
 
     Raises `ConfigError` for a number of instances, a timeout or a device that cannot be;
-    `DeviceError` if there is no such device; `GraphError` for an op without a callable, contents
-    that do not fit and buffers on NVMe; `BudgetError` if not all places fit the budgets;
-    `PolicyError`; and `TaskError` with the task's name if a callable raises or does not return.
+    `DeviceError` if there is no such device; `GraphError` for a graph that breaks a rule, an op
+    without a callable, contents that do not fit and buffers on NVMe; `BudgetError` if not all
+    places fit the budgets; `PolicyError`; and `TaskError` with the task's name if a callable raises
+    or does not return.
     """
-    _check_numbers(instances, timeout)
+    check_instances(instances)
+    _check_timeout(timeout)
+    verify(graph)
     chosen = make_policy(policy) if isinstance(policy, str) else policy
     target = find_device(device)
     _check_places(graph, budgets or _free_memory(target), target)
@@ -123,9 +127,7 @@ async def run(
             arenas.close()
 
 
-def _check_numbers(instances: int, timeout: float | None) -> None:
-    if not isinstance(instances, int) or instances < 1:
-        raise ConfigError(f"instances is {instances!r}; it must be a whole number of at least 1")
+def _check_timeout(timeout: float | None) -> None:
     if timeout is not None and not (isinstance(timeout, int | float) and timeout > 0):
         raise ConfigError(f"timeout is {timeout!r}; it must be seconds, more than 0, or None")
 
@@ -174,7 +176,18 @@ def _binding(op: str, call: Callback) -> Binding:
     def make(task: Task, views: Views) -> Operation:
         reads = tuple(views[name] for name in task.reads)
         writes = tuple(views[name] for name in task.writes)
-        return lambda _: call(task, reads, writes)
+
+        def operate(_: Any) -> None:
+            # Tensors of its own: one that it reshapes in place is whole again in the next instance.
+            answer = call(task, tuple(map(Tensor.detach, reads)), tuple(map(Tensor.detach, writes)))
+            if inspect.iscoroutine(answer) or inspect.isgenerator(answer):
+                answer.close()
+                raise TaskError(
+                    f"op {op!r} returned a {type(answer).__name__} instead of doing its work; "
+                    "bind a plain function"
+                )
+
+        return operate
 
     return make
 
@@ -190,7 +203,9 @@ def _fill(graph: TaskGraph, arenas: Arenas, contents: Mapping[str, Tensor]) -> N
         if known is None or not known.carried:
             what = "is not a buffer" if known is None else "is not carried"
             raise GraphError(f"contents for {name!r}, which {what} of graph {graph.name!r}")
-        flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+        if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+            raise GraphError(f"contents for {name!r} are no plain tensor with bytes to copy")
+        flat = tensor.detach().resolve_conj().contiguous().reshape(-1).view(torch.uint8)
         if flat.numel() != known.nbytes:
             raise GraphError(
                 f"contents for {name} have {flat.numel()} bytes, the buffer has {known.nbytes}"

@@ -19,6 +19,7 @@ from itertools import accumulate, groupby
 
 from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Buffer, Tier
+from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.machines import load_machine
 from slideformer.graph.profile import MachineProfile
@@ -44,12 +45,20 @@ def simulate(
 ) -> GraphTimeline:
     """Run ``instances`` of ``graph`` one behind another on a virtual clock.
 
-    ``machine`` and ``policy`` may be names. Raises `ConfigError` for an unknown name and
-    `PolicyError` for a policy that raises, idles or chooses what is not ready.
+    ``machine`` and ``policy`` may be names. Raises `ConfigError` for an unknown name or a number of
+    instances that cannot be, and `PolicyError` for a policy that raises, idles or chooses what is
+    not ready.
     """
+    check_instances(instances)
     profile = load_machine(machine).profile if isinstance(machine, str) else machine
     chosen = make_policy(policy) if isinstance(policy, str) else policy
     return GraphTimeline(simulate_graph(graph, chosen, profile, instances).spans, graph=graph)
+
+
+def check_instances(instances: int) -> None:
+    """Raise `ConfigError` unless it is a number of instances that can run."""
+    if not isinstance(instances, int) or instances < 1:
+        raise ConfigError(f"instances is {instances!r}; it must be a whole number of at least 1")
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +108,7 @@ class GraphTimeline(Timeline):
         causes: dict[str, float] = defaultdict(float)
         spans = self.of_lane(lane)
         reached = max((s.stopped for s in spans if s.instance < first), default=self.start)
-        for span in (s for s in spans if s.started >= reached):
+        for span in spans:
             at = span.started
             for before in self._chain(span):
                 if at <= reached:
@@ -150,22 +159,26 @@ class GraphTimeline(Timeline):
 
     def _chain(self, span: Span) -> Iterator[Span]:
         """Backward from ``span``: what ended last of all that held it up, and so on."""
-        seen = {id(span)}
+        seen, reached = {id(span)}, dict[Lane, int]()
         while True:
             blockers = [s for s in self.waited_for(span) if id(s) not in seen]
-            blockers += self._before(span, seen)
+            blockers += self._before(span, seen, reached)
             if not blockers:
                 return
             span = max(blockers, key=_stopped)
             seen.add(id(span))
             yield span
 
-    def _before(self, span: Span, seen: set[int]) -> list[Span]:
-        """The task of the same lane that ended last before ``span`` began, one not ``seen`` yet."""
+    def _before(self, span: Span, seen: set[int], reached: dict[Lane, int]) -> list[Span]:
+        """The task of the same lane that ended last before ``span`` began, one not ``seen`` yet.
+
+        ``reached`` counts the tasks of each lane that are left: all behind them are seen or late.
+        """
         stops, spans = self._ends[span.lane]
-        position = bisect_right(stops, span.started)
+        position = min(bisect_right(stops, span.started), reached.get(span.lane, len(spans)))
         while position and id(spans[position - 1]) in seen:  # tasks that took no time
             position -= 1
+        reached[span.lane] = position
         return spans[position - 1 : position] if position else []
 
     def _kind(self, span: Span) -> str:

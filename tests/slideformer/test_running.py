@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -136,6 +137,8 @@ def mix(task: Task, reads: Memory, writes: Memory) -> None:
         ({"contents": {"y": torch.ones(4)}}, GraphError, r"'y', which is not carried of graph"),
         ({"contents": {"x": torch.ones(5)}}, GraphError, r"x have 20 bytes, the buffer has 16"),
         ({"contents": {"x": [1.0] * 4}}, GraphError, "contents for 'x' are a list, not a tensor"),
+        ({"contents": {"x": torch.ones(4).to_sparse()}}, GraphError, "for 'x' are no plain tensor"),
+        ({"contents": {"x": torch.ones(4, device="meta")}}, GraphError, "are no plain tensor"),
         ({"bindings": {"copy": copy, "double": 2}}, GraphError, "'double' is bound to 2, which ca"),
         ({"bindings": {"copy": copy, "double": later}}, GraphError, "a coroutine function; bind a"),
         ({"instances": 0}, ConfigError, "instances is 0; it must be a whole number of at least 1"),
@@ -279,6 +282,47 @@ def test_a_run_can_be_cancelled() -> None:
 
     asyncio.run(cancel())
     released.set()
+
+
+class Asynchronous:
+    """What is called like a function and does its work only where it is awaited."""
+
+    async def __call__(self, task: Task, reads: Memory, writes: Memory) -> None:
+        """What nobody would wait for."""
+
+
+def generator(task: Task, reads: Memory, writes: Memory) -> Iterator[None]:
+    """What does nothing until it is asked for its values."""
+    yield
+
+
+@pytest.mark.parametrize("call", [Asynchronous(), lambda *given: later(*given), generator])
+def test_a_callable_that_puts_off_its_work_fails_the_run(call: Any) -> None:
+    with pytest.raises(TaskError, match=r"fwd\.y#0: op 'double' returned a (corout|generat)"):
+        go(scale_graph(), {"copy": copy, "double": call})
+
+
+def test_memory_that_a_callable_reshapes_is_whole_in_the_next_instance() -> None:
+    def reshape(task: Task, reads: Memory, writes: Memory) -> None:
+        double(task, reads, writes)
+        reads[0].unsqueeze_(0)
+        writes[0].resize_(0)
+
+    x = torch.tensor([1.0, -2.0, 3.5, 0.0])
+    result = go(scale_graph(), {"copy": copy, "double": reshape}, instances=3, contents={"x": x})
+    assert torch.equal(result.contents["x"].view(torch.float32), x * 64)
+
+
+def test_a_graph_that_was_edited_into_a_broken_one_is_refused() -> None:
+    graph = scale_graph()
+    first, *others = graph.tasks
+    for tasks, message in (
+        (others, r"task fwd\.y: reads y before anything has written it"),
+        ([replace(first, after=("d2h.z",)), *others], "tasks wait for each other: .*h2d.x"),
+        ([replace(first, reads=("w",)), *others], r"task h2d\.x: reads 'w', which does not exist"),
+    ):
+        with pytest.raises(GraphError, match=message):
+            go(replace(graph, tasks=tuple(tasks)))
 
 
 class Hostile:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -62,11 +64,12 @@ def test_the_critical_path_explains_the_whole_makespan(
         assert before.stopped == after.started
 
 
-@given(task_graphs(), POLICIES, st.integers(1, 3))
+@given(task_graphs(), POLICIES, st.integers(1, 3), st.integers(1, 3))
 def test_idle_time_is_what_is_not_busy_and_all_of_it_has_a_cause(
-    graph: TaskGraph, policy: str, instances: int
+    graph: TaskGraph, policy: str, instances: int, width: int
 ) -> None:
-    timeline = simulate(graph, PROFILE, policy, instances)
+    profile = replace(PROFILE, widths={Lane.CPU: width})
+    timeline = simulate(graph, profile, policy, instances)
     for lane in {task.lane for task in graph.tasks}:
         last = max(s.stopped for s in timeline.of_lane(lane))
         idle = sum(gap.stop - gap.start for gap in timeline.idle(lane))
@@ -171,3 +174,19 @@ def test_a_step_is_simulated_by_name_also_inside_a_running_loop() -> None:
 def test_unknown_names_are_refused(machine: str, policy: str) -> None:
     with pytest.raises(ConfigError, match="did you mean"):
         simulate(chain(), machine, policy)
+
+
+@pytest.mark.parametrize("instances", [0, -1, 1.5])
+def test_a_number_of_instances_that_cannot_be_is_refused(instances: Any) -> None:
+    with pytest.raises(ConfigError, match=f"instances is {instances}; it must be a whole number"):
+        simulate(chain(), PROFILE, "fifo", instances)
+
+
+def test_many_tasks_that_take_no_time_have_a_critical_path() -> None:
+    b = GraphBuilder()
+    for i in range(10_000):
+        b.task(f"none.x{i}", TaskKind.CPU, cost=Cost(seconds=0.0))
+    timeline = simulate(b.build(), PROFILE, "fifo")
+    started = time.monotonic()
+    assert len(timeline.critical_path()) == 10_000
+    assert time.monotonic() - started < 3.0
