@@ -63,9 +63,11 @@ class MemoryAware:
         del self._ranks[run]
         known, instance = self._known(run)
         for name in known.buffers[run.position]:
-            instance.accesses[name] -= 1
-            for position in known.users[name]:  # rank otherwise now
-                self._ranks.pop(run.instance.runs[position], None)
+            left, users = instance.accesses[name], known.users[name]
+            instance.accesses[name] = left - 1
+            if left == len(users) or left == 2:  # others no longer take it, or the last frees it
+                for position in users:
+                    self._ranks.pop(run.instance.runs[position], None)
         instance.tasks -= 1
         if instance.tasks == 0:
             del known.instances[run.instance.number]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +14,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Cost, TaskKind
 from slideformer.runtime.memory_aware import MemoryAware
+from slideformer.runtime.runs import TaskRun
 from slideformer.simulation import simulate
 from tests.support.graphs import task_graphs
 
@@ -49,3 +53,23 @@ def test_nothing_is_left_over_when_all_instances_are_done(graph: TaskGraph, inst
     assert len(timeline.spans) == instances * len(graph.tasks)
     [known] = policy._graphs.values()
     assert known.instances == {}
+
+
+def test_many_readers_of_a_buffer_are_ranked_a_few_times_each(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    b = GraphBuilder()
+    b.buffer("x", 4, Tier.CPU)
+    b.task("make.x", TaskKind.CPU, writes=["x"])
+    for i in range(300):
+        b.task(f"read.x{i}", TaskKind.CPU, reads=["x"])
+    ranked: list[TaskRun] = []
+    rank = MemoryAware._rank
+
+    def noted(policy: MemoryAware, run: TaskRun) -> tuple[int, int, int]:
+        ranked.append(run)
+        return rank(policy, run)
+
+    monkeypatch.setattr(MemoryAware, "_rank", noted)
+    simulate(b.build(), PROFILE, MemoryAware())
+    assert max(Counter(ranked).values()) <= 3
