@@ -7,8 +7,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from slideformer.graph.errors import ConfigError
 from slideformer.graph.rates import ProductRates, RatePoint
-from slideformer.graph.tasks import HOST_LANES, Lane, Task, TaskKind
+from slideformer.graph.tasks import HOST_LANES, LONGEST, Lane, Task, TaskKind
 
 RIVALS: Mapping[Lane, frozenset[Lane]] = {
     Lane.COMPUTE: frozenset({Lane.H2D, Lane.D2H, Lane.CPU}),
@@ -19,6 +20,9 @@ RIVALS: Mapping[Lane, frozenset[Lane]] = {
     Lane.NVME_WRITE: frozenset({Lane.NVME_READ}),
 }
 """The lanes that slow a lane down: they use the same bus, memory or disk, or the launching core."""
+
+
+_RATES = ("h2d", "d2h", "flops", "update", "host_copy", "gpu_copy", "nvme_read", "nvme_write")
 
 
 @dataclass(frozen=True)
@@ -32,7 +36,8 @@ class MachineProfile:
     are bytes beside everything planned: CUDA context with its modules (0.77 to 0.82 GiB on an H100)
     and library workspaces, and the interpreter with its libraries. ``direct_storage`` says that the
     GPU and NVMe exchange bytes by themselves (GPUDirect Storage). ``widths`` are those of host
-    lanes that run several tasks at once.
+    lanes that run several tasks at once. Raises `ConfigError` for a value by which time would stand
+    still or run backward.
     """
 
     name: str = "generic"
@@ -52,6 +57,22 @@ class MachineProfile:
     host_overhead: int = 2 << 30
     direct_storage: bool = False
     widths: Mapping[Lane, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in _RATES:
+            rate = getattr(self, name)
+            self._require(name, rate, "above 0", rate > 0)
+        for name in ("launch", "handover"):
+            seconds = getattr(self, name)
+            self._require(name, seconds, f"from 0 to {LONGEST:g} seconds", 0 <= seconds <= LONGEST)
+        for lane, share in self.contention.items():
+            self._require(f"contention of {lane}", share, "above 0 and at most 1", 0 < share <= 1)
+        for lane, width in self.widths.items():
+            self._require(f"width of {lane}", width, "at least 1", width >= 1)
+
+    def _require(self, what: str, value: float, wanted: str, kept: bool) -> None:
+        if not kept:
+            raise ConfigError(f"machine {self.name!r}: {what} is {value}; it must be {wanted}")
 
     def seconds(self, task: Task) -> float:
         """Predicted duration of ``task`` while nothing else runs."""

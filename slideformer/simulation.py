@@ -21,7 +21,7 @@ from slideformer.graph.analysis import next_instance_edges
 from slideformer.graph.buffers import Buffer, Tier
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
-from slideformer.graph.machines import load_machine
+from slideformer.graph.machines import Machine, load_machine
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.policies import Policy, make_policy
@@ -39,7 +39,7 @@ Curve = list[tuple[float, int]]
 
 def simulate(
     graph: TaskGraph,
-    machine: MachineProfile | str,
+    machine: Machine | MachineProfile | str,
     policy: Policy | str = "earliest-deadline",
     instances: int = 1,
 ) -> GraphTimeline:
@@ -50,7 +50,8 @@ def simulate(
     not ready.
     """
     check_instances(instances)
-    profile = load_machine(machine).profile if isinstance(machine, str) else machine
+    known = load_machine(machine) if isinstance(machine, str) else machine
+    profile = known.profile if isinstance(known, Machine) else known
     chosen = make_policy(policy) if isinstance(policy, str) else policy
     return GraphTimeline(simulate_graph(graph, chosen, profile, instances).spans, graph=graph)
 

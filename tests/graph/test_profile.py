@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
+from slideformer.graph.errors import ConfigError
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.rates import RatePoint
 from slideformer.graph.tasks import Cost, Lane, Product, ProductKind, Task, TaskKind
@@ -73,3 +76,21 @@ def test_a_shared_machine_has_lost_half_of_what_it_can_lose() -> None:
     assert (shared.update, shared.nvme_read) == (pytest.approx(0.5e8), pytest.approx(0.7e6))
     assert shared.contention == {}
     assert PROFILE.shared == PROFILE
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"nvme_read": 0.0}, "machine 'generic': nvme_read is 0.0; it must be above 0"),
+        ({"h2d": -1e9}, "h2d is -1000000000.0; it must be above 0"),
+        ({"flops": math.nan}, "flops is nan"),
+        ({"launch": -1.0}, r"launch is -1.0; it must be from 0 to 1e\+20 seconds"),
+        ({"handover": math.inf}, "handover is inf"),
+        ({"contention": {Lane.CPU: 0.0}}, "contention of cpu is 0.0; it must be above 0 and at m"),
+        ({"contention": {Lane.H2D: 1.5}}, "contention of h2d is 1.5"),
+        ({"widths": {Lane.CPU: 0}}, "width of cpu is 0; it must be at least 1"),
+    ],
+)
+def test_a_machine_that_cannot_be_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MachineProfile(**change)

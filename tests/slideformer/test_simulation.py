@@ -18,6 +18,7 @@ from slideformer.graph.buffers import Tier
 from slideformer.graph.builder import GraphBuilder
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.graph import TaskGraph
+from slideformer.graph.machines import load_machine
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.step import compile_step
 from slideformer.graph.tasks import Cost, Lane, TaskKind
@@ -167,7 +168,9 @@ def test_a_step_is_simulated_by_name_also_inside_a_running_loop() -> None:
     async def inside() -> float:
         return simulate(graph, "rtx4090", "fifo").makespan
 
-    assert asyncio.run(inside()) == simulate(graph, "rtx4090", "fifo").makespan > 0
+    machine = load_machine("rtx4090")
+    assert asyncio.run(inside()) == simulate(graph, machine, "fifo").makespan > 0
+    assert asyncio.run(inside()) == simulate(graph, machine.profile, "fifo").makespan
 
 
 @pytest.mark.parametrize(("machine", "policy"), [("rtx4091", "fifo"), ("h200", "lifo")])
