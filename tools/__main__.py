@@ -1,7 +1,7 @@
 """The way into the command line, as ``slideformer`` and as ``python -m slideformer.tools``.
 
-Loads nothing before Ctrl-C is taken care of: the commands take a second to load, and an interrupt
-meanwhile is to look like one later on.
+Loads nothing before Ctrl-C and SIGTERM are taken care of: the commands take a second to load, and
+an interrupt meanwhile is to look like one later on.
 """
 
 from __future__ import annotations
@@ -15,13 +15,18 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command of ``sys.argv``."""
-    signal.signal(signal.SIGINT, _leave)
+    _leave_at_signals()
     from slideformer.tools.cli import app
 
     try:
-        app()  # gives Ctrl-C back to Python once a command runs
+        app()  # lets the signals raise KeyboardInterrupt once a command runs
     finally:
-        signal.signal(signal.SIGINT, _leave)
+        _leave_at_signals()
+
+
+def _leave_at_signals() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
 
 
 def _leave(number: int, frame: FrameType | None) -> None:

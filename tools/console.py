@@ -22,7 +22,7 @@ from rich.logging import RichHandler
 from slideformer.graph.errors import ConfigError, SlideFormerError
 
 INTERRUPTED = 130
-"""Exit code after Ctrl-C."""
+"""Exit code after Ctrl-C and SIGTERM."""
 
 
 def plain_console(**settings: Any) -> Console:
@@ -71,10 +71,11 @@ def reporting_errors(*, debug: bool = False) -> Iterator[None]:
     """Turn whatever goes wrong into one clear message and an exit code, or a traceback in debug.
 
     A user's error leaves with code 1, one ``error: …`` line each; so does an error of ours. Ctrl-C
-    leaves with 130 and at once: threads in the middle of something are not waited for. Errors of
-    the command line's own parser pass.
+    and SIGTERM leave with 130 and at once: what is half written is removed, but threads in the
+    middle of something are not waited for. Errors of the command line's own parser pass.
     """
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         yield
     except SlideFormerError as error:

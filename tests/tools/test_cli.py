@@ -482,8 +482,36 @@ def test_a_second_ctrl_c_leaves_with_130_and_no_checkpoint(run: Run) -> None:
     assert sorted(path.name for path in run.folder.iterdir()) == ["text.txt"]
 
 
-@pytest.mark.parametrize("loading", ["slideformer.tools.console", "pydantic", "typer"])
-def test_ctrl_c_while_the_program_is_loading(loading: str) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_before_the_first_step_leaves_nothing(
+    run: Run, number: signal.Signals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = run.folder / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    (run.folder / "text.txt").write_text("Long enough to be read for a while. " * 1_000_000)
+    command = [sys.executable, "-m", "slideformer.tools", *run.arguments()]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        lines = []
+        for line in process.stderr:
+            lines.append(line)
+            if "tokenising" in line:
+                process.send_signal(number)
+        assert process.wait(timeout=60) == 130
+    assert lines[-1] == "error: interrupted\n"
+    assert sorted(path.name for path in run.folder.iterdir()) == ["cache", "text.txt"]
+    assert list((cache / "slideformer" / "tokens").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("loading", "number"),
+    [
+        ("slideformer.tools.console", signal.SIGINT),
+        ("pydantic", signal.SIGTERM),
+        ("typer", signal.SIGINT),
+    ],
+)
+def test_an_interrupt_while_the_program_is_loading(loading: str, number: signal.Signals) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "slideformer.tools", "plan", "--help"]
     with subprocess.Popen(
         command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
@@ -493,7 +521,7 @@ def test_ctrl_c_while_the_program_is_loading(loading: str) -> None:
         for line in process.stderr:
             lines.append(line)
             if line.rpartition("|")[2].strip() == loading:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(number)
         assert process.wait(timeout=60) == 130
     assert lines[-1] == "error: interrupted\n"
 
