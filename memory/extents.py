@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import GraphError
-from slideformer.memory.layout import aligned
 
 STRIPE = 4 << 20
 """Bytes of a stripe, the most that one request moves; disks reach their full rate with it."""
@@ -62,7 +61,10 @@ def pieces(extent: Extent, files: int) -> Iterator[Piece]:
         start = stop
 
 
-def file_nbytes(total: int, files: int) -> int:
-    """Bytes of each of the files that hold ``total`` bytes."""
-    stripes = -(-total // STRIPE)
-    return min(-(-stripes // files) * STRIPE, aligned(total))
+def file_nbytes(total: int, files: int) -> list[int]:
+    """Bytes of each of the files that hold ``total`` bytes, and no more than these together."""
+    stripes, rest = divmod(total, STRIPE)
+    rounds, more = divmod(stripes, files)
+    sizes = [(rounds + (file < more)) * STRIPE for file in range(files)]
+    sizes[more] += rest
+    return sizes

@@ -87,7 +87,7 @@ def free_nvme(folders: Sequence[Path], stale: Callable[[Path], int]) -> int:
 
     Folders on one disk share what is free there. ``stale`` tells how many bytes of a folder a run
     gives back when it begins, those of killed runs. Raises `StoreError` for a folder that is not
-    there.
+    there or has nothing free.
     """
     try:
         disks = [os.stat(folder).st_dev for folder in folders]
@@ -99,8 +99,13 @@ def free_nvme(folders: Sequence[Path], stale: Callable[[Path], int]) -> int:
             f"NVMe folder {error.filename} cannot be used ({error.strerror}); create it or give "
             "another one as --nvme"
         ) from error
-    share = min((free[disk] // disks.count(disk) for disk in disks), default=0)
-    return int(len(folders) * share * _MARGIN)
+    shares = [free[disk] // disks.count(disk) for disk in disks]
+    if 0 in shares:
+        raise StoreError(
+            f"NVMe folder {folders[shares.index(0)]} has nothing free; free some, give another "
+            "folder as --nvme, or as --nvme-memory what will be free"
+        )
+    return int(len(folders) * min(shares, default=0) * _MARGIN)
 
 
 def _number(path: Path) -> int | None:

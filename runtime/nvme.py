@@ -30,7 +30,7 @@ import aiofiles
 from slideformer.graph.errors import StoreError
 from slideformer.memory.extents import Extent, Piece, file_nbytes, pieces
 from slideformer.memory.gpu_io import GpuFiles
-from slideformer.runtime.nvme_files import RunFile
+from slideformer.runtime.nvme_files import RunFile, check_distinct
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,11 @@ class NvmeStore:
     ) -> Self:
         """Make the files for these extents in ``folders``; raises `StoreError`."""
         total = max((e.offset + e.nbytes for e in extents.values()), default=0)
-        nbytes, token = file_nbytes(total, len(folders)), secrets.token_hex(4)
+        token = secrets.token_hex(4)
+        check_distinct(folders)
         files: list[RunFile] = []
         try:
-            for folder in folders:
+            for folder, nbytes in zip(folders, file_nbytes(total, len(folders)), strict=True):
                 files.append(await asyncio.to_thread(RunFile, folder, nbytes, token))
             await _write_manifest(files, extents)
         except BaseException:

@@ -3,7 +3,8 @@
 A file is named after its process and locked (``flock``) as long as that has it open; the lock goes
 with the process however that ends. Whoever makes a file in a folder first removes those that nobody
 has locked, left by runs that were killed. Making and removing happen under a lock on the folder, so
-that a file is never seen between its creation and its lock.
+that a file is never seen between its creation and its lock. A file is the last to go of what it has
+beside it: who is killed while removing leaves something to be found by.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import logging
 import mmap
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -69,7 +70,7 @@ class RunFile:
         """Remove the file and give its space back; a second time does nothing."""
         if self.descriptor < 0:
             return
-        for path in (self.path, self.manifest):
+        for path in (self.manifest, self.path):
             with suppress(OSError):
                 path.unlink()
         os.close(self.descriptor)
@@ -105,6 +106,15 @@ class RunFile:
         return True
 
 
+def check_distinct(folders: Sequence[Path]) -> None:
+    """Raise `StoreError` for a folder that is named twice, by whatever path."""
+    known: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in known:
+            raise StoreError(f"NVMe folder {folder} is given twice; give each --nvme once")
+        known.add(folder.resolve())
+
+
 def stale_nbytes(folder: Path) -> int:
     """Bytes on the disk that the next `RunFile` in ``folder`` gives back.
 
@@ -117,8 +127,8 @@ def stale_nbytes(folder: Path) -> int:
 def remove_stale(folder: Path) -> None:
     """Remove the files of runs that have ended without doing so; the caller locks the folder."""
     for path in _stale(folder):
-        path.unlink()
         path.with_suffix(".json").unlink(missing_ok=True)
+        path.unlink()
         logger.info("removed %s, left by a run that was killed", path)
 
 

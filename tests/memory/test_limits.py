@@ -121,6 +121,9 @@ def test_folders_on_one_disk_share_its_room_and_what_killed_runs_left_counts(
     assert free_nvme([one, two], stale) == 1140
     assert free_nvme([one, two, other], stale) == 3 * 570
     assert free_nvme([other, one], stale) == 2 * 760
+    free[2] = 0
+    with pytest.raises(StoreError, match=r"other has nothing free; free some, .* --nvme-memory"):
+        free_nvme([one, other], stale)
 
 
 def test_a_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:

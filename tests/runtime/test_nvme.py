@@ -94,6 +94,7 @@ def test_pieces_tile_extents_and_share_no_byte(sizes: list[int], files: int, str
         patch.setattr(layout, "STRIPE", stripe)
         found = lay_out_extents({f"e{i}": size for i, size in enumerate(sizes)})
         room = file_nbytes(sum(sizes), files)
+        assert sum(room) == sum(sizes), "files take no more than the plan says"
         used: set[tuple[int, int]] = set()
         for extent in found.values():
             reached = 0
@@ -104,7 +105,7 @@ def test_pieces_tile_extents_and_share_no_byte(sizes: list[int], files: int, str
                 for page in range(0, piece.stop - piece.start, PAGE):
                     place = (piece.file, piece.offset + page)
                     assert place not in used
-                    assert place[1] + PAGE <= room
+                    assert place[1] + PAGE <= room[piece.file]
                     used.add(place)
             assert reached == extent.nbytes
 
@@ -237,6 +238,35 @@ def test_files_of_a_killed_run_go_at_the_next_start_and_those_of_a_live_one_stay
                 run.stdout.close()
 
 
+class Killed(BaseException):
+    """Ends what a process does, and cannot be caught there."""
+
+
+def test_nothing_is_left_for_good_by_runs_that_are_killed_while_they_remove_files(
+    tmp_path: Path, extents: dict[str, Extent], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ends, and one that begins and clears up behind it."""
+    unlink, calls = Path.unlink, 0
+
+    def first_of_two(path: Path, missing_ok: bool = False) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 2 == 0:
+            raise Killed
+        unlink(path, missing_ok=missing_ok)
+
+    store = open_store([tmp_path], extents)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", first_of_two)
+        with pytest.raises(Killed):
+            store.close()
+        os.close(store._files[0].descriptor)  # as a process that ends
+        with pytest.raises(Killed):
+            open_store([tmp_path], extents)
+    open_store([tmp_path], extents).close()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_store_that_nobody_closes_is_removed_with_the_process(tmp_path: Path) -> None:
     program = HOLD.replace("time.sleep(600)", "")
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, capture_output=True)
@@ -338,6 +368,17 @@ def test_a_folder_that_takes_no_files_is_refused(
     monkeypatch.setattr(os, "open", refuse)
     with pytest.raises(StoreError, match=message):
         open_store([tmp_path], extents)
+
+
+def test_a_folder_that_is_given_twice_is_refused_by_name(
+    tmp_path: Path, extents: dict[str, Extent]
+) -> None:
+    disk, other = tmp_path / "disk", tmp_path / "other"
+    disk.mkdir()
+    other.symlink_to(disk)
+    with pytest.raises(StoreError, match=r"NVMe folder .*other is given twice; give each --nvme"):
+        open_store([disk, other], extents)
+    assert list(disk.iterdir()) == []
 
 
 def test_a_missing_folder_is_refused(tmp_path: Path, extents: dict[str, Extent]) -> None:
