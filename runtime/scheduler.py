@@ -11,12 +11,12 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from slideformer.graph.errors import GraphError, SlideFormerError
+from slideformer.graph.errors import GraphError, PolicyError, SlideFormerError, shown
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.runtime.core import Core
 from slideformer.runtime.device import Device, Operation
-from slideformer.runtime.policies import Policy, prepare
+from slideformer.runtime.policies import Policy, name_of, prepare
 from slideformer.runtime.runs import (
     Event,
     Finished,
@@ -103,6 +103,21 @@ class Scheduler:
             self._loop.call_soon_threadsafe(self._wake)
 
     def _wake(self) -> None:
+        try:
+            self._take_events()
+        except Exception as error:  # a policy changed what it was shown, or a mistake of ours
+            failed = PolicyError(
+                f"scheduling by policy {name_of(self._policy)} broke: {type(error).__name__}: "
+                f"{shown(error, str)}"
+            )
+            failed.__cause__ = error
+            self._fail(failed)  # else all would wait for ever
+        self._woken = False
+        if self._events and not self._woken:  # came after the last look
+            self._woken = True
+            self._loop.call_soon(self._wake)
+
+    def _take_events(self) -> None:
         while self._events:
             events: list[Event] = []
             while self._events:
@@ -112,10 +127,6 @@ class Scheduler:
                     if isinstance(event, Finished):
                         self._trace.record(event)
             self._carry_out(self._core.handle(events))
-        self._woken = False
-        if self._events and not self._woken:  # came after the last look
-            self._woken = True
-            self._loop.call_soon(self._wake)
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         launches: list[tuple[Launch, Operation, Any]] = []

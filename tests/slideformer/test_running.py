@@ -393,3 +393,25 @@ def test_a_hostile_policy_fails_the_run_by_its_name(way: str, message: str) -> N
         go(scale_graph(), policy=Hostile(way))
     with pytest.raises(PolicyError, match=f"'hostile'.*{message}"):
         simulate(scale_graph(), "h100", Hostile(way))
+
+
+@pytest.mark.parametrize("field", ["position", "instance"])
+def test_a_policy_that_changes_what_it_is_shown_does_not_hang_the_run(field: str) -> None:
+    class Saboteur(Hostile):
+        """Spoils the second task that it may choose."""
+
+        chosen = 0
+
+        def choose(self, lane: object, ready: Any) -> Any:
+            """The first, changed."""
+            self.chosen += 1
+            if self.chosen == 2:
+                setattr(ready[0], field, 99)
+            return ready[0]
+
+    async def bounded() -> None:
+        run_it = run(scale_graph(), BINDINGS, policy=Saboteur("change"))
+        await asyncio.wait_for(run_it, timeout=20)
+
+    with pytest.raises(PolicyError, match="scheduling by policy 'hostile' broke: "):
+        asyncio.run(bounded())
