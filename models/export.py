@@ -8,6 +8,9 @@ masters in pieces; BF16 needs no conversion at all. Optimizer states are not sav
 from __future__ import annotations
 
 import json
+import logging
+import os
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +34,8 @@ from slideformer.models.aside import (
 from slideformer.models.safetensors_file import write_file
 from slideformer.models.units import MasterWeights
 from slideformer.models.weights import stored_values
+
+logger = logging.getLogger(__name__)
 
 Records = Callable[[], Mapping[str, str]]
 """Gives further files of a model folder: their texts by name."""
@@ -91,7 +96,8 @@ class HuggingFaceWriter:
         spec: the model.
         weights: masters of all units; a unit's are read while :meth:`write_unit` runs.
         dtype: float32, bfloat16 or float16: what the weights are stored as.
-        replace: whether a folder that is at ``output`` makes room for this one in the end.
+        replace: whether a folder that is at ``output`` makes room for this one in the end; files
+            that only it has stay.
         files: what `small_files` gave for ``source`` at another time, by default now.
 
     Raises:
@@ -174,6 +180,8 @@ class HuggingFaceWriter:
                 (self._aside / name).write_text(text, encoding="utf-8")
             for path in self._aside.rglob("*"):
                 fsync(path)
+        if self._replace and self._output.is_dir():
+            self._keep_others()
         try:
             return self._folder.move(replace=self._replace)
         except (OSError, CheckpointError) as error:
@@ -185,6 +193,29 @@ class HuggingFaceWriter:
     def abort(self) -> None:
         """Remove what has been written, unless :meth:`finish` completed it."""
         self._folder.abort()
+
+    def _keep_others(self) -> None:
+        """Take over what others put into the folder that is to make room; without a copy if it can.
+
+        If something cannot be taken over, the folder stays and this one goes beside it.
+        """
+
+        def ours(folder: str, names: list[str]) -> set[str]:
+            here = self._aside / Path(folder).relative_to(self._output)
+            return {name for name in names if (here / name).is_file()}
+
+        try:
+            shutil.copytree(
+                self._output,
+                self._aside,
+                symlinks=True,
+                ignore=ours,
+                copy_function=_link,
+                dirs_exist_ok=True,
+            )
+        except OSError as error:
+            logger.warning("%s cannot be replaced: %s", self._output, error)
+            self._replace = False
 
     def _write_shard(self, unit: UnitSpec) -> None:
         write_file(
@@ -259,3 +290,11 @@ class HuggingFaceWriter:
         except BaseException:
             self.abort()
             raise
+
+
+def _link(source: str, target: str) -> None:
+    """Give a file a second name, or copy it where the file system has no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -311,9 +311,10 @@ class Engine:
         """Write a model folder of all submitted steps, one for PEFT where it is of adapters.
 
         It appears whole or not at all, with what ``records`` gives in the end as further files, by
-        name, and with ``replace`` in place of a folder there. Returns where it lies: at ``output``,
-        or beside what came to lie there. Raises `CheckpointError` if it cannot be written, after
-        which the run can go on, and after a failed step, of which no part is saved.
+        name, and with ``replace`` in place of a folder there, whose other files stay. Returns
+        where it lies: at ``output``, or beside what came to lie there. Raises `CheckpointError` if
+        it cannot be written, after which the run can go on, and after a failed step, of which no
+        part is saved.
         """
         self._check_open()
         masters = self._memory.saved_masters()

@@ -321,6 +321,44 @@ def test_what_came_to_lie_in_a_resumed_runs_output_is_left_alone(
     same(result.output, plain)
 
 
+def test_what_the_user_put_into_the_output_is_there_after_a_resumed_run(
+    config: Config, plain: Path
+) -> None:
+    Trainer(config).train(Stopper(after=3))
+    others = {"notes.txt": "mine", "pages/report.html": "<html>"}
+    (config.output / "pages").mkdir()
+    for name, text in others.items():
+        (config.output / name).write_text(text)
+    (config.output / "link").symlink_to("gone")
+    result = Trainer.resume(config.output).train()
+    assert result.output == config.output
+    for name, text in others.items():
+        assert (config.output / name).read_text() == text
+        (config.output / name).unlink()
+    assert (config.output / "link").readlink() == Path("gone")
+    (config.output / "link").unlink()
+    (config.output / "pages").rmdir()
+    same(config.output, plain)
+    assert names(config.output.parent) == ["out", "out-checkpoints"]
+
+
+def test_an_output_with_what_cannot_be_taken_over_is_left_alone(
+    config: Config, plain: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Trainer(config).train(Stopper(after=3))
+    (config.output / "notes.txt").write_text("mine")
+
+    def refuse(source: str, target: str) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted", source)
+
+    monkeypatch.setattr(os, "link", refuse)
+    monkeypatch.setattr(shutil, "copy2", refuse)
+    result = Trainer.resume(config.output).train()
+    assert (config.output / "notes.txt").read_text() == "mine"
+    assert result.output == config.output.with_name("out-1")
+    same(result.output, plain)
+
+
 # -- what is refused -----------------------------------------------------------------------------
 
 
