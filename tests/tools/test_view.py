@@ -150,7 +150,7 @@ def test_a_picture_of_no_tasks_is_refused_and_titles_are_no_formulas(tmp_path: P
     path.write_text(to_json(GraphBuilder("none").build()))
     with pytest.raises(ConfigError, match="'none' has no tasks"):
         call("view", path, "--svg", tmp_path / "none.svg")
-    path.write_text(to_json(replace(GRAPH, name=r"$\nothing{$")))
+    path.write_text(to_json(replace(GRAPH, name=r"$\nothing{$ 模型")))
     call("view", path, "--svg", tmp_path / "odd.svg")
     b = GraphBuilder("no buffers")
     b.task("wait.x", TaskKind.CPU)

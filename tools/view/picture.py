@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from warnings import catch_warnings, filterwarnings
 
 from slideformer.graph.errors import ConfigError
 from slideformer.graph.exchange import COLOURS
@@ -67,7 +68,9 @@ def picture(timeline: GraphTimeline, title: str, path: Path) -> None:
         lower.legend(loc="upper right", fontsize="small")
     try:
         drawn = io.BytesIO()
-        figure.savefig(drawn, dpi=200, format=path.suffix[1:])
+        with catch_warnings():
+            filterwarnings("ignore", "Glyph")  # its font has not every letter of every name
+            figure.savefig(drawn, dpi=200, format=path.suffix[1:])
         write_whole(path, drawn.getvalue())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be written: {error.strerror}") from None
