@@ -111,15 +111,23 @@ class Progress(Protocol):
 def output_records(
     config: Config, metrics: Iterable[StepMetrics], engine: Engine
 ) -> dict[str, str]:
-    """The files that lie beside the weights in the end, by name."""
-    return {
+    """The files that lie beside the weights in the end, by name.
+
+    Without plan and trace if no step was left to be run.
+    """
+    records = {
         CONFIG_FILE: config_text(config),
         METRICS_FILE: metrics_lines(metrics),
         NUMERICS_FILE: json.dumps(engine.numerics, indent=2) + "\n",
-        PLAN_FILE: plan_text(engine.spec, engine.plan),
-        GRAPH_FILE: to_json(engine.graph),
-        TRACE_FILE: to_chrome(engine.timeline()),
     }
+    graph, timeline = engine.graph, engine.timeline()
+    if {task.name for task in graph.tasks} <= {span.task for span in timeline.spans}:
+        records |= {
+            PLAN_FILE: plan_text(engine.spec, engine.plan),
+            GRAPH_FILE: to_json(graph),
+            TRACE_FILE: to_chrome(timeline),
+        }
+    return records
 
 
 def plan_text(spec: ModelSpec, plan: MemoryPlan) -> str:

@@ -321,6 +321,19 @@ def test_what_came_to_lie_in_a_resumed_runs_output_is_left_alone(
     same(result.output, plain)
 
 
+def test_a_run_of_which_nothing_is_left_keeps_its_trace(config: Config) -> None:
+    config = config.model_copy(update={"steps": 8})
+    Trainer(config).train()
+    before = {path.name: path.read_bytes() for path in config.output.iterdir()}
+    assert Trainer.resume(config.output).train().steps == 8
+    assert {path.name: path.read_bytes() for path in config.output.iterdir()} == before
+    aside.discard(config.output)
+    Trainer.resume(config.output).train()  # as if killed before it was saved
+    assert set(before) - set(names(config.output)) == {PLAN_FILE, GRAPH_FILE, TRACE_FILE}
+    for name in names(config.output):
+        assert (config.output / name).read_bytes() == before[name], name
+
+
 def test_what_the_user_put_into_the_output_is_there_after_a_resumed_run(
     config: Config, plain: Path
 ) -> None:
