@@ -6,7 +6,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import typer
 from rich.console import Console
@@ -53,9 +53,13 @@ def plan(
     Needs no GPU: give the budget of the one meant with --gpu-memory, or a --machine.
     """
     console = plain_console()
+    swept = None if sweep is None else _swept(sweep)
+    if swept is not None and swept.name == "gpu-memory":
+        # Where there is no GPU this means one elsewhere, with a context, as the flag does.
+        settings["gpu_memory"] = swept.values[-1]
     step = flags.wanted_step(model, shape, machine, config, **settings)
-    if sweep is not None:
-        _sweep(stdout_console(), step.request, sweep, plot or Path("sweep.png"))
+    if swept is not None:
+        _sweep(stdout_console(), step.request, swept, plot or Path("sweep.png"))
         return
     if plot is not None:
         raise ConfigError("--plot draws a sweep; give --sweep as well")
@@ -85,11 +89,11 @@ def _print_outlook(console: Console, made: MemoryPlan, found: Outlook) -> None:
     console.print(f"One GiB more {', '.join(gains)} of a step", soft_wrap=True)
 
 
-def _sweep(console: Console, request: PlanRequest, sweep: str, plot: Path) -> None:
+def _sweep(console: Console, request: PlanRequest, swept: _Swept, plot: Path) -> None:
     """Print a table of the plan of the best bound under each budget, and draw it."""
     from slideformer.outlook import solve_each
 
-    name, values = _swept(sweep)
+    text, name, values = swept
     budgets = [replace(request.budgets, **{SWEPT[name]: value}) for value in values]
     found = solve_each(request, budgets)
     console.print(_table(request, name, values, found))
@@ -98,13 +102,21 @@ def _sweep(console: Console, request: PlanRequest, sweep: str, plot: Path) -> No
         "simulated as well, and the fastest is taken"
     )
     if not any(found):
-        raise ConfigError(f"--sweep {sweep}: no plan fits any of these budgets; sweep larger ones")
+        raise ConfigError(f"--sweep {text}: no plan fits any of these budgets; sweep larger ones")
     _draw(plot, request, name, values, found)
     console.print(f"drawn in {plot}")
 
 
-def _swept(sweep: str) -> tuple[str, list[int]]:
-    """The name of the budget and its values."""
+class _Swept(NamedTuple):
+    """What ``--sweep`` was given, and the name and values of the budget that it means."""
+
+    text: str
+    name: str
+    values: list[int]
+
+
+def _swept(sweep: str) -> _Swept:
+    """Read it; raises `ConfigError`."""
     name, _, span = sweep.partition("=")
     ends = span.split("..")
     if name not in SWEPT or len(ends) != 2:
@@ -112,10 +124,13 @@ def _swept(sweep: str) -> tuple[str, list[int]]:
             f"--sweep is {sweep!r}; give {', '.join(SWEPT)} with two sizes, as "
             "gpu-memory=8GiB..80GiB"
         )
-    first, last = (parse_size(end) for end in ends)
+    try:
+        first, last = (parse_size(end) for end in ends)
+    except ConfigError as error:
+        raise ConfigError(f"--sweep is {sweep!r}: {error}") from None
     if first >= last:
         raise ConfigError(f"--sweep is {sweep!r}; the first size must be the smaller one")
-    return name, [first + (last - first) * i // (POINTS - 1) for i in range(POINTS)]
+    return _Swept(sweep, name, [first + (last - first) * i // (POINTS - 1) for i in range(POINTS)])
 
 
 def _table(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,9 +17,9 @@ from slideformer.tools.cli import app
 FLAGS = ["--shape", "llama3-1b", "--machine", "h100", "--batch-size", "4", "--seq-len", "256"]
 
 
-def call(*args: object, code: int = 0) -> str:
+def call(*args: object, code: int = 0, flags: Sequence[str] = FLAGS) -> str:
     """What the command prints, errors included."""
-    result = CliRunner().invoke(app, ["plan", *FLAGS, *map(str, args)])
+    result = CliRunner().invoke(app, ["plan", *flags, *map(str, args)])
     assert result.exit_code == code, result.output
     return result.output
 
@@ -61,13 +62,25 @@ def test_a_sweep_prints_a_table_and_draws_it(tmp_path: Path) -> None:
     assert all(one <= 1.01 * two + 1 for one, two in pairwise(speeds))
 
 
+def test_a_sweep_of_gpu_memory_is_of_a_gpu_even_where_there_is_none(tmp_path: Path) -> None:
+    """Its context takes some of each budget, and the host's memory is not the GPU's too."""
+    sweep = ["--sweep", "gpu-memory=1GiB..4GiB", "--plot", str(tmp_path / "sweep.png")]
+    here = [*FLAGS[:2], *FLAGS[4:], "--cpu-memory", "40GiB"]
+    swept = call(*sweep, flags=here)
+    assert "no plan fits" in swept
+    assert swept == call(*sweep, "--gpu-memory", "4GiB", flags=here)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--sweep", "memory=1GiB..2GiB"], "give gpu-memory, cpu-memory, nvme-memory with two"),
         (["--sweep", "gpu-memory=1GiB"], "as gpu-memory=8GiB..80GiB"),
         (["--sweep", "gpu-memory=2GiB..1GiB"], "the first size must be the smaller one"),
-        (["--sweep", "gpu-memory=1..many"], "many"),
+        (
+            ["--sweep", "gpu-memory=1..many"],
+            "--sweep is 'gpu-memory=1..many': 'many' is not a size",
+        ),
         (["--sweep", "gpu-memory=1MiB..2MiB"], "sweep larger ones"),
         (["--plot", "x.png"], "give --sweep as well"),
     ],
