@@ -67,12 +67,23 @@ class RunFile:
         self._move(os.pwritev, source, offset, "are written")
 
     def close(self) -> None:
-        """Remove the file and give its space back; a second time does nothing."""
+        """Remove the file and give its space back; a second time does nothing.
+
+        Of a file that was moved, or whose folder has become read-only, only the space.
+        """
         if self.descriptor < 0:
             return
-        for path in (self.manifest, self.path):
-            with suppress(OSError):
-                path.unlink()
+        with suppress(OSError):
+            self.manifest.unlink()
+        try:
+            self.path.unlink()
+        except OSError as error:
+            if os.fstat(self.descriptor).st_nlink:
+                with suppress(OSError):
+                    os.ftruncate(self.descriptor, 0)
+                logger.warning(
+                    "%s cannot be removed (%s); remove what is left", self.path, error.strerror
+                )
         os.close(self.descriptor)
         self.descriptor = -1
 

@@ -238,6 +238,22 @@ def test_files_of_a_killed_run_go_at_the_next_start_and_those_of_a_live_one_stay
                 run.stdout.close()
 
 
+def test_a_file_that_was_moved_gives_its_space_back(
+    tmp_path: Path, extents: dict[str, Extent], caplog: pytest.LogCaptureFixture
+) -> None:
+    disk, elsewhere = tmp_path / "disk", tmp_path / "elsewhere"
+    disk.mkdir()
+    store = open_store([disk], extents)
+    write(store, extents["a"])
+    (path,) = store.paths
+    disk.rename(elsewhere)
+    store.close()
+    assert (elsewhere / path.name).stat().st_blocks == 0
+    assert f"{path} cannot be removed (No such file or directory)" in caplog.text
+    open_store([elsewhere], extents).close()
+    assert list(elsewhere.iterdir()) == []
+
+
 class Killed(BaseException):
     """Ends what a process does, and cannot be caught there."""
 
