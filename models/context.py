@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from slideformer.graph.errors import CheckpointError
+from slideformer.graph.plan import MemoryPlan
 from slideformer.kernels.adamw import AdamW
+from slideformer.models.data.batches import Batch
 from slideformer.models.documents import StepDocuments
 from slideformer.models.export import HuggingFaceWriter
 
@@ -123,6 +125,20 @@ class StepContext:
     used: UsedRows | None = None
     optimizer: AdamW | None = None
     documents: StepDocuments | None = None
+
+    @classmethod
+    def of(
+        cls,
+        batch: Batch,
+        plan: MemoryPlan,
+        results: StepResults,
+        used: UsedRows | None = None,
+        optimizer: AdamW | None = None,
+    ) -> StepContext:
+        """That of a batch, under a plan."""
+        documents = StepDocuments.of(batch.documents(), plan.micro_batches) if plan.packed else None
+        ids, targets = batch.input_ids.reshape(-1), batch.targets.reshape(-1)
+        return cls(ids, targets, 1.0 / batch.target_tokens, results, used, optimizer, documents)
 
     def training(self) -> tuple[UsedRows, AdamW]:
         """What only a training step has."""

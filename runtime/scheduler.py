@@ -73,11 +73,15 @@ class Scheduler:
                 "operation(s) are given; give one per task, as `bind` makes them"
             )
         self._prepare(graph)
-        instance, instructions = self._core.submit(graph)
         future: asyncio.Future[None] = self._loop.create_future()
-        self._done[instance.number] = future
-        self._work[instance.number] = (operations, context)
-        self._carry_out(instructions)
+        future.add_done_callback(_told)
+        try:
+            instance, instructions = self._core.submit(graph)
+            self._done[instance.number] = future
+            self._work[instance.number] = (operations, context)
+            self._carry_out(instructions)
+        except Exception as error:
+            raise self._broken(error) from error
         done = asyncio.shield(future)  # who gives up waiting does not end the instance
         done.add_done_callback(_told)
         return done
@@ -105,13 +109,8 @@ class Scheduler:
     def _wake(self) -> None:
         try:
             self._take_events()
-        except Exception as error:  # a policy changed what it was shown, or a mistake of ours
-            failed = PolicyError(
-                f"scheduling by policy {name_of(self._policy)} broke: {type(error).__name__}: "
-                f"{shown(error, str)}"
-            )
-            failed.__cause__ = error
-            self._fail(failed)  # else all would wait for ever
+        except Exception as error:
+            self._broken(error).__cause__ = error
         self._woken = False
         if self._events and not self._woken:  # came after the last look
             self._woken = True
@@ -126,7 +125,20 @@ class Scheduler:
                 for event in events:
                     if isinstance(event, Finished):
                         self._trace.record(event)
-            self._carry_out(self._core.handle(events))
+            if self._error is None:  # else what it would start now rests on a broken state
+                self._carry_out(self._core.handle(events))
+
+    def _broken(self, error: Exception) -> SlideFormerError:
+        """Fail the run, which would wait for ever, after a change to what a policy was shown.
+
+        Or after a mistake of ours; returns what failed it.
+        """
+        failed = PolicyError(
+            f"scheduling by policy {name_of(self._policy)} broke: {type(error).__name__}: "
+            f"{shown(error, str)}"
+        )
+        self._fail(failed)
+        return failed
 
     def _carry_out(self, instructions: Sequence[Instruction]) -> None:
         launches: list[tuple[Launch, Operation, Any]] = []

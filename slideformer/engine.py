@@ -35,14 +35,12 @@ from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerEr
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.plan import Budgets, Compute, MemoryPlan, Optimizer
 from slideformer.handles import StepHandle
-from slideformer.kernels.adamw import AdamW
 from slideformer.memory.planner import plan_graphs
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.bindings import model_bindings
 from slideformer.models.clip_ops import ClipOps
 from slideformer.models.context import SaveContext, StepContext, StepResults, UsedRows
 from slideformer.models.data.batches import Batch
-from slideformer.models.documents import StepDocuments
 from slideformer.models.export import Records, small_files
 from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
@@ -191,7 +189,8 @@ class Engine:
         optimizer = optimizer_step(config, lr, self._steps + 1)
         ids = batch.input_ids.reshape(-1)
         used = UsedRows.of(ids, self.spec.vocab, self._decoder.padding_idx)
-        handle = self._run(_TRAIN, self._steps + 1, batch, StepResults(), used, optimizer)
+        context = StepContext.of(batch, self.plan, StepResults(), used, optimizer)
+        handle = self._run(_TRAIN, self._steps + 1, batch, context)
         self._steps += 1
         return handle
 
@@ -206,28 +205,11 @@ class Engine:
         results.gradient_norm.set_exception(
             SlideFormerError("an evaluation has no gradients and so no norm; read its loss")
         )
-        return self._run(_EVALUATE, self._steps, batch, results, None, None)
+        context = StepContext.of(batch, self.plan, results)
+        return self._run(_EVALUATE, self._steps, batch, context)
 
-    def _run(
-        self,
-        graph: int,
-        number: int,
-        batch: Batch,
-        results: StepResults,
-        used: UsedRows | None,
-        optimizer: AdamW | None,
-    ) -> StepHandle:
-        plan = self.plan
-        documents = StepDocuments.of(batch.documents(), plan.micro_batches) if plan.packed else None
-        context = StepContext(
-            batch.input_ids.reshape(-1),
-            batch.targets.reshape(-1),
-            1.0 / batch.target_tokens,
-            results,
-            used,
-            optimizer,
-            documents,
-        )
+    def _run(self, graph: int, number: int, batch: Batch, context: StepContext) -> StepHandle:
+        results = context.results
         done = self._submit(graph, context)
 
         def pass_on(ended: Future[None]) -> None:

@@ -385,3 +385,33 @@ def test_an_op_without_binding_is_named(bound: dict[str, Any], told: str) -> Non
 def test_errors_are_for_the_user() -> None:
     assert issubclass(TaskError, SlideFormerError)
     assert issubclass(PolicyError, SlideFormerError)
+
+
+@pytest.mark.parametrize("spoilt", [2, 4])
+def test_nothing_more_starts_once_scheduling_broke(spoilt: int) -> None:
+    class Saboteur(Fifo):
+        """Spoils a task: one that starts with the instance, or one that starts later."""
+
+        chosen = 0
+
+        def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
+            """The first, changed."""
+            self.chosen += 1
+            if self.chosen == spoilt:
+                ready[0].position = 99
+            return ready[0]
+
+    graph, ran = free(*[TaskKind.CPU, TaskKind.COMPUTE] * 4), []
+    operations: list[Operation] = [lambda _, n=n: ran.append(n) for n in range(8)]
+
+    async def go() -> None:
+        scheduler = Scheduler(CpuDevice(), Saboteur())
+        try:
+            for _ in range(2):
+                with pytest.raises(PolicyError, match="broke: IndexError"):
+                    await scheduler.submit(graph, operations)
+        finally:
+            await scheduler.close()
+
+    asyncio.run(go())
+    assert len(ran) < 8
