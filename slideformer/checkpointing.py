@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
+from dataclasses import fields
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
@@ -36,9 +37,12 @@ from slideformer.graph.plan import Optimizer
 from slideformer.models.adapter_files import weights_writer
 from slideformer.models.aside import AsideFolder, check_room, write_error
 from slideformer.models.context import CheckpointContext
-from slideformer.models.families import read_model_config
+from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.units import model_spec
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 MODEL_FOLDER = "model"
 """Within a checkpoint: configuration and tokenizer of the model."""
@@ -192,6 +196,19 @@ class Checkpoint:
                 f"the settings are {wanted}; resume with its parameter_groups"
             )
 
+    def check_config(self, config: PretrainedConfig) -> None:
+        """Raise `CheckpointError` if the model's layers compute otherwise than those of the run."""
+        path = self.folder / MODEL_FOLDER / "config.json"
+        if not path.exists():  # random weights were trained, of no model folder
+            return
+        found, wanted = (_arithmetic(each) for each in (read_model_config(path.parent), config))
+        for name in wanted:
+            if found.get(name) != wanted[name]:
+                raise CheckpointError(
+                    f"{path}: the checkpoint is of another model: its {name} is {found.get(name)}, "
+                    f"that of the model is {wanted[name]}"
+                )
+
     def _check_identity(self, spec: ModelSpec) -> None:
         found, wanted = self.info.model, model_identity(spec)
         for name in wanted:
@@ -238,6 +255,13 @@ class Checkpoint:
             for unit in spec.saved_units:
                 writer.write_unit(unit.name)
             return writer.finish()
+
+
+def _arithmetic(config: PretrainedConfig) -> dict[str, Any]:
+    """All of a model's configuration that decides what its layers compute."""
+    decoder = decoder_config(config)
+    rope = {"rope_parameters": config.rope_parameters}
+    return rope | {each.name: getattr(decoder, each.name) for each in fields(decoder)}
 
 
 class _Masters(Mapping[str, tuple[Tensor, Tensor]]):

@@ -96,6 +96,7 @@ class Engine:
         self.spec = spec_for(self._hf_config, config)
         if checkpoint is not None:
             checkpoint.check_model(self.spec, Optimizer(config.optimizer))
+            checkpoint.check_config(self._hf_config)
         if initial is None and (checkpoint is None or self.spec.lora is not None):
             check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)

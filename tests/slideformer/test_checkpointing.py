@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -273,6 +275,25 @@ def test_another_model_is_refused_by_name(
     deeper = write_model(tmp_path / "deeper", num_hidden_layers=4)
     with pytest.raises(CheckpointError, match="its layers is 3, that of the model is 4"):
         Engine(config_for(deeper), checkpoint=Checkpoint(saved))
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({"rms_norm_eps": 1e-3}, "norm_eps"),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope_parameters"),
+    ],
+)
+def test_a_model_that_computes_otherwise_is_refused(
+    saved: Path, folder: Path, tmp_path: Path, settings: dict[str, Any], name: str
+) -> None:
+    shutil.copytree(folder, tmp_path / "other")
+    path = tmp_path / "other" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(
+        CheckpointError, match=rf"model/config.json: .* another model: its {name} is"
+    ):
+        Engine(config_for(tmp_path / "other"), checkpoint=Checkpoint(saved))
 
 
 def test_a_checkpoint_replaces_the_one_of_that_name(saved: Path, folder: Path) -> None:
