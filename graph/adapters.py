@@ -91,12 +91,13 @@ def module_of(param: ParamSpec) -> str:
 def _matrices(unit: UnitSpec) -> Iterator[tuple[str, ParamSpec]]:
     """The parameters of a layer's projections, each with the name of the projection.
 
-    Matrices of experts are none: a token passes through some of them alone.
+    Matrices of experts are none: a token passes only through those that the router chooses.
     """
+    experts = any(operand.name == "router.weight" for operand in unit.operands)
     for operand in unit.operands:
-        if operand.share != 1:
-            continue
         projection = operand.name.removesuffix(".weight")
+        if experts and projection in ("gate_up", "down"):
+            continue
         for param in unit.params:
             inside = operand.offset <= param.offset < operand.offset + operand.numel
             if inside and projection in PROJECTIONS:

@@ -129,6 +129,7 @@ def drawn_b(monkeypatch: pytest.MonkeyPatch) -> None:
         ("phi3", ALL, {}, {"kept": 2, "offloaded": 1}),
         ("gemma2", ALL, {"tied": True}, {"chunk_numel": 300}),
         ("mixtral", ALL, {}, {"kept": 1, "offloaded": 2}),  # of whose experts there are none
+        ("mixtral", ALL, {"num_local_experts": 2}, {}),  # a token passes through both
     ],
 )
 def test_adapters_train_as_in_plain_pytorch(
