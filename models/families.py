@@ -220,6 +220,8 @@ def decoder_config(config: ModelSettings) -> DecoderConfig:
         raise unsupported(
             config, "num_key_value_heads", kv_heads, f"divisors of num_attention_heads ({heads})"
         )
+    if head_dim % 2:  # rotary embeddings turn pairs
+        raise unsupported(config, "head_dim", head_dim, "even numbers")
     windows = family.windows(config)
     if any(window is not None and window < 1 for window in windows):
         raise unsupported(config, "sliding_window", config.sliding_window, "1 and more, or null")

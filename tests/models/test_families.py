@@ -172,6 +172,7 @@ def test_arithmetic_settings_are_those_of_the_modules(variant: str, pad: int | N
         ("llama", {"is_causal": False}, "is_causal False"),
         ("llama", {"pad_token_id": 301}, "pad_token_id 301"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3"),
+        ("mixtral", {"hidden_size": 36}, "head_dim 9"),
         ("llama", {"rope_parameters": {"rope_type": "proportional"}}, "rope_type 'proportional'"),
         ("gemma2", {"use_bidirectional_attention": True}, "use_bidirectional_attention True"),
         ("gemma3_text", {"hidden_activation": "relu"}, "hidden_activation 'relu'"),
