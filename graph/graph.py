@@ -50,6 +50,13 @@ class Edges(NamedTuple):
     exits: tuple[Exit, ...]
 
 
+class Direct(NamedTuple):
+    """What `TaskGraph.direct` derives: how many predecessors each task has, and its successors."""
+
+    predecessors: tuple[int, ...]
+    successors: tuple[tuple[int, ...], ...]
+
+
 @dataclass(frozen=True)
 class TaskGraph:
     """Tasks in program order with the buffers and slots they use."""
@@ -110,6 +117,24 @@ class TaskGraph:
             tuple(entries),
             exits,
         )
+
+    @cached_property
+    def direct(self) -> Direct:
+        """The edges without those that two others imply, of which most graphs have more.
+
+        Whoever has waited for ``b`` in ``a → b → c`` has waited for ``a``.
+        """
+        predecessors = self.edges.predecessors
+        before = [frozenset(preds) for preds in predecessors]
+        counts: list[int] = []
+        successors: list[list[int]] = [[] for _ in self.tasks]
+        for position, preds in enumerate(predecessors):
+            implied = frozenset[int]().union(*(before[pred] for pred in preds))
+            left = [pred for pred in preds if pred not in implied]
+            counts.append(len(left))
+            for pred in left:
+                successors[pred].append(position)
+        return Direct(tuple(counts), tuple(tuple(s) for s in successors))
 
     @cached_property
     def in_order(self) -> bool:

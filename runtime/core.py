@@ -76,9 +76,9 @@ class Core:
         instance = Instance(self._instances, graph, unfinished=len(graph.tasks))
         self._instances += 1
         instance.runs = [
-            TaskRun(instance, position, task, len(preds), task.lane in self._streams)
-            for position, (task, preds) in enumerate(
-                zip(graph.tasks, graph.edges.predecessors, strict=True)
+            TaskRun(instance, position, task, missing, task.lane in self._streams)
+            for position, (task, missing) in enumerate(
+                zip(graph.tasks, graph.direct.predecessors, strict=True)
             )
         ]
         self._open.append(instance)
@@ -151,7 +151,7 @@ class Core:
     def _release(self, run: TaskRun, *, issued: bool) -> None:
         """Tell the tasks that wait for ``run`` that it is issued, or done."""
         runs, streamed = run.instance.runs, run.streamed
-        own = [runs[position] for position in run.instance.graph.edges.successors[run.position]]
+        own = [runs[position] for position in run.instance.graph.direct.successors[run.position]]
         for successor in own + run.later:
             # Between streams the issue counts, for all others the end.
             if (streamed and successor.streamed) is not issued:

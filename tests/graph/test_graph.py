@@ -44,6 +44,19 @@ def test_successors_mirror_predecessors(graph: TaskGraph) -> None:
 
 
 @given(task_graphs())
+def test_direct_edges_order_the_same_tasks_and_none_is_implied_by_two_others(
+    graph: TaskGraph,
+) -> None:
+    direct, size = graph.direct, len(graph.tasks)
+    pairs = {(pred, task) for pred, each in enumerate(direct.successors) for task in each}
+    assert direct.predecessors == tuple(sum(after == t for _, after in pairs) for t in range(size))
+    assert pairs <= own_edges(graph)
+    assert closure(pairs, size) == closure(own_edges(graph), size)
+    implied = {(a, c) for a, b in pairs for other, c in pairs if other == b}
+    assert not pairs & implied
+
+
+@given(task_graphs())
 def test_entries_and_exits_byte_by_byte(graph: TaskGraph) -> None:
     entries: set[tuple[int, str, int, bool]] = set()
     writer: dict[tuple[str, int], int] = {}
