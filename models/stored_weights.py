@@ -5,6 +5,7 @@ Names, shapes and dtypes are checked against the spec; no value is read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from slideformer.models.units import EMBED_KEY, HEAD_KEY
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_SAMPLE = 4096
 
 
 def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
@@ -32,6 +34,21 @@ def check_weights(folder: Path, spec: ModelSpec) -> torch.dtype:
     """
     sources, _ = locate(folder, spec)
     return stored_dtypes(sources, spec)[0]
+
+
+def weights_digest(folder: Path, spec: ModelSpec) -> str:
+    """SHA-256, in hexadecimal, by which the weights of a model folder are known again.
+
+    Of each tensor's name, dtype and shape, and of `_SAMPLE` bytes in its midst. Raises
+    `CheckpointError` as `check_weights` does.
+    """
+    found = hashlib.sha256()
+    for key, stored in sorted(locate(folder, spec)[0].items()):
+        found.update(repr((key, stored.dtype, stored.shape)).encode())
+        with stored.path.open("rb") as file:
+            file.seek(stored.offset + max(0, stored.nbytes - _SAMPLE) // 2)
+            found.update(file.read(min(_SAMPLE, stored.nbytes)))
+    return found.hexdigest()
 
 
 def locate(folder: Path, spec: ModelSpec) -> tuple[dict[str, StoredTensor], StoredTensor | None]:

@@ -26,8 +26,8 @@ class CheckpointInfo(BaseModel):
     ``skipped`` of the steps changed nothing, as their gradients were not finite. ``stored`` is the
     dtype of the model folder that training began from, ``plan`` the digest of the memory plan,
     ``model`` what must be the same of a model to go on with, ``frozen`` the units that have weights
-    alone. Of a run that trains adapters it holds them alone; ``lora`` describes them and ``base``
-    is the model folder that they belong to.
+    alone. Of a run that trains adapters it holds them alone; ``lora`` describes them, ``base`` is
+    the model folder that they belong to and ``base_weights`` the digest of its weights.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -42,6 +42,7 @@ class CheckpointInfo(BaseModel):
     optimizer: Optimizer = Optimizer.ADAMW
     lora: dict[str, Any] | None = None
     base: str = ""
+    base_weights: str = ""
     training: dict[str, Any] = {}
 
     @classmethod
@@ -53,6 +54,7 @@ class CheckpointInfo(BaseModel):
         numerics: Mapping[str, str | int],
         stored: torch.dtype,
         base: Path,
+        base_weights: str,
     ) -> Self:
         """That of a run after ``step`` steps from the model folder ``base``."""
         return cls(
@@ -65,6 +67,7 @@ class CheckpointInfo(BaseModel):
             optimizer=plan.optimizer,
             lora=None if spec.lora is None else asdict(spec.lora),
             base=str(base.absolute()),
+            base_weights=base_weights,
         )
 
     @property

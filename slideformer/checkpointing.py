@@ -209,6 +209,14 @@ class Checkpoint:
                     f"that of the model is {wanted[name]}"
                 )
 
+    def check_base(self, weights: str, model: Path) -> None:
+        """Raise `CheckpointError` unless ``weights``, of ``model``, are those of its adapters."""
+        if weights != self.info.base_weights:
+            raise CheckpointError(
+                f"{self.folder}: its adapters belong to other weights than {model} holds now; put "
+                f"back those that were in {self.info.base} when training began"
+            )
+
     def _check_identity(self, spec: ModelSpec) -> None:
         found, wanted = self.info.model, model_identity(spec)
         for name in wanted:

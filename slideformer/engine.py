@@ -46,7 +46,7 @@ from slideformer.models.families import decoder_config, read_model_config
 from slideformer.models.layouts import fill_constants
 from slideformer.models.model_memory import ModelMemory
 from slideformer.models.rotary import rope_tables
-from slideformer.models.stored_weights import check_weights
+from slideformer.models.stored_weights import check_weights, weights_digest
 from slideformer.numerics import numerics_of
 from slideformer.optimizers import optimizer_step
 from slideformer.phantom import phantom_budgets, phantom_layers, real_part, shared_places
@@ -99,6 +99,11 @@ class Engine:
             checkpoint.check_config(self._hf_config)
         if initial is None and (checkpoint is None or self.spec.lora is not None):
             check_weights(config.model, self.spec)
+        self._base_weights = ""
+        if initial is None and self.spec.lora is not None:
+            self._base_weights = weights_digest(config.model, self.spec)
+            if checkpoint is not None:
+                checkpoint.check_base(self._base_weights, config.model)
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
@@ -278,8 +283,9 @@ class Engine:
         it cannot be written the run can go on. Raises `CheckpointError` if there is no room, and
         what failed an earlier step.
         """
+        base = self.config.model, self._base_weights
         info = CheckpointInfo.of(
-            self._steps, self.spec, self.plan, self.numerics, self._stored, self.config.model
+            self._steps, self.spec, self.plan, self.numerics, self._stored, *base
         )
         skipped = partial(self._clip.skipped, info.step)
         pending = PendingCheckpoint(Path(output), self.spec, info, self._files, skipped)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from slideformer.checkpointing import Checkpoint
@@ -233,6 +233,14 @@ def test_a_resumed_run_has_the_same_bits_and_exports_its_adapters(tmp_path: Path
     with (
         pytest.raises(CheckpointError, match=r"its adapters is rank 4, alpha 12, .* is none"),
         engine_with(other, checkpoint=checkpoint),
+    ):
+        pass
+    weights = load_file(folder / "model.safetensors")
+    key = "model.layers.1.mlp.up_proj.weight"
+    save_file({**weights, key: weights[key] + 1}, folder / "model.safetensors", {"format": "pt"})
+    with (
+        pytest.raises(CheckpointError, match=rf"step-1: .* other weights than {folder} holds now"),
+        engine_with(config, checkpoint=checkpoint),
     ):
         pass
 
