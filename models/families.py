@@ -184,8 +184,7 @@ def read_model_config(folder: Path) -> PretrainedConfig:
 
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    # The classes of transformers check fields with errors of many types, some of their own.
-    except Exception as error:
+    except Exception as error:  # transformers checks fields with errors of many types of its own
         raise CheckpointError(f"{path} is not a valid model config: {_one_line(error)}") from error
     assert isinstance(config, PretrainedConfig)
     return config

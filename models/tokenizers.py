@@ -31,8 +31,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False
         )
-    # The tokenizer classes raise errors of many types, for a damaged file plain `Exception`.
-    except Exception as error:
+    except Exception as error:  # of many types, for a damaged file that one itself
         reason = " ".join(str(error).split()) or type(error).__name__
         raise CheckpointError(
             f"the tokenizer in {folder} cannot be read ({reason}): download it again"

@@ -5,12 +5,13 @@ Where a plan has given buffers their slots, the peak is fixed and this policy sa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
+from slideformer.runtime.ranks import Ranks
 from slideformer.runtime.runs import TaskRun
 
 
@@ -43,7 +44,7 @@ class MemoryAware:
 
     def __init__(self) -> None:
         self._graphs: dict[int, _Graph] = {}
-        self._ranks = _Ranks(self._rank)
+        self._ranks = Ranks(self._rank)
 
     def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
         """Note which buffers each task uses, and which tasks use each."""
@@ -59,8 +60,7 @@ class MemoryAware:
 
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task after which fewest bytes are in use."""
-        run = min(ready, key=self._ranks.__getitem__)
-        del self._ranks[run]
+        run = self._ranks.take(ready)
         known, instance = self._known(run)
         for name in known.buffers[run.position]:
             left, users = instance.accesses[name], known.users[name]
@@ -91,14 +91,3 @@ class MemoryAware:
             if left == 1:
                 growth -= nbytes
         return growth, run.instance.number, run.position
-
-
-class _Ranks(dict[TaskRun, tuple[int, int, int]]):
-    """Ranks of ready tasks, computed when first asked for: a lane may have hundreds."""
-
-    def __init__(self, rank: Callable[[TaskRun], tuple[int, int, int]]) -> None:
-        self._rank = rank
-
-    def __missing__(self, run: TaskRun) -> tuple[int, int, int]:
-        rank = self[run] = self._rank(run)
-        return rank

@@ -19,6 +19,7 @@ from slideformer.graph.graph import TaskGraph
 from slideformer.graph.profile import MachineProfile
 from slideformer.graph.tasks import Lane
 from slideformer.runtime.memory_aware import MemoryAware
+from slideformer.runtime.ranks import Ranks
 from slideformer.runtime.runs import TaskRun
 
 
@@ -50,35 +51,18 @@ class Fifo:
         return ready[0]
 
 
-class _Ranks(dict[TaskRun, float]):
-    """Ranks of ready tasks, each computed once: a lane may have hundreds to choose from."""
-
-    def __init__(self) -> None:
-        self._of_graph: dict[int, list[float]] = {}
-        self._graphs: list[TaskGraph] = []  # keeps the ids in `_of_graph` valid
-
-    def add(self, graph: TaskGraph, ranks: list[float]) -> None:
-        """Take the ranks of a graph's tasks."""
-        self._graphs.append(graph)
-        self._of_graph[id(graph)] = ranks
-
-    def __missing__(self, run: TaskRun) -> float:
-        instance = run.instance
-        rank = self[run] = instance.number + self._of_graph[id(instance.graph)][run.position]
-        return rank
-
-
 class _Ranked(ABC):
     """Takes the task of lowest rank; ranks are computed once per graph."""
 
     name = ""
 
     def __init__(self) -> None:
-        self._ranks = _Ranks()
+        self._of_graph: dict[int, tuple[TaskGraph, list[float]]] = {}  # by id of the graph
+        self._ranks = Ranks(self._rank)
 
     def prepare(self, graph: TaskGraph, profile: MachineProfile) -> None:
         """Rank every task of ``graph``."""
-        self._ranks.add(graph, self.rank(graph, profile))
+        self._of_graph[id(graph)] = graph, self.rank(graph, profile)
 
     @abstractmethod
     def rank(self, graph: TaskGraph, profile: MachineProfile) -> list[float]:
@@ -86,9 +70,11 @@ class _Ranked(ABC):
 
     def choose(self, lane: Lane, ready: Sequence[TaskRun]) -> TaskRun | None:
         """The task of lowest rank; of several, the one ready first."""
-        run = min(ready, key=self._ranks.__getitem__)
-        del self._ranks[run]
-        return run
+        return self._ranks.take(ready)
+
+    def _rank(self, run: TaskRun) -> float:
+        _, ranks = self._of_graph[id(run.instance.graph)]
+        return run.instance.number + ranks[run.position]
 
 
 class CriticalPath(_Ranked):

@@ -80,7 +80,7 @@ class Scheduler:
             self._done[instance.number] = future
             self._work[instance.number] = (operations, context)
             self._carry_out(instructions)
-        except Exception as error:
+        except Exception as error:  # of any type: a policy may have changed what it was shown
             raise self._broken(error) from error
         done = asyncio.shield(future)  # who gives up waiting does not end the instance
         done.add_done_callback(_told)
@@ -109,7 +109,7 @@ class Scheduler:
     def _wake(self) -> None:
         try:
             self._take_events()
-        except Exception as error:
+        except Exception as error:  # of any type: a policy may have changed what it was shown
             self._broken(error).__cause__ = error
         self._woken = False
         if self._events and not self._woken:  # came after the last look

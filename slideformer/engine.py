@@ -97,13 +97,13 @@ class Engine:
         if checkpoint is not None:
             checkpoint.check_model(self.spec, Optimizer(config.optimizer))
             checkpoint.check_config(self._hf_config)
-        if initial is None and (checkpoint is None or self.spec.lora is not None):
-            check_weights(config.model, self.spec)
         self._base_weights = ""
         if initial is None and self.spec.lora is not None:
             self._base_weights = weights_digest(config.model, self.spec)
             if checkpoint is not None:
                 checkpoint.check_base(self._base_weights, config.model)
+        elif initial is None and checkpoint is None:
+            check_weights(config.model, self.spec)
         self._decoder = decoder_config(self._hf_config)
         self._device = device_for(config)
         self._policy = policy or make_policy(config.policy)
