@@ -11,12 +11,14 @@ import torch
 from slideformer.graph.plan import MemoryPlan
 from slideformer.kernels.adamw_library import kernel_build
 
+PLACEMENT = ("kept", "spilled")
+"""Of the numerics what should not matter, as it spares a recomputation by the same kernels."""
+
 
 def numerics_of(plan: MemoryPlan, device: torch.device) -> dict[str, str | int]:
     """What decides the rounding of a run by ``plan`` on ``device``, in this process.
 
-    Of these, ``kept`` and ``spilled`` should not matter, as they spare a recomputation by the same
-    kernels. The CPU stands for itself by the instructions and the threads that PyTorch uses.
+    The CPU stands for itself by the instructions and the threads that PyTorch uses.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)

@@ -13,12 +13,10 @@ from slideformer.config import CHANGEABLE, Config, config_text, given_flags, par
 from slideformer.graph.errors import CheckpointError, ConfigError
 from slideformer.models.aside import check_output, free_name
 from slideformer.models.data.sources import Source
+from slideformer.numerics import PLACEMENT
 from slideformer.training.reports import CONFIG_FILE, METRICS_FILE, StepMetrics, metrics_lines
 
 logger = logging.getLogger(__name__)
-
-_NO_NUMERICS = ("kept", "spilled")
-"""Of `Engine.numerics` what places things only."""
 
 
 def checkpoint_files(config: Config, metrics: Iterable[StepMetrics]) -> dict[str, str]:
@@ -106,7 +104,7 @@ def warn_of_numerics(checkpoint: Checkpoint, numerics: Mapping[str, str | int]) 
     """Say so if the rest of the run will be rounded otherwise than before."""
     before = checkpoint.info.numerics
     for name, value in numerics.items():
-        if name not in _NO_NUMERICS and before.get(name) != value:
+        if name not in PLACEMENT and before.get(name) != value:
             logger.warning(
                 "%s was %s and is %s now: the result will differ in the last bits from that of a "
                 "run without interruption", name, before.get(name), value,
