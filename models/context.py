@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
@@ -166,10 +167,10 @@ class SaveContext:
 class StateSink(Protocol):
     """Where a checkpoint's state goes."""
 
-    def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
-        """Write elements of a part of `UnitState` from ``begin`` on; returns when it has them.
+    def write(self, unit: str, begin: int, parts: Mapping[str, Tensor]) -> None:
+        """Write elements of parts of `UnitState` from ``begin`` on; returns when it has them.
 
-        ``values`` is one-dimensional and in host memory. Raises `CheckpointError`.
+        The tensors are one-dimensional and in host memory. Raises `CheckpointError`.
         """
 
 

@@ -90,8 +90,7 @@ def _write(task: Task, parts: dict[str, Tensor]) -> Operation:
         if context.errors:
             return
         try:
-            for part, values in parts.items():
-                context.sink.write(unit, part, begin, values)
+            context.sink.write(unit, begin, parts)
         except CheckpointError as error:
             context.errors.append(error)
 

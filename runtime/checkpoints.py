@@ -1,12 +1,13 @@
 """Checkpoints of named byte ranges: a folder of files, and a manifest of what is in each.
 
 Files are filled by positioned writes, in any order and from any thread, in pieces that several I/O
-threads move at once. Each piece has a CRC-32, and the manifest, which is written last, has the
-digest of itself: a folder with a manifest is complete, and what is read from it is what was
-written. What the ranges mean is the caller's matter, and so is where the folder lies.
+threads move at once, past the page cache where the file system can do that. Each piece has a
+CRC-32, and the manifest, which is written last, has the digest of itself: a folder with a manifest
+is complete, and what is read from it is what was written. What the ranges mean is the caller's
+matter, and so is where the folder lies.
 
     with RangeWriter(folder, {"units/L00": 1200}) as writer:
-        writer.write("units/L00", 0, memory)
+        writer.write("units/L00", {0: memory})
         writer.finish({"step": 10})
 
     reader = RangeReader(folder)
@@ -18,17 +19,21 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import mmap
 import os
 import threading
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import CheckpointError
+from slideformer.runtime.direct_io import bypass_cache
 
 MANIFEST = "manifest.json"
 """Name of the manifest in the folder of a checkpoint."""
@@ -38,8 +43,8 @@ VERSION = 1
 PIECE = 4 << 20
 """Most bytes that are moved, and have a checksum, together."""
 
-THREADS = 4
-"""I/O threads of a checkpoint that is written or read."""
+THREADS = 8
+"""I/O threads of a checkpoint that is written or read: some move bytes while others sum them up."""
 
 _Count = Annotated[int, Field(ge=0)]
 _Piece = tuple[_Count, _Count, _Count]
@@ -66,14 +71,13 @@ class _Manifest(_Strict):
 class RangeWriter:
     """Writes files of known sizes into ``folder``, which exists; a context manager.
 
-    Raises `OSError`, as all its methods do, for whatever the file system refuses.
+    Their room on the disk is taken at once. Raises `OSError`, as all its methods do, for whatever
+    the file system refuses.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
         self._folder = folder
-        self._left: dict[str, int] = {}
-        self._pieces: dict[str, list[_Piece]] = {}
-        self._descriptors: dict[str, int] = {}
+        self._files: dict[str, _OpenFile] = {}
         self._flushes: list[Future[None]] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint")
@@ -84,70 +88,57 @@ class RangeWriter:
             self.close()
             raise
 
-    def write(self, name: str, offset: int, memory: Any) -> None:
-        """Write the bytes of ``memory`` at ``offset``; each byte of a file once.
+    def write(self, name: str, ranges: Mapping[int, Any]) -> None:
+        """Write memory at the offsets in a file that it is keyed by; each byte of a file once.
 
-        Returns when the system has them; to the disk they go while others are written.
+        Returns when the system has all of it.
         """
-        view = memoryview(memory).cast("B")
-        if not view.nbytes:
-            return
-        descriptor = self._descriptors[name]
-
-        def move(start: int) -> _Piece:
-            part = view[start : start + PIECE]
-            done = 0
-            while done < len(part):
-                count = os.pwrite(descriptor, part[done:], offset + start + done)
-                if count == 0:
-                    raise OSError(errno.EIO, "nothing more could be written")
-                done += count
-            return offset + start, len(part), zlib.crc32(part)
-
-        parts = [self._pool.submit(move, start) for start in range(0, len(view), PIECE)]
+        file = self._files[name]
+        parts = [
+            self._pool.submit(file.put, start, part)
+            for offset, memory in ranges.items()
+            for start, part in _pieces(offset, memoryview(memory).cast("B"))
+        ]
         errors = [error for part in parts if (error := part.exception()) is not None]
         if errors:
             raise errors[0]
         with self._lock:
-            self._pieces[name] += [part.result() for part in parts]
-            self._left[name] -= len(view)
-            assert self._left[name] >= 0, f"{name} has no room for {len(view)} bytes more"
-            if not self._left[name]:
-                self._flushes.append(self._pool.submit(self._flush, name))
+            file.pieces += [part.result() for part in parts]
+            if parts and not file.left:
+                self._flushes.append(self._pool.submit(file.flush))
 
     def add(self, name: str, content: bytes) -> None:
         """Add a whole file."""
         self._open(name, len(content))
-        self.write(name, 0, content)
+        self.write(name, {0: content})
 
     def finish(self, info: Mapping[str, Any]) -> None:
         """Wait until all is on the disk, and write the manifest with ``info``, values of JSON."""
-        assert not any(self._left.values()), f"not written: {self._left}"
+        left = {name: file.left for name, file in self._files.items() if file.left}
+        assert not left, f"not written: {left}"
         for flush in self._flushes:
             flush.result()
-        for name in list(self._descriptors):  # empty files
-            self._flush(name)
+        for file in self._files.values():  # empty ones
+            file.flush()
         content: dict[str, Any] = {
             "format": "slideformer-checkpoint",
             "version": VERSION,
             "files": {
-                name: {"nbytes": sum(n for _, n, _ in pieces), "pieces": sorted(pieces)}
-                for name, pieces in self._pieces.items()
+                name: {"nbytes": file.nbytes, "pieces": sorted(file.pieces)}
+                for name, file in self._files.items()
             },
             "info": dict(info),
         }
-        with (self._folder / MANIFEST).open("x", encoding="utf-8") as file:
-            file.write(json.dumps({**content, "digest": _digest(content)}) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with (self._folder / MANIFEST).open("x", encoding="utf-8") as manifest:
+            manifest.write(json.dumps({**content, "digest": _digest(content)}) + "\n")
+            manifest.flush()
+            os.fsync(manifest.fileno())
 
     def close(self) -> None:
         """End the threads and close the files; a second time does nothing."""
         self._pool.shutdown()
-        with self._lock:
-            for descriptor in self._descriptors.values():
-                os.close(descriptor)
-            self._descriptors.clear()
+        for file in self._files.values():
+            file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -158,17 +149,100 @@ class RangeWriter:
     def _open(self, name: str, nbytes: int) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        self._descriptors[name] = os.open(path, flags, 0o666)
-        self._left[name], self._pieces[name] = nbytes, []
+        self._files[name] = _OpenFile(path, nbytes)
 
-    def _flush(self, name: str) -> None:
-        descriptor = self._descriptors[name]
-        os.fsync(descriptor)
-        # What is on the disk need not stay in memory, where it would count as the system's.
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        with self._lock:
-            os.close(self._descriptors.pop(name))
+
+class _OpenFile:
+    """A new file of ``nbytes``, and the pieces that it has."""
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self.pieces: list[_Piece] = []
+        flags = os.O_RDWR | os.O_CLOEXEC
+        self._cached = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct = -1
+        try:
+            if nbytes:
+                os.posix_fallocate(self._cached, 0, nbytes)
+            if nbytes >= PAGE:
+                self._direct = os.open(path, flags)
+                if not bypass_cache(self._direct):
+                    os.close(self._direct)
+                    self._direct = -1
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def left(self) -> int:
+        """Bytes that are not written yet."""
+        return self.nbytes - sum(nbytes for _, nbytes, _ in self.pieces)
+
+    def put(self, start: int, part: memoryview) -> _Piece:
+        """Write a piece; all but what shares a page of the file with others bypasses the cache."""
+        first = min(-start % PAGE, len(part))
+        last = len(part) - (len(part) - first) % PAGE
+        _write(self._cached, part[:first], start)
+        if self._direct < 0:
+            _write(self._cached, part[first:last], start + first)
+        elif first < last:
+            _write(self._direct, _on_pages(part[first:last]), start + first)
+        _write(self._cached, part[last:], start + last)
+        return start, len(part), zlib.crc32(part)
+
+    def flush(self) -> None:
+        """Bring it to the disk and close it; a second time does nothing."""
+        if self._cached >= 0:
+            os.fsync(self._cached)
+            # What is on the disk need not stay in memory, where it would count as the system's.
+            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.close()
+
+    def close(self) -> None:
+        """Close it; a second time does nothing."""
+        for descriptor in (self._cached, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._cached = self._direct = -1
+
+
+class _Bounce(threading.local):
+    """Memory on pages, of each thread its own."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, PIECE)
+
+
+_bounce = _Bounce()
+
+
+def _on_pages(part: memoryview) -> memoryview:
+    """The same bytes where a page begins."""
+    source = np.frombuffer(part, np.uint8)
+    if source.ctypes.data % PAGE == 0:
+        return part
+    target = memoryview(_bounce.memory)[: len(part)]
+    np.copyto(np.frombuffer(target, np.uint8), source)
+    return target
+
+
+def _pieces(offset: int, memory: memoryview) -> Iterator[tuple[int, memoryview]]:
+    """Cut memory that goes to ``offset`` of a file where multiples of `PIECE` are in the file."""
+    begin = 0
+    while begin < len(memory):
+        end = min(begin + PIECE - (offset + begin) % PIECE, len(memory))
+        yield offset + begin, memory[begin:end]
+        begin = end
+
+
+def _write(descriptor: int, part: memoryview, offset: int) -> None:
+    """Repeat a system call, which may move less than it is asked for, until all is moved."""
+    done = 0
+    while done < len(part):
+        count = os.pwrite(descriptor, part[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "nothing more could be written")
+        done += count
 
 
 class RangeReader:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
-import mmap
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import StoreError
+from slideformer.runtime.direct_io import bypass_cache
 
 logger = logging.getLogger(__name__)
 
@@ -48,10 +48,15 @@ class RunFile:
         try:
             with _usable(folder, nbytes):
                 os.posix_fallocate(self.descriptor, 0, max(nbytes, PAGE))
-                self.direct = self._bypass_cache()
+                self.direct = bypass_cache(self.descriptor)
         except BaseException:
             self.close()
             raise
+        if not self.direct:
+            logger.warning(
+                "%s: the file system has no direct I/O; transfers go through the page cache, "
+                "slower and with memory beside the budget", folder,
+            )  # fmt: skip
 
     def check(self) -> None:
         """Raise `FileNotFoundError` if the file's name is gone: whoever took it wants the disk."""
@@ -96,25 +101,6 @@ class RunFile:
             if count == 0:
                 raise OSError(errno.EIO, f"only {done:,} of {len(part):,} bytes {what}")
             done += count
-
-    def _bypass_cache(self) -> bool:
-        """Turn direct I/O on and try it, since some file systems refuse it only when it is used."""
-        flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
-        try:
-            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
-            with mmap.mmap(-1, PAGE) as page:
-                os.preadv(self.descriptor, [page], 0)
-        except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags)
-            logger.warning(
-                "%s: the file system has no direct I/O; transfers go through the page cache, "
-                "slower and with memory beside the budget",
-                self.path.parent,
-            )
-            return False
-        return True
 
 
 def check_distinct(folders: Sequence[Path]) -> None:

@@ -96,13 +96,15 @@ class PendingCheckpoint:
         """Its graph is running and ends with ``done``."""
         self._done = done
 
-    def write(self, unit: str, part: str, begin: int, values: Tensor) -> None:
-        """Write elements of a part of a unit's state; raises `CheckpointError`."""
-        offset = self._info.offset(self._units[unit], part, begin)
+    def write(self, unit: str, begin: int, parts: Mapping[str, Tensor]) -> None:
+        """Write elements of parts of a unit's state; raises `CheckpointError`."""
+        of = self._units[unit]
+        ranges = {
+            self._info.offset(of, part, begin): values.view(torch.uint8).numpy()
+            for part, values in parts.items()
+        }
         try:
-            self._writer.write(
-                unit_file(self._units[unit]), offset, values.view(torch.uint8).numpy()
-            )
+            self._writer.write(unit_file(of), ranges)
         except OSError as error:
             raise write_error(self.output, self._nbytes, error) from error
 

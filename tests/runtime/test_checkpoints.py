@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from collections.abc import Callable
@@ -11,14 +12,17 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import CheckpointError
 from slideformer.runtime import checkpoints
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
+from slideformer.runtime.direct_io import bypass_cache
 
-PIECE = 100
+PIECE = 2 * PAGE
+SIZE = 5 * PAGE
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -33,25 +37,32 @@ def content(size: int, seed: int = 0) -> bytes:
 
 
 def write(folder: Path, files: dict[str, bytes], cuts: dict[str, list[int]] | None = None) -> None:
-    """Write files in the ranges between ``cuts``, the last range first."""
+    """Write files in the ranges between ``cuts``: first those behind the second, at once."""
     folder.mkdir()
     with RangeWriter(folder, {name: len(whole) for name, whole in files.items()}) as writer:
         for name, whole in files.items():
             ends = [0, *(cuts or {}).get(name, []), len(whole)]
-            for begin, end in reversed(list(pairwise(ends))):
-                writer.write(name, begin, whole[begin:end])
+            writer.write(name, {b: whole[b:e] for b, e in list(pairwise(ends))[2:]})
+            for begin, end in reversed(list(pairwise(ends))[:2]):
+                writer.write(name, {begin: whole[begin:end]})
         writer.add("added/note", b"a note")
         writer.add("added/empty", b"")
         writer.finish({"step": 3})
 
 
-@settings(max_examples=20)
-@given(st.data())
+@pytest.mark.parametrize("direct", [True, False])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
 def test_any_range_of_what_was_written_in_any_ranges_reads_back(
-    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+    data: st.DataObject,
+    direct: bool,
 ) -> None:
+    if not direct:
+        monkeypatch.setattr(checkpoints, "bypass_cache", lambda _: False)
     folder = tmp_path_factory.mktemp("ranges") / "checkpoint"
-    whole = content(data.draw(st.integers(1, 1000)))
+    whole = content(data.draw(st.integers(1, 8 * PAGE)))
     positions = st.integers(0, len(whole))
     cuts = sorted(data.draw(st.sets(positions, max_size=5)))
     write(folder, {"a/b": whole, "c": content(30)}, {"a/b": cuts})
@@ -70,7 +81,7 @@ def test_a_folder_without_a_manifest_is_no_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"is not a checkpoint .* no manifest\.json"):
         RangeReader(tmp_path)
     with RangeWriter(tmp_path, {"a": 4}) as writer:
-        writer.write("a", 0, b"1234")
+        writer.write("a", {0: b"1234"})
     with pytest.raises(CheckpointError, match="no manifest"):
         RangeReader(tmp_path)
 
@@ -90,19 +101,19 @@ def test_a_file_of_another_size_is_refused_at_once(
     tmp_path: Path, harm: Callable[[Path], None], words: str
 ) -> None:
     folder = tmp_path / "checkpoint"
-    write(folder, {"units/a": content(500), "units/b": content(300)})
+    write(folder, {"units/a": content(SIZE), "units/b": content(300)})
     harm(folder / "units/b")
     with pytest.raises(CheckpointError, match=f"units/b {words}"):
         RangeReader(folder)
 
 
 @settings(max_examples=20)
-@given(position=st.integers(0, 499), bit=st.integers(0, 7))
+@given(position=st.integers(0, SIZE - 1), bit=st.integers(0, 7))
 def test_any_bit_that_changed_is_seen_when_it_is_read(
     tmp_path_factory: pytest.TempPathFactory, position: int, bit: int
 ) -> None:
     folder = tmp_path_factory.mktemp("bits") / "checkpoint"
-    write(folder, {"units/a": content(500)}, {"units/a": [130]})
+    write(folder, {"units/a": content(SIZE)}, {"units/a": [PAGE + 130]})
     path = folder / "units/a"
     changed = bytearray(path.read_bytes())
     changed[position] ^= 1 << bit
@@ -139,10 +150,42 @@ def test_a_manifest_that_changed_is_refused(
     tmp_path: Path, harm: Callable[[Path], None], words: str
 ) -> None:
     folder = tmp_path / "checkpoint"
-    write(folder, {"a": content(500)})
+    write(folder, {"a": content(SIZE)})
     harm(folder / MANIFEST)
     with pytest.raises(CheckpointError, match=f"{MANIFEST}.*{words}"):
         RangeReader(folder)
+
+
+def test_whole_pages_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, moved = os.pwrite, {True: 0, False: 0}
+    with (tmp_path / "tried").open("wb+") as file:
+        direct = 7 * PAGE if bypass_cache(file.fileno()) else 0
+
+    def seen(descriptor: int, part: memoryview, offset: int) -> int:
+        moved[bool(fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)] += len(part)
+        return write(descriptor, part, offset)
+
+    monkeypatch.setattr(os, "pwrite", seen)
+    with RangeWriter(tmp_path, {"a": 9 * PAGE}) as writer:
+        writer.write("a", {10: content(8 * PAGE)})
+        writer.write("a", {0: content(10), 8 * PAGE + 10: content(PAGE - 10)})
+        writer.finish({})
+    assert moved == {True: direct, False: 9 * PAGE - direct}
+
+
+def test_a_disk_without_room_refuses_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    room = os.posix_fallocate
+
+    def full(descriptor: int, offset: int, nbytes: int) -> None:
+        if nbytes > 1000:
+            raise OSError(28, "No space left on device")
+        room(descriptor, offset, nbytes)
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="No space left"):
+        RangeWriter(tmp_path, {"small": 1000, "large": 1001})
 
 
 def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,5 +195,5 @@ def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.Mon
     with RangeWriter(tmp_path, {"a": 1000}) as writer:
         monkeypatch.setattr(os, "pwrite", full)
         with pytest.raises(OSError, match="No space left"):
-            writer.write("a", 0, content(1000))
+            writer.write("a", {0: content(1000)})
     assert not (tmp_path / MANIFEST).exists()

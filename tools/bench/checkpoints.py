@@ -4,7 +4,8 @@
         --gpu-memory 24GiB --cpu-memory 100GiB --batch-size 16
 
 Trains a shape from random weights: first steps alone, then as many with a checkpoint begun behind
-the first. The plain loop of direct I/O writes in the same folder before and after.
+the first. The plain loop of direct I/O writes in the same folder before and after; the mean of both
+rates counts. Let the steps last until the checkpoint is in its place: all that it costs is counted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from slideformer.checkpoint_info import file_sizes
 from slideformer.config import Config, format_size, parse_size
 from slideformer.engine import Engine
 from slideformer.graph.errors import ConfigError
+from slideformer.handles import StepHandle
 from slideformer.measuring.nvme_rates import disk_rates
 from slideformer.measuring.trial import random_batches, shape_config
 from slideformer.tools.console import run_alone
@@ -39,7 +41,9 @@ def checkpoint_bench(
     cpu_memory: Annotated[str | None, typer.Option(metavar="SIZE", help="Host budget.")] = None,
     batch_size: Annotated[int, typer.Option(help="Rows per step.", min=1)] = 16,
     seq_len: Annotated[int, typer.Option(help="Tokens per row.", min=2)] = 1024,
-    steps: Annotated[int, typer.Option(help="Steps that are timed.", min=3)] = 10,
+    steps: Annotated[
+        int | None, typer.Option(help="Steps that are timed; 10, or 50 with a snapshot.", min=3)
+    ] = None,
     plain: Annotated[str, typer.Option(metavar="SIZE", help="What the plain loop moves.")] = "4GiB",
     threads: Annotated[int, typer.Option(help="Threads of the plain loop.", min=1)] = 4,
     device: Annotated[str, typer.Option(help="auto, cuda or cpu.")] = "auto",
@@ -50,6 +54,8 @@ def checkpoint_bench(
     """Time steps without and with a checkpoint being written."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give one on the disk to measure")
+    if steps is None:
+        steps = INTERVAL if snapshot else 10
     unused = {"data": "unused", "output": "unused"}
     config = Config.model_validate(
         {
@@ -78,18 +84,18 @@ def checkpoint_bench(
     report(nbytes, alone / steps, saving - alone, durable, rates)
 
 
-def timed(engine: Engine, step: Callable[[], object], steps: int) -> float:
-    """Seconds of so many steps, from a quiet engine to a quiet engine."""
+def timed(engine: Engine, step: Callable[[], StepHandle], steps: int) -> float:
+    """Seconds of so many steps, from a quiet engine to the end of the last."""
     engine.synchronize()
     started = time.perf_counter()
-    for _ in range(steps):
+    for _ in range(steps - 1):
         step()
-    engine.synchronize()
+    step().wait()
     return time.perf_counter() - started
 
 
 def with_checkpoint(
-    engine: Engine, step: Callable[[], object], steps: int, folder: Path
+    engine: Engine, step: Callable[[], StepHandle], steps: int, folder: Path
 ) -> tuple[float, float]:
     """The same with a checkpoint behind the first step; and seconds until that is in its place."""
     engine.synchronize()
@@ -97,9 +103,9 @@ def with_checkpoint(
     step()
     pending = engine.checkpoint(folder / "checkpoint-bench")
     try:
-        for _ in range(steps - 1):
+        for _ in range(steps - 2):
             step()
-        engine.synchronize()
+        step().wait()
         trained = time.perf_counter() - started
         written = pending.finish()
         durable = time.perf_counter() - started
@@ -111,7 +117,7 @@ def with_checkpoint(
 
 def report(nbytes: int, step: float, added: float, durable: float, rates: list[float]) -> None:
     """Print the cost beside what the disk would take alone."""
-    least = nbytes / max(rates)
+    least = nbytes / statistics.mean(rates)
     alone = ", ".join(f"{rate / 1e9:.2f}" for rate in rates)
     print(f"a checkpoint has {format_size(nbytes)}; the disk writes {alone} GB/s before and after")
     print(f"a step takes {step:.3f} s; with a checkpoint all of them took {added:.2f} s more")
