@@ -50,9 +50,13 @@
 #include <cfenv>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 #include <limits>
 
 #include <omp.h>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 extern "C" {
 
@@ -74,6 +78,7 @@ namespace {
 using Bf16 = uint16_t;
 
 constexpr int64_t kLine = 64;     // elements: two cache lines of the 16-bit arrays, four of FP32
+constexpr int64_t kCopyBlock = 1 << 18;   // bytes that a thread copies at a time
 constexpr int64_t kDenseBlock = 1 << 16;  // elements that a thread updates at a time
 constexpr int64_t kShared = 128;  // elements whose 8-bit moments share a scale
 constexpr int64_t kBlock = 1024;  // columns of a row whose gradient is summed at a time
@@ -406,6 +411,19 @@ auto with_types(const void* dx, int dx_is_fp32, const void* dense, int dense_is_
                       : run_dx(static_cast<const Bf16*>(dx));
 }
 
+// Copies memory past the caches: a line that is written whole is then not read before.
+void copy_past_caches(char* to, const char* from, int64_t nbytes) {
+    int64_t i = 0;
+#ifdef __SSE2__
+    for (; i < nbytes && reinterpret_cast<uintptr_t>(to + i) % sizeof(__m128i); ++i) to[i] = from[i];
+    for (; i + int64_t(sizeof(__m128i)) <= nbytes; i += sizeof(__m128i))
+        _mm_stream_si128(reinterpret_cast<__m128i*>(to + i),
+                         _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
+    _mm_sfence();
+#endif
+    std::memcpy(to + i, from + i, nbytes - i);
+}
+
 }  // namespace
 
 extern "C" {
@@ -472,6 +490,14 @@ void stream_rmw(float* a, float* b, float* c, int64_t n, int threads) {
             c[i] = 1.0f - c[i];
         }
     }
+}
+
+// Copies memory that is not used again soon.
+void stream_copy(char* to, const char* from, int64_t nbytes, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+    for (int64_t begin = 0; begin < nbytes; begin += kCopyBlock)
+        copy_past_caches(to + begin, from + begin,
+                         nbytes - begin < kCopyBlock ? nbytes - begin : kCopyBlock);
 }
 
 }  // extern "C"

@@ -54,6 +54,7 @@ __all__ = [
     "adamw_rows",
     "adamw_rows_reference",
     "adamw_update",
+    "stream_copy",
     "stream_rmw",
 ]
 
@@ -191,3 +192,21 @@ def stream_rmw(
             torch.sub(1.0, x, out=x)
         return
     library.stream_rmw(*pointers(a, b, c), a.numel(), threads)
+
+
+def stream_copy(
+    target: Tensor, source: Tensor, threads: int, *, kernels: Kernels | None = None
+) -> None:
+    """Copy a 1-D tensor to another of its dtype and size, past the caches.
+
+    For what is not used again soon; several times as fast as PyTorch's copies. Raises as
+    ``adamw_update``.
+    """
+    for name, x in (("target", target), ("source", source)):
+        check_tensor(name, x, (source.dtype,), source.numel())
+    check_threads(threads)
+    library = (kernels or default_kernels()).library
+    if library is None:
+        target.copy_(source)
+        return
+    library.stream_copy(*pointers(target, source), source.nbytes, threads)

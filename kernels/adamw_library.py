@@ -132,6 +132,8 @@ def _declare(library: ctypes.CDLL) -> None:
     ]
     library.stream_rmw.restype = None
     library.stream_rmw.argtypes = [*arrays[:3], long, integer]
+    library.stream_copy.restype = None
+    library.stream_copy.argtypes = [*arrays[:2], long, integer]
 
 
 def segment_table(segments: Sequence[Segment], hyper: AdamW) -> ctypes.Array[_Segment]:

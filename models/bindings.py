@@ -19,7 +19,7 @@ from slideformer.models.update_ops import UpdateOps
 def model_bindings(
     memory: ModelMemory, threads: int, clip: ClipOps, label_smoothing: float, z_loss: float
 ) -> dict[str, Binding]:
-    """Op name → binding; ``threads`` are those of updates on the CPU.
+    """Op name → binding; ``threads`` are those of updates and snapshots on the CPU.
 
     ``label_smoothing`` and ``z_loss`` shape the loss that is trained.
     """
@@ -28,6 +28,6 @@ def model_bindings(
         **HeadOps(memory, label_smoothing, z_loss).table(),
         **UpdateOps(memory, threads).table(),
         **ResidentOps(memory, threads).table(),
-        **SaveOps(memory).table(),
+        **SaveOps(memory, threads).table(),
         **clip.table(),
     }

@@ -10,16 +10,18 @@ from torch import Tensor
 from slideformer.graph.errors import CheckpointError
 from slideformer.graph.state import Part, state_parts
 from slideformer.graph.tasks import Task
+from slideformer.kernels.adamw import stream_copy
 from slideformer.models.context import CheckpointContext, SaveContext
 from slideformer.models.model_memory import Binding, ModelMemory, Operation, Views
 from slideformer.models.state import UnitState, arrays
 
 
 class SaveOps:
-    """Downloads of resident units, and hand-overs to the writers."""
+    """Downloads of resident units, snapshots on ``threads`` threads, hand-overs to the writers."""
 
-    def __init__(self, memory: ModelMemory) -> None:
+    def __init__(self, memory: ModelMemory, threads: int) -> None:
         self._memory = memory
+        self._threads = threads
 
     def table(self) -> dict[str, Binding]:
         """Op name → binding."""
@@ -33,11 +35,23 @@ class SaveOps:
 
     def download_state(self, task: Task, views: Views) -> Operation:
         """Bring parts of a resident unit's state down, one behind another."""
-        return self._copy(task, self._memory.states[str(task.args["unit"])], views)
+        pairs = self._pairs(task, self._memory.states[str(task.args["unit"])], views)
+
+        def run(_: object) -> None:
+            for target, source in pairs:
+                target.copy_(source, non_blocking=True)
+
+        return run
 
     def snapshot_state(self, task: Task, views: Views) -> Operation:
         """Copy all of a chunk's state in host memory, one part behind another."""
-        return self._copy(task, self._memory.chunk_state(task, views), views)
+        pairs = self._pairs(task, self._memory.chunk_state(task, views), views)
+
+        def run(_: object) -> None:
+            for target, source in pairs:
+                stream_copy(target, source, self._threads)
+
+        return run
 
     def save(self, task: Task, views: Views) -> Operation:
         """Hand a unit to the writer of a Hugging Face folder."""
@@ -62,15 +76,10 @@ class SaveOps:
         """Write what `download_state` or `snapshot_state` put in place into a checkpoint."""
         return _write(task, self._views(task, views[task.reads[0]]))
 
-    def _copy(self, task: Task, state: UnitState, views: Views) -> Operation:
+    def _pairs(self, task: Task, state: UnitState, views: Views) -> list[tuple[Tensor, Tensor]]:
+        """Where each part goes, and the part."""
         targets = self._views(task, views[task.writes[0]])
-        pairs = [(target, getattr(state, part)) for part, target in targets.items()]
-
-        def run(_: object) -> None:
-            for target, source in pairs:
-                target.copy_(source, non_blocking=True)
-
-        return run
+        return [(target, getattr(state, part)) for part, target in targets.items()]
 
     def _views(self, task: Task, place: Tensor) -> dict[str, Tensor]:
         """The arrays of a task that lie one behind another in a place."""

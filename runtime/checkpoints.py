@@ -43,7 +43,7 @@ VERSION = 1
 PIECE = 4 << 20
 """Most bytes that are moved, and have a checksum, together."""
 
-THREADS = 8
+THREADS = 16
 """I/O threads of a checkpoint that is written or read: some move bytes while others sum them up."""
 
 _Count = Annotated[int, Field(ge=0)]
@@ -104,7 +104,7 @@ class RangeWriter:
             raise errors[0]
         with self._lock:
             file.pieces += [part.result() for part in parts]
-            if parts and not file.left:
+            if parts and not file.left and not file.direct:  # all of it is in memory now
                 self._flushes.append(self._pool.submit(file.flush))
 
     def add(self, name: str, content: bytes) -> None:
@@ -118,8 +118,9 @@ class RangeWriter:
         assert not left, f"not written: {left}"
         for flush in self._flushes:
             flush.result()
-        for file in self._files.values():  # empty ones
-            file.flush()
+        # All others only now: a disk writes nothing while it flushes.
+        for flush in [self._pool.submit(file.flush) for file in self._files.values()]:
+            flush.result()
         content: dict[str, Any] = {
             "format": "slideformer-checkpoint",
             "version": VERSION,
@@ -174,6 +175,11 @@ class _OpenFile:
             raise
 
     @property
+    def direct(self) -> bool:
+        """Whether it bypasses the page cache."""
+        return self._direct >= 0
+
+    @property
     def left(self) -> int:
         """Bytes that are not written yet."""
         return self.nbytes - sum(nbytes for _, nbytes, _ in self.pieces)
@@ -183,7 +189,7 @@ class _OpenFile:
         first = min(-start % PAGE, len(part))
         last = len(part) - (len(part) - first) % PAGE
         _write(self._cached, part[:first], start)
-        if self._direct < 0:
+        if not self.direct:
             _write(self._cached, part[first:last], start + first)
         elif first < last:
             _write(self._direct, _on_pages(part[first:last]), start + first)

@@ -18,7 +18,14 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from slideformer.kernels import adamw_library
-from slideformer.kernels.adamw import AdamW, Segment, adamw_rows, adamw_update, stream_rmw
+from slideformer.kernels.adamw import (
+    AdamW,
+    Segment,
+    adamw_rows,
+    adamw_update,
+    stream_copy,
+    stream_rmw,
+)
 from slideformer.kernels.adamw_library import Kernels, default_kernels, kernel_build, load_kernels
 from slideformer.kernels.row_squares import row_squares
 from slideformer.kernels.split import join_master, split_master
@@ -695,6 +702,17 @@ def test_stream_rmw_reads_and_writes_all_three(kernels: Kernels, n: int) -> None
     stream_rmw(arrays[0], arrays[1], arrays[2], 3, kernels=kernels)
     for i, array in enumerate(arrays):
         assert torch.equal(array, torch.full((n,), 1.0 - i))
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 1000, 1_000_003])
+@pytest.mark.parametrize("shift", [0, 1, 9])
+def test_stream_copy_copies_all_and_nothing_else(kernels: Kernels, n: int, shift: int) -> None:
+    source = torch.randint(0, 256, (n + 20,), dtype=torch.uint8)
+    target = torch.zeros_like(source)
+    stream_copy(target[shift : shift + n], source[20 - shift :][:n], 3, kernels=kernels)
+    assert torch.equal(target[shift : shift + n], source[20 - shift :][:n])
+    assert not target[:shift].any()
+    assert not target[shift + n :].any()
 
 
 def test_the_fallback_is_said_once(
