@@ -38,7 +38,8 @@
 // updated as above and encoded again, for each segment that overlaps them:
 //
 //     x  = bits(gradient) + lo,  x *= 0x7FEB352D,  x ^= x >> 15,  x *= 0x2C1B3C6D   (lo before)
-//     c  = clamp((bits(|value| / scale) + (x >> 12) >> 20) - (0x3F8 - top), 0, top)
+//     i  = min(1 / scale, the largest finite number)                           1 for a scale of 0
+//     c  = clamp((bits(|value| * i) + (x >> 12) >> 20) - (0x3F8 - top), 0, top)
 //
 // Adding a hash below 2^20 rounds up in proportion to how near the next code is (Gupta et al., "Deep
 // Learning with Limited Numerical Precision", 2015). A scale is at most the largest finite number.
@@ -228,10 +229,11 @@ SF_INLINE void encode(const float* __restrict values, const uint32_t* __restrict
         most = magnitude > most ? magnitude : most;
     }
     scale = bit_cast<float>(most < 0x7F7FFFFFu ? most : 0x7F7FFFFFu);
-    const float divisor = most ? scale : 1.0f;
+    const float largest = std::numeric_limits<float>::max();
+    const float ratio = most ? 1.0f / scale : 1.0f, inverse = ratio < largest ? ratio : largest;
     for (int64_t i = 0; i < n; ++i) {
         const uint32_t bits = bit_cast<uint32_t>(values[i]);
-        const float share = bit_cast<float>(bits & kMagnitude) / divisor;
+        const float share = bit_cast<float>(bits & kMagnitude) * inverse;
         int32_t code = int32_t((bit_cast<uint32_t>(share) + noise[i]) >> 20);
         code -= int32_t(0x3F8u - kTop);
         code = code < 0 ? 0 : code > int32_t(kTop) ? int32_t(kTop) : code;

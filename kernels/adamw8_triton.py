@@ -20,8 +20,8 @@ from slideformer.kernels.adamw_step_triton import (
 from slideformer.kernels.quantise import BLOCK, FIRST, SECOND
 from slideformer.kernels.triton_jit import jit
 
-_BLOCKS = 8  # of a program
-_WARPS = 8  # so that a thread handles four elements, as in the kernels for full moments
+_BLOCKS = 4  # of a program
+_WARPS = 4  # so that a thread handles four elements, as in the kernels for full moments
 CONSTANTS = {"BLOCKS": _BLOCKS, "BLOCK": BLOCK, "FIRST": FIRST, "SECOND": SECOND}
 """What the kernel is compiled with."""
 
@@ -42,8 +42,8 @@ def _encode(values: tl.tensor, noise: tl.tensor, TOP: tl.constexpr) -> tuple[tl.
     magnitude = bits & 0x7FFFFFFF
     most = tl.minimum(tl.max(magnitude, 1, keep_dims=True), 0x7F7FFFFF)
     scale = most.to(tl.float32, bitcast=True)
-    divisor = tl.broadcast_to(tl.where(most == 0, 1.0, scale), values.shape)
-    share = tl.div_rn(magnitude.to(tl.float32, bitcast=True), divisor)
+    ratio = tl.div_rn(tl.full(most.shape, 1.0, tl.float32), tl.where(most == 0, 1.0, scale))
+    share = magnitude.to(tl.float32, bitcast=True) * tl.minimum(ratio, 3.4028234663852886e38)
     code = ((share.to(tl.int32, bitcast=True) + noise) >> 20) - (0x3F8 - TOP)
     code = tl.minimum(tl.maximum(code, 0), TOP)
     code = code | ((bits >> 24) & (255 - TOP))

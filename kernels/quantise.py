@@ -71,7 +71,9 @@ def encode(values: Tensor, noise: Tensor, top: int) -> tuple[Tensor, Tensor]:
     padded[: len(values)] = magnitude
     bits = padded.view(torch.int32).view(-1, BLOCK).amax(1)
     scales = bits.clamp_(max=_LARGEST).view(torch.float32)
-    share = magnitude / scales.where(scales > 0, 1.0).repeat_interleave(BLOCK)[: len(values)]
+    # The inverse of a subnormal scale may be infinite; what is that small has no effect anyway.
+    inverse = (1 / scales.where(scales > 0, 1.0)).clamp_(max=torch.finfo(torch.float32).max)
+    share = magnitude * inverse.repeat_interleave(BLOCK)[: len(values)]
     code = (((share.view(torch.int32) + noise) >> _SHIFT) - (_ONE - top)).clamp_(0, top)
     return (code + values.signbit() * (FIRST + 1) * (top == FIRST)).to(torch.uint8), scales
 
