@@ -33,7 +33,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import CheckpointError
-from slideformer.runtime.direct_io import bypass_cache
+from slideformer.runtime.direct_io import bypass_cache, take_room
 
 MANIFEST = "manifest.json"
 """Name of the manifest in the folder of a checkpoint."""
@@ -71,8 +71,8 @@ class _Manifest(_Strict):
 class RangeWriter:
     """Writes files of known sizes into ``folder``, which exists; a context manager.
 
-    Their room on the disk is taken at once. Raises `OSError`, as all its methods do, for whatever
-    the file system refuses.
+    Their room on the disk is taken at once, where that can be. Raises `OSError`, as all its methods
+    do, for whatever the file system refuses.
     """
 
     def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
@@ -164,7 +164,7 @@ class _OpenFile:
         self._direct = -1
         try:
             if nbytes:
-                os.posix_fallocate(self._cached, 0, nbytes)
+                take_room(self._cached, nbytes)
             if nbytes >= PAGE:
                 self._direct = os.open(path, flags)
                 if not bypass_cache(self._direct):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import fcntl
 import json
 import os
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import CheckpointError
-from slideformer.runtime import checkpoints
+from slideformer.runtime import checkpoints, direct_io
 from slideformer.runtime.checkpoints import MANIFEST, RangeReader, RangeWriter
 from slideformer.runtime.direct_io import bypass_cache
 
@@ -173,19 +175,22 @@ def test_whole_pages_bypass_the_page_cache(tmp_path: Path, monkeypatch: pytest.M
     assert moved == {True: direct, False: 9 * PAGE - direct}
 
 
-def test_a_disk_without_room_refuses_before_anything_is_written(
+def test_a_disk_without_room_refuses_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"No space left|File too large"):
+        RangeWriter(tmp_path, {"small": 1000, "large": 1 << 50})
+
+
+def test_a_file_system_that_sets_no_room_aside_will_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    room = os.posix_fallocate
+    def refuse(*_: object) -> int:
+        ctypes.set_errno(errno.EOPNOTSUPP)
+        return -1
 
-    def full(descriptor: int, offset: int, nbytes: int) -> None:
-        if nbytes > 1000:
-            raise OSError(28, "No space left on device")
-        room(descriptor, offset, nbytes)
-
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(OSError, match="No space left"):
-        RangeWriter(tmp_path, {"small": 1000, "large": 1001})
+    monkeypatch.setattr(direct_io._libc, "fallocate", refuse)
+    whole = content(SIZE + 3)
+    write(tmp_path / "checkpoint", {"a": whole}, {"a": [PAGE + 1, 3 * PAGE]})
+    assert RangeReader(tmp_path / "checkpoint").content("a") == whole
 
 
 def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
