@@ -16,24 +16,21 @@ matter, and so is where the folder lies.
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
-import mmap
 import os
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import CheckpointError
-from slideformer.runtime.direct_io import bypass_cache, take_room
+from slideformer.runtime.direct_io import NewFile
 
 MANIFEST = "manifest.json"
 """Name of the manifest in the folder of a checkpoint."""
@@ -77,7 +74,7 @@ class RangeWriter:
 
     def __init__(self, folder: Path, files: Mapping[str, int]) -> None:
         self._folder = folder
-        self._files: dict[str, _OpenFile] = {}
+        self._files: dict[str, _Filling] = {}
         self._flushes: list[Future[None]] = []
         self._lock = threading.Lock()
         self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint")
@@ -104,8 +101,8 @@ class RangeWriter:
             raise errors[0]
         with self._lock:
             file.pieces += [part.result() for part in parts]
-            if parts and not file.left and not file.direct:  # all of it is in memory now
-                self._flushes.append(self._pool.submit(file.flush))
+            if parts and not file.left and not file.disk.direct:  # all of it is in memory now
+                self._flushes.append(self._pool.submit(file.disk.flush))
 
     def add(self, name: str, content: bytes) -> None:
         """Add a whole file."""
@@ -119,7 +116,7 @@ class RangeWriter:
         for flush in self._flushes:
             flush.result()
         # All others only now: a disk writes nothing while it flushes.
-        for flush in [self._pool.submit(file.flush) for file in self._files.values()]:
+        for flush in [self._pool.submit(file.disk.flush) for file in self._files.values()]:
             flush.result()
         content: dict[str, Any] = {
             "format": "slideformer-checkpoint",
@@ -139,7 +136,7 @@ class RangeWriter:
         """End the threads and close the files; a second time does nothing."""
         self._pool.shutdown()
         for file in self._files.values():
-            file.close()
+            file.disk.close()
 
     def __enter__(self) -> Self:
         return self
@@ -150,34 +147,16 @@ class RangeWriter:
     def _open(self, name: str, nbytes: int) -> None:
         path = self._folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._files[name] = _OpenFile(path, nbytes)
+        self._files[name] = _Filling(NewFile(path, nbytes), nbytes)
 
 
-class _OpenFile:
+@dataclass
+class _Filling:
     """A new file of ``nbytes``, and the pieces that it has."""
 
-    def __init__(self, path: Path, nbytes: int) -> None:
-        self.nbytes = nbytes
-        self.pieces: list[_Piece] = []
-        flags = os.O_RDWR | os.O_CLOEXEC
-        self._cached = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
-        self._direct = -1
-        try:
-            if nbytes:
-                take_room(self._cached, nbytes)
-            if nbytes >= PAGE:
-                self._direct = os.open(path, flags)
-                if not bypass_cache(self._direct):
-                    os.close(self._direct)
-                    self._direct = -1
-        except BaseException:
-            self.close()
-            raise
-
-    @property
-    def direct(self) -> bool:
-        """Whether it bypasses the page cache."""
-        return self._direct >= 0
+    disk: NewFile
+    nbytes: int
+    pieces: list[_Piece] = field(default_factory=list)
 
     @property
     def left(self) -> int:
@@ -185,51 +164,9 @@ class _OpenFile:
         return self.nbytes - sum(nbytes for _, nbytes, _ in self.pieces)
 
     def put(self, start: int, part: memoryview) -> _Piece:
-        """Write a piece; all but what shares a page of the file with others bypasses the cache."""
-        first = min(-start % PAGE, len(part))
-        last = len(part) - (len(part) - first) % PAGE
-        _write(self._cached, part[:first], start)
-        if not self.direct:
-            _write(self._cached, part[first:last], start + first)
-        elif first < last:
-            _write(self._direct, _on_pages(part[first:last]), start + first)
-        _write(self._cached, part[last:], start + last)
+        """Write a piece."""
+        self.disk.write(part, start)
         return start, len(part), zlib.crc32(part)
-
-    def flush(self) -> None:
-        """Bring it to the disk and close it; a second time does nothing."""
-        if self._cached >= 0:
-            os.fsync(self._cached)
-            # What is on the disk need not stay in memory, where it would count as the system's.
-            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_DONTNEED)
-            self.close()
-
-    def close(self) -> None:
-        """Close it; a second time does nothing."""
-        for descriptor in (self._cached, self._direct):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._cached = self._direct = -1
-
-
-class _Bounce(threading.local):
-    """Memory on pages, of each thread its own."""
-
-    def __init__(self) -> None:
-        self.memory = mmap.mmap(-1, PIECE)
-
-
-_bounce = _Bounce()
-
-
-def _on_pages(part: memoryview) -> memoryview:
-    """The same bytes where a page begins."""
-    source = np.frombuffer(part, np.uint8)
-    if source.ctypes.data % PAGE == 0:
-        return part
-    target = memoryview(_bounce.memory)[: len(part)]
-    np.copyto(np.frombuffer(target, np.uint8), source)
-    return target
 
 
 def _pieces(offset: int, memory: memoryview) -> Iterator[tuple[int, memoryview]]:
@@ -239,16 +176,6 @@ def _pieces(offset: int, memory: memoryview) -> Iterator[tuple[int, memoryview]]
         end = min(begin + PIECE - (offset + begin) % PIECE, len(memory))
         yield offset + begin, memory[begin:end]
         begin = end
-
-
-def _write(descriptor: int, part: memoryview, offset: int) -> None:
-    """Repeat a system call, which may move less than it is asked for, until all is moved."""
-    done = 0
-    while done < len(part):
-        count = os.pwrite(descriptor, part[done:], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "nothing more could be written")
-        done += count
 
 
 class RangeReader:

@@ -10,6 +10,10 @@ import errno
 import fcntl
 import mmap
 import os
+import threading
+from pathlib import Path
+
+import numpy as np
 
 from slideformer.graph.buffers import PAGE
 
@@ -47,3 +51,88 @@ def bypass_cache(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
         return False
     return True
+
+
+class NewFile:
+    """A new file that is filled in any order and from any thread, past the page cache.
+
+    Its room of ``nbytes`` is taken at once, where that can be. Raises `OSError`, as its methods do.
+    """
+
+    def __init__(self, path: Path, nbytes: int) -> None:
+        flags = os.O_RDWR | os.O_CLOEXEC
+        self._cached = os.open(path, flags | os.O_CREAT | os.O_EXCL, 0o666)
+        self._direct = -1
+        try:
+            if nbytes:
+                take_room(self._cached, nbytes)
+            if nbytes >= PAGE:
+                self._direct = os.open(path, flags)
+                if not bypass_cache(self._direct):
+                    os.close(self._direct)
+                    self._direct = -1
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def direct(self) -> bool:
+        """Whether it bypasses the page cache, as far as the file system can."""
+        return self._direct >= 0
+
+    def write(self, part: memoryview, start: int) -> None:
+        """Put bytes to ``start``: through the cache only those that share a page with others."""
+        first = min(-start % PAGE, len(part))
+        last = len(part) - (len(part) - first) % PAGE
+        _write(self._cached, part[:first], start)
+        if not self.direct:
+            _write(self._cached, part[first:last], start + first)
+        elif first < last:
+            _write(self._direct, _bounce.on_pages(part[first:last]), start + first)
+        _write(self._cached, part[last:], start + last)
+
+    def flush(self) -> None:
+        """Bring it to the disk and close it; a second time does nothing."""
+        if self._cached >= 0:
+            os.fsync(self._cached)
+            # What is on the disk need not stay in memory, where it would count as the system's.
+            os.posix_fadvise(self._cached, 0, 0, os.POSIX_FADV_DONTNEED)
+            self.close()
+
+    def close(self) -> None:
+        """Close it; a second time does nothing."""
+        for descriptor in (self._cached, self._direct):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._cached = self._direct = -1
+
+
+class _Bounce(threading.local):
+    """Memory on pages, of each thread its own."""
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, PAGE)
+
+    def on_pages(self, part: memoryview) -> memoryview:
+        """The same bytes where a page begins."""
+        source = np.frombuffer(part, np.uint8)
+        if source.ctypes.data % PAGE == 0:
+            return part
+        if len(self._memory) < len(part):
+            self._memory = mmap.mmap(-1, len(part))
+        target = memoryview(self._memory)[: len(part)]
+        np.copyto(np.frombuffer(target, np.uint8), source)  # unlike a slice, it gives up the GIL
+        return target
+
+
+_bounce = _Bounce()
+
+
+def _write(descriptor: int, part: memoryview, offset: int) -> None:
+    """Repeat a system call, which may move less than it is asked for, until all is moved."""
+    done = 0
+    while done < len(part):
+        count = os.pwrite(descriptor, part[done:], offset + done)
+        if count == 0:
+            raise OSError(errno.EIO, "nothing more could be written")
+        done += count

@@ -62,7 +62,7 @@ def test_any_range_of_what_was_written_in_any_ranges_reads_back(
     direct: bool,
 ) -> None:
     if not direct:
-        monkeypatch.setattr(checkpoints, "bypass_cache", lambda _: False)
+        monkeypatch.setattr(direct_io, "bypass_cache", lambda _: False)
     folder = tmp_path_factory.mktemp("ranges") / "checkpoint"
     whole = content(data.draw(st.integers(1, 8 * PAGE)))
     positions = st.integers(0, len(whole))
