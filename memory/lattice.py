@@ -1,15 +1,16 @@
 """The lattice of memory plans: every choice there is, whatever the budgets.
 
-A *base* fixes what plans on it share: micro-batch, vocabulary chunks and window. On a base a plan
-is a point of counts, one for each axis of `Counts`. Uniform decoder layers make prefixes and
-suffixes stand for all subsets. Budgets only filter the lattice, so a larger budget never takes a
-choice away.
+A *base* fixes what plans on it share: micro-batch, vocabulary chunks, window and size of chunks. On
+a base a plan is a point of counts, one for each axis of `Counts`. Uniform decoder layers make
+prefixes and suffixes stand for all subsets. Budgets only filter the lattice, so a larger budget
+never takes a choice away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
@@ -25,7 +26,8 @@ CHUNK_NUMEL = 32 << 20
 """Elements of a chunk: 64 MiB in BF16, large enough for full PCIe speed."""
 
 MAX_LAYER_CHUNKS = 8
-"""Chunks of a layer; more would add tasks and overlap nothing that these do not."""
+"""Chunks of a layer; more would add tasks and overlap nothing that these do not. Where there are
+fewer, chunks of half the size may be chosen: their slots are smaller."""
 
 HEAD_TILE = 4096
 """Tokens per tile of logits; smaller tiles spend more time adding up the matrix's gradient."""
@@ -76,14 +78,18 @@ def bases(request: PlanRequest) -> Iterator[MemoryPlan]:
     adapters = frozenset(unit.name for unit in spec.adapters.values() if bf16)
     divisors = [d for d in range(1, rows + 1) if rows % d == 0]
     largest_layer = max(unit.numel for unit in spec.layers)
-    chunk = max(CHUNK_NUMEL, -(-largest_layer // MAX_LAYER_CHUNKS))
+    least_chunk = -(-largest_layer // MAX_LAYER_CHUNKS)
+    chunk = max(CHUNK_NUMEL, least_chunk)
+    cuts = least_chunk <= chunk // 2 < max(unit.numel for unit in spec.units)
+    chunk_sizes = [chunk, chunk // 2] if cuts else [chunk]
     ratio = -(-spec.head.numel // largest_layer)
     for micro_rows in [request.micro_rows] if request.micro_rows else divisors:
         tile = request.head_tile or min(HEAD_TILE, micro_rows * request.seq_len)
         fixed = request.vocab_chunks
         for vocab_chunks in [fixed] if fixed else sorted({1, ratio, 2 * ratio}):
             vocab_rows = -(-spec.vocab // vocab_chunks)
-            for window in [request.window] if request.window else WINDOWS:
+            windows = [request.window] if request.window else WINDOWS
+            for window, chunk_numel in product(windows, chunk_sizes):
                 yield MemoryPlan(
                     compute=request.compute,
                     rows=rows,
@@ -92,10 +98,10 @@ def bases(request: PlanRequest) -> Iterator[MemoryPlan]:
                     vocab_chunks=vocab_chunks,
                     head_tile=tile,
                     window=window,
-                    chunk_numel=chunk,
+                    chunk_numel=chunk_numel,
                     offloaded=0,
                     # All chunks of a layer leave at once, while the next one is differentiated.
-                    staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk)),
+                    staging_slots=max(MIN_STAGING_SLOTS, -(-largest_layer // chunk_numel)),
                     nvme_direct=request.profile.direct_storage,
                     resident=adapters,
                     packed=request.packed,

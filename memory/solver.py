@@ -46,10 +46,10 @@ class Solution:
     """The plan chosen, without gradient slots, and how it compares.
 
     Of two solutions the better one has the lower ``rank``: time and bytes on NVMe, both on the
-    `GRID`; micro-batches, with which grows what the bound leaves out; bytes of memory if nothing
-    were moved to another tier; offloaded boundaries. ``seconds`` is its bound, ``work`` are those
-    of each lane, and ``nvme`` bytes are on NVMe. ``spare_host`` bytes of the host's budget are left
-    over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once.
+    `GRID`; micro-batches and chunks, with which grows what the bound leaves out; bytes of memory if
+    nothing were moved to another tier; offloaded boundaries. ``seconds`` is its bound, ``work`` are
+    those of each lane, and ``nvme`` bytes are on NVMe. ``spare_host`` bytes of the host's budget
+    are left over, and ``gradients`` in slots of ``gradient`` bytes could be parked at once.
     """
 
     plan: MemoryPlan
@@ -76,8 +76,8 @@ class Lattice:
         self._all = points(request.spec, request.compute)
         # What is kept takes memory and spares none, so the least is needed where nothing is.
         self._least = self._all.at((self._all.kept == 0) & (self._all.spilled == 0))
-        states: dict[int, StateSizes] = {}
-        chunks: dict[int, Chunks] = {}
+        states: dict[tuple[int, int], StateSizes] = {}
+        chunks: dict[tuple[int, int], Chunks] = {}
         self._bases = sorted(
             (_Base(request, plan, states, chunks) for plan in bases(request)),
             key=lambda base: base.least,
@@ -105,7 +105,7 @@ class Lattice:
 
     def work(self, plan: MemoryPlan) -> tuple[float, dict[Lane, float]]:
         """The bound of one of the lattice's plans, and the seconds of each lane."""
-        key = attrgetter("micro_rows", "vocab_chunks", "window")
+        key = attrgetter("micro_rows", "vocab_chunks", "window", "chunk_numel")
         base = next(base for base in self._bases if key(base.plan) == key(plan))
         resident = len(plan.resident - base.plan.resident)
         counts = np.array([resident, plan.kept, plan.spilled, plan.offloaded, 0])
@@ -118,15 +118,18 @@ class Lattice:
         """``best`` and the plans that come next to it, ``count`` at most and all of them `NEAR` it.
 
         None has more on NVMe. Of plans with the same units resident and as many layers spilled, on
-        one base, only the one that keeps most is among them.
+        one base, only the one that keeps most is among them, and of two that differ in the size of
+        chunks the one with fewer.
         """
-        near = (
-            found
-            for base in self._bases
-            if base.least <= best.seconds * (1 + NEAR)
-            for found in self._near_on(base, budgets, best)
-        )
-        others = sorted((s for s in near if s.plan != best.plan), key=lambda s: s.seconds)
+        alike = attrgetter("micro_rows", "vocab_chunks", "window", "resident", "kept", "spilled")
+        near: dict[tuple[object, ...], Solution] = {}
+        for base in self._bases:
+            if base.least <= best.seconds * (1 + NEAR):
+                for found in self._near_on(base, budgets, best):
+                    other = near.setdefault(alike(found.plan), found)
+                    if found.plan.chunk_numel > other.plan.chunk_numel:
+                        near[alike(found.plan)] = found
+        others = sorted((s for s in near.values() if s.plan != best.plan), key=lambda s: s.seconds)
         return [best, *others[: count - 1]]
 
     def least_gpu(self, budgets: Budgets) -> int | None:
@@ -246,7 +249,7 @@ class _Fitting:
 
     @cached_property
     def keys(self) -> tuple[Ints, Ints, Ints, Ints]:
-        """What ranks them, the number of micro-batches aside."""
+        """What ranks them, micro-batches and chunks aside."""
         stored = on_grid(np.maximum(self.sizes.nbytes, 1))
         memory = self.base.needs.gpu(self.few) + self.base.needs.host(self.few)
         return on_grid(self.seconds), stored, memory, self.point.offloaded
@@ -261,7 +264,7 @@ class _Fitting:
             plan=replace(base.plan_at(chosen), boundary_slots=slots),
             seconds=float(self.seconds[at]),
             work={lane: float(seconds) for lane, seconds in work.items()},
-            rank=(time, stored, base.plan.micro_batches, *rest),
+            rank=(time, stored, base.plan.micro_batches, -base.plan.chunk_numel, *rest),
             nvme=int(sizes.nbytes),
             spare_host=int(self.spare_host[at]),
             gradients=int(needs.gradients[chosen.resident]),
@@ -276,8 +279,8 @@ class _Base:
         self,
         request: PlanRequest,
         plan: MemoryPlan,
-        states: dict[int, StateSizes],
-        chunks: dict[int, Chunks],
+        states: dict[tuple[int, int], StateSizes],
+        chunks: dict[tuple[int, int], Chunks],
     ) -> None:
         self._request, self._spec = request, request.spec
         self._states, self._chunks = states, chunks  # shared with the others
@@ -288,10 +291,10 @@ class _Base:
     @cached_property
     def needs(self) -> Needs:
         """What its plans take."""
-        number = self.plan.vocab_chunks
-        if number not in self._chunks:
-            self._chunks[number] = Chunks(self._spec, self.plan)
-        return Needs(self._request, self.plan, self._chunks[number])
+        key = self.plan.vocab_chunks, self.plan.chunk_numel
+        if key not in self._chunks:
+            self._chunks[key] = Chunks(self._spec, self.plan)
+        return Needs(self._request, self.plan, self._chunks[key])
 
     def plan_at(self, point: Counts) -> MemoryPlan:
         """The plan at one point."""
@@ -334,10 +337,11 @@ class _Base:
 
     def chain(self, resident: int) -> Chain:
         """The chain of its plans with so many units resident."""
-        if resident not in self._states:
+        key = resident, self.plan.chunk_numel
+        if key not in self._states:
             units = resident_units(self._spec, resident)
-            self._states[resident] = StateSizes(self._spec, self.plan, units)
-        return Chain(self._spec, self.plan, self._states[resident])
+            self._states[key] = StateSizes(self._spec, self.plan, units)
+        return Chain(self._spec, self.plan, self._states[key])
 
 
 def _least(values: Ints) -> list[int]:

@@ -18,7 +18,7 @@ from typing import Self
 from slideformer.checkpointing import Checkpoint
 from slideformer.config import Config
 from slideformer.engine import Engine
-from slideformer.graph.errors import ConfigError, SlideFormerError
+from slideformer.graph.errors import CheckpointError, ConfigError, SlideFormerError
 from slideformer.models.aside import check_output
 from slideformer.models.data.corpus import check_source
 from slideformer.models.families import read_model_config
@@ -30,7 +30,7 @@ from slideformer.traces import write_trace
 from slideformer.training.checkpoints import RunCheckpoints, find_checkpoint
 from slideformer.training.interrupt import Interrupt
 from slideformer.training.loop import TrainingLoop
-from slideformer.training.only_run import only_run
+from slideformer.training.only_run import only_run, remove_lock
 from slideformer.training.reports import Progress, TrainingResult, output_records
 from slideformer.training.resuming import check_resumed_output, free_output, resumed_config
 from slideformer.training.trackers import with_trackers
@@ -87,10 +87,14 @@ class Trainer:
                 `CheckpointError` from saving.
             KeyboardInterrupt: see above, or Ctrl-C before the first step.
         """
-        if self._checkpoint is None:
-            check_output(self.config.output)
-        else:
-            check_resumed_output(self.config, self._checkpoint)
+        try:
+            if self._checkpoint is None:
+                check_output(self.config.output)
+            else:
+                check_resumed_output(self.config, self._checkpoint)
+        except CheckpointError:
+            remove_lock(self.config.output)
+            raise
         with only_run(self.config.output):
             return self._train(with_trackers(self.config, progress))
 

@@ -12,6 +12,19 @@ from pathlib import Path
 from slideformer.graph.errors import CheckpointError
 
 
+def _lock_file(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
+
+
+def remove_lock(output: Path) -> None:
+    """Remove the lock file of a run that was killed when it had saved all, if there is one."""
+    # An output that could be no run's has none.
+    with contextlib.suppress(CheckpointError, OSError, ValueError):
+        if _lock_file(output.absolute()).exists():
+            with only_run(output):
+                pass
+
+
 @contextlib.contextmanager
 def only_run(output: Path) -> Iterator[None]:
     """Be the only run that saves to ``output``, and has its checkpoints, until this is left.
@@ -21,7 +34,7 @@ def only_run(output: Path) -> Iterator[None]:
     """
     output = output.absolute()
     made = [parent for parent in output.parents if not parent.exists()]
-    path = output.with_name(f".{output.name}.lock")
+    path = _lock_file(output)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         lock = _locked(path)

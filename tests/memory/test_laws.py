@@ -207,6 +207,7 @@ def everything(request: PlanRequest) -> list[Tried]:
                     int(on_grid(seconds)),
                     int(on_grid(np.array(max(nvme, 1)))),
                     base.micro_batches,
+                    -base.chunk_numel,
                     memory,
                     offloaded,
                 )

@@ -63,6 +63,25 @@ def test_a_tight_gpu_budget_offloads_boundaries() -> None:
     assert plan.peaks[Tier.GPU] == least
 
 
+def test_chunks_are_halved_where_whole_ones_do_not_fit() -> None:
+    spec = small_spec(hidden=128, intermediate=300, heads=4, kv_heads=4, head_dim=32)
+    request = request_for(spec=spec)
+    least = Lattice(request).least_gpu(AMPLE)
+    assert least is not None
+    tight = make_plan(replace(request, budgets=replace(AMPLE, gpu=least)))
+    assert make_plan(request).chunk_numel == 100_000
+    assert tight.chunk_numel == 50_000
+
+
+def test_no_plan_is_simulated_with_halved_chunks_that_fits_with_whole_ones() -> None:
+    spec = small_spec(hidden=128, intermediate=300, heads=4, kv_heads=4, head_dim=32)
+    request = request_for(spec=spec)
+    lattice = Lattice(request)
+    found = lattice.contenders(AMPLE, solved(request), 1000)
+    assert len(found) > 1
+    assert all(each.plan.chunk_numel == 100_000 for each in found)
+
+
 @settings(max_examples=5)
 @given(share=st.floats(0, 1))
 def test_of_plans_that_the_bound_cannot_tell_apart_the_fastest_is_taken(share: float) -> None:

@@ -544,6 +544,20 @@ def check_left(config: Config) -> int:
     return max((checkpoint.info.step for checkpoint in found), default=0)
 
 
+def test_the_lock_of_a_run_that_was_killed_when_all_was_saved_goes(
+    config: Config, tmp_path: Path
+) -> None:
+    Trainer(config).train()
+    (tmp_path / ".out.lock").write_text("12345")
+    with pytest.raises(CheckpointError, match="out"):
+        Trainer(config).train()
+    assert names(tmp_path) == ["out", "out-checkpoints"]
+    (tmp_path / ".out.lock").write_text("12345")
+    with pytest.raises(CheckpointError, match="out"):
+        Trainer.resume(config.output).train()
+    assert names(tmp_path) == ["out", "out-checkpoints"]
+
+
 def test_kills_at_any_instant_lose_no_more_than_the_steps_since_the_last_checkpoint(
     model: Path, data: Path, plain: Path, tmp_path: Path, processes: Any
 ) -> None:
