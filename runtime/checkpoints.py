@@ -16,6 +16,7 @@ matter, and so is where the folder lies.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -77,7 +78,7 @@ class RangeWriter:
         self._files: dict[str, _Filling] = {}
         self._flushes: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._pool = ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint")
+        self._pool = _started_pool()
         try:
             for name, nbytes in files.items():
                 self._open(name, nbytes)
@@ -118,6 +119,8 @@ class RangeWriter:
         # All others only now: a disk writes nothing while it flushes.
         for flush in [self._pool.submit(file.disk.flush) for file in self._files.values()]:
             flush.result()
+        for name in self._files:  # one that was removed meanwhile has been written all the same
+            (self._folder / name).stat()
         content: dict[str, Any] = {
             "format": "slideformer-checkpoint",
             "version": VERSION,
@@ -145,9 +148,27 @@ class RangeWriter:
         self.close()
 
     def _open(self, name: str, nbytes: int) -> None:
-        path = self._folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._files[name] = _Filling(NewFile(path, nbytes), nbytes)
+        # Not the folder itself: one that was removed is not to come back without what it held.
+        for parent in reversed(Path(name).parents[:-1]):
+            (self._folder / parent).mkdir(exist_ok=True)
+        self._files[name] = _Filling(NewFile(self._folder / name, nbytes), nbytes)
+
+
+def _started_pool() -> ThreadPoolExecutor:
+    """I/O threads that all run: one that could not be started later would fail the run.
+
+    Raises `OSError` if there can be no more threads.
+    """
+    pool = ThreadPoolExecutor(THREADS, thread_name_prefix="slideformer-checkpoint")
+    started = threading.Barrier(THREADS)
+    try:
+        for _ in range(THREADS):
+            pool.submit(started.wait)
+    except RuntimeError as error:
+        started.abort()
+        pool.shutdown()
+        raise OSError(errno.EAGAIN, str(error)) from error
+    return pool
 
 
 @dataclass

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -85,11 +86,9 @@ class NewFile:
         first = min(-start % PAGE, len(part))
         last = len(part) - (len(part) - first) % PAGE
         _write(self._cached, part[:first], start)
-        if not self.direct:
-            _write(self._cached, part[first:last], start + first)
-        elif first < last:
-            _write(self._direct, _bounce.on_pages(part[first:last]), start + first)
-        _write(self._cached, part[last:], start + last)
+        if self.direct and first < last:
+            first += _try(self._direct, _bounce.on_pages(part[first:last]), start + first)
+        _write(self._cached, part[first:], start + first)
 
     def flush(self) -> None:
         """Bring it to the disk and close it; a second time does nothing."""
@@ -101,10 +100,12 @@ class NewFile:
 
     def close(self) -> None:
         """Close it; a second time does nothing."""
-        for descriptor in (self._cached, self._direct):
-            if descriptor >= 0:
-                os.close(descriptor)
+        descriptors = self._cached, self._direct
         self._cached = self._direct = -1
+        for descriptor in descriptors:
+            if descriptor >= 0:
+                with suppress(OSError):  # it is closed all the same, and what counts was flushed
+                    os.close(descriptor)
 
 
 class _Bounce(threading.local):
@@ -126,6 +127,20 @@ class _Bounce(threading.local):
 
 
 _bounce = _Bounce()
+
+
+def _try(descriptor: int, pages: memoryview, offset: int) -> int:
+    """Write past the page cache; how many bytes of it went.
+
+    What is left may begin on no page, or nothing went since the disk's blocks are larger than a
+    page, which reading from a new file does not tell: it is left to the cache.
+    """
+    try:
+        return os.pwrite(descriptor, pages, offset)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return 0
 
 
 def _write(descriptor: int, part: memoryview, offset: int) -> None:

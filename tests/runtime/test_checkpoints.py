@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -191,6 +192,86 @@ def test_a_file_system_that_sets_no_room_aside_will_do(
     whole = content(SIZE + 3)
     write(tmp_path / "checkpoint", {"a": whole}, {"a": [PAGE + 1, 3 * PAGE]})
     assert RangeReader(tmp_path / "checkpoint").content("a") == whole
+
+
+@pytest.mark.parametrize("largest", [0, 1, 700, PAGE])
+def test_what_a_direct_write_leaves_goes_through_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, largest: int
+) -> None:
+    """On a disk whose blocks are larger than a page, 0, it is refused only now."""
+    write_to = os.pwrite
+
+    def short(descriptor: int, part: memoryview, offset: int) -> int:
+        if not fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT:
+            return write_to(descriptor, part, offset)
+        if not largest or offset % PAGE:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        with (tmp_path / "checkpoint" / "a").open("rb+") as file:
+            return write_to(file.fileno(), part[:largest], offset)
+
+    monkeypatch.setattr(os, "pwrite", short)
+    whole = content(SIZE + 3)
+    write(tmp_path / "checkpoint", {"a": whole}, {"a": [PAGE + 1, 3 * PAGE]})
+    assert RangeReader(tmp_path / "checkpoint").content("a") == whole
+
+
+@pytest.mark.parametrize("gone", ["checkpoint", "checkpoint/units", "checkpoint/units/a"])
+@pytest.mark.parametrize("direct", [True, False])
+def test_what_was_removed_while_it_was_written_is_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: str, direct: bool
+) -> None:
+    if not direct:
+        monkeypatch.setattr(direct_io, "bypass_cache", lambda _: False)
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    with RangeWriter(folder, {"units/a": SIZE}) as writer:
+        writer.write("units/a", {0: content(SIZE)})
+        (tmp_path / gone).rename(tmp_path / "moved")
+        if folder.exists():
+            writer.add("model/deeper/note", b"a note")
+        else:
+            with pytest.raises(FileNotFoundError):
+                writer.add("model/deeper/note", b"a note")
+        with pytest.raises(FileNotFoundError):
+            writer.finish({})
+    assert not (folder / MANIFEST).exists()
+    assert folder.exists() == (gone != "checkpoint"), "what was removed does not come back"
+
+
+def test_a_file_that_fails_as_it_is_closed_is_closed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    really, closed = os.close, []
+
+    def failing(descriptor: int) -> None:
+        closed.append(descriptor)
+        really(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "close", failing)
+        with RangeWriter(tmp_path, {"a": SIZE, "b": SIZE}) as writer:
+            writer.close()
+    assert len(closed) == len(set(closed)) >= 2
+
+
+@pytest.mark.parametrize("possible", [0, 2])
+def test_a_checkpoint_without_its_threads_is_not_begun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, possible: int
+) -> None:
+    before = threading.active_count()
+    start, left = threading.Thread.start, iter(range(possible))
+
+    def few(thread: threading.Thread) -> None:
+        if next(left, None) is None:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", few)
+    with pytest.raises(OSError, match="can't start new thread"):
+        RangeWriter(tmp_path, {"a": SIZE})
+    assert list(tmp_path.iterdir()) == []
+    assert threading.active_count() == before
 
 
 def test_what_the_disk_refuses_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
