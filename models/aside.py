@@ -15,6 +15,7 @@ import itertools
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -118,7 +119,7 @@ class AsideFolder:
         """Raises `OSError` if it cannot be made."""
         self.output = output.absolute()
         remove_orphans(self.output)
-        self._over = False
+        self._over = threading.Lock()  # taken by whoever moves or removes it, and kept
         self.output.parent.mkdir(parents=True, exist_ok=True)
         name = f".{self.output.name}.tmp-{os.getpid()}"
         for number in itertools.count():
@@ -137,11 +138,13 @@ class AsideFolder:
         is not thrown away. The files must have been fsynced.
 
         Raises:
+            FileNotFoundError: it was aborted meanwhile; what lies in its place stays.
             OSError: nothing can be renamed here; the folder stays aside then, with its contents.
         """
         for folder in (*(p for p in self.path.rglob("*") if p.is_dir()), self.path):
             fsync(folder)
-        self._over = True
+        if not self._over.acquire(blocking=False):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.path))
         target = self.output
         if replace and target.is_dir():
             discard(target)
@@ -164,11 +167,9 @@ class AsideFolder:
 
     def abort(self) -> None:
         """Remove it, unless it was moved."""
-        if self._over:
-            return
-        self._over = True
-        _remove(self.path, self.path.with_name(f"{self.path.name}.removed"))
-        os.close(self._lock)
+        if self._over.acquire(blocking=False):
+            _remove(self.path, self.path.with_name(f"{self.path.name}.removed"))
+            os.close(self._lock)
 
 
 def discard(folder: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from slideformer.graph.errors import CheckpointError
+from slideformer.models import aside
 from slideformer.models.aside import AsideFolder, check_output, free_name, remove_orphans
 
 
@@ -29,6 +30,19 @@ def test_it_appears_when_moved_and_vanishes_when_aborted(tmp_path: Path) -> None
     assert (tmp_path / "kept" / "inner" / "file").read_text() == "kept"
 
 
+def test_one_that_is_aborted_while_it_is_moved_replaces_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = AsideFolder(tmp_path / "out")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "earlier").touch()
+    monkeypatch.setattr(aside, "fsync", lambda _: folder.abort())
+    with pytest.raises(FileNotFoundError):
+        folder.move(replace=True)
+    assert names(tmp_path) == ["out"]
+    assert names(tmp_path / "out") == ["earlier"]
+
+
 def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> None:
     ready, done = os.pipe()
     child = os.fork()
@@ -37,10 +51,10 @@ def test_what_a_killed_process_leaves_is_removed_by_the_next(tmp_path: Path) -> 
         os.write(done, b"x")
         signal.pause()
     os.read(ready, 1)
-    aside = names(tmp_path)
-    assert aside == [f".out.tmp-{child}"]
+    left = names(tmp_path)
+    assert left == [f".out.tmp-{child}"]
     remove_orphans(tmp_path / "out")
-    assert names(tmp_path) == aside, "its owner lives"
+    assert names(tmp_path) == left, "its owner lives"
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     (tmp_path / ".other.tmp-1").mkdir()
