@@ -124,7 +124,7 @@ def rms_norm(
     """See :func:`slideformer.kernels.rms_norm.rms_norm`."""
     y = x.new_empty(x.shape) if out is None else out
     inner, strides = row_strides(x, y)
-    rows, tile_rows, block, warps = _tile(x)
+    rows, tile_rows, block = _tile(x)
     rstd = torch.empty(rows, dtype=torch.float32, device=x.device)
     _forward_kernel[(triton.cdiv(rows, tile_rows),)](
         x,
@@ -139,7 +139,7 @@ def rms_norm(
         CENTRED=centred,
         ROWS=tile_rows,
         BLOCK=block,
-        num_warps=warps,
+        num_warps=min(32, tile_rows * block // 512),  # 16 elements a thread
     )
     return y, rstd
 
@@ -157,7 +157,7 @@ def rms_norm_backward(
     dx = x.new_empty(x.shape) if out is None else out
     inner, strides = row_strides(dy, x, dx, dy if residual_grad is None else residual_grad)
     n = x.shape[-1]
-    rows, tile_rows, block, _ = _tile(x)
+    rows, tile_rows, block = _tile(x)
     warps, resident, stages = _backward_schedule(n, tile_rows * block, x.element_size())
     programs = min(triton.cdiv(rows, tile_rows), resident * multiprocessors(x.device))
     shares = torch.empty((programs, n), dtype=torch.float32, device=x.device)
@@ -182,15 +182,14 @@ def rms_norm_backward(
     return dx, shares.sum(0)
 
 
-def _tile(x: Tensor) -> tuple[int, int, int, int]:
-    """Rows in all, rows and columns of a program's tile, warps for it (16 elements a thread)."""
+def _tile(x: Tensor) -> tuple[int, int, int]:
+    """Rows in all, rows and columns of a program's tile."""
     n = x.shape[-1]
     if n > MAX_ROW:
         raise ValueError(f"RMSNorm over {n} elements: the GPU kernel holds at most {MAX_ROW}")
     block = triton.next_power_of_2(n)
     tile_rows = max(1, _MIN_TILE // block)
-    warps = min(32, tile_rows * block // 512)
-    return x.numel() // n, tile_rows, block, warps
+    return x.numel() // n, tile_rows, block
 
 
 def _backward_schedule(n: int, tile: int, itemsize: int) -> tuple[int, int, int]:

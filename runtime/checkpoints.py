@@ -31,7 +31,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from slideformer.graph.errors import CheckpointError
-from slideformer.runtime.direct_io import NewFile
+from slideformer.runtime.direct_io import NewFile, move
 
 MANIFEST = "manifest.json"
 """Name of the manifest in the folder of a checkpoint."""
@@ -313,15 +313,12 @@ def _unreadable(path: Path, error: OSError) -> CheckpointError:
 
 
 def _read_piece(path: Path, descriptor: int, start: int, part: memoryview) -> None:
-    done = 0
     try:
-        while done < len(part):
-            count = os.preadv(descriptor, [part[done:]], start + done)
-            if count == 0:
-                raise CheckpointError(f"{path} is cut short; use another checkpoint")
-            done += count
+        done = move(lambda left, at: os.preadv(descriptor, [left], at), part, start)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if done < len(part):
+        raise CheckpointError(f"{path} is cut short; use another checkpoint")
 
 
 def _digest(content: Mapping[str, Any]) -> str:

@@ -11,7 +11,9 @@ import fcntl
 import mmap
 import os
 import threading
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -52,6 +54,18 @@ def bypass_cache(descriptor: int) -> bool:
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags)
         return False
     return True
+
+
+def move(call: Callable[[memoryview, int], int], part: memoryview, offset: int) -> int:
+    """Repeat a system call, which may move less than it is asked for, until all is moved.
+
+    ``call`` is given what is left and its offset. Returns how many bytes it moved: fewer than all
+    if the last call moved none.
+    """
+    done = 0
+    while done < len(part) and (count := call(part[done:], offset + done)):
+        done += count
+    return done
 
 
 class NewFile:
@@ -144,10 +158,5 @@ def _try(descriptor: int, pages: memoryview, offset: int) -> int:
 
 
 def _write(descriptor: int, part: memoryview, offset: int) -> None:
-    """Repeat a system call, which may move less than it is asked for, until all is moved."""
-    done = 0
-    while done < len(part):
-        count = os.pwrite(descriptor, part[done:], offset + done)
-        if count == 0:
-            raise OSError(errno.EIO, "nothing more could be written")
-        done += count
+    if move(partial(os.pwrite, descriptor), part, offset) < len(part):
+        raise OSError(errno.EIO, "nothing more could be written")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from slideformer.graph.buffers import PAGE
 from slideformer.graph.errors import StoreError
-from slideformer.runtime.direct_io import bypass_cache
+from slideformer.runtime.direct_io import bypass_cache, move
 
 logger = logging.getLogger(__name__)
 
@@ -93,14 +93,10 @@ class RunFile:
         self.descriptor = -1
 
     def _move(self, call: _Transfer, part: memoryview, offset: int, what: str) -> None:
-        """Repeat a system call, which may move less than it is asked for, until all is moved."""
         self.check()
-        done = 0
-        while done < len(part):
-            count = call(self.descriptor, [part[done:]], offset + done)
-            if count == 0:
-                raise OSError(errno.EIO, f"only {done:,} of {len(part):,} bytes {what}")
-            done += count
+        done = move(lambda left, at: call(self.descriptor, [left], at), part, offset)
+        if done < len(part):
+            raise OSError(errno.EIO, f"only {done:,} of {len(part):,} bytes {what}")
 
 
 def check_distinct(folders: Sequence[Path]) -> None:

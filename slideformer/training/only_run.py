@@ -12,19 +12,6 @@ from pathlib import Path
 from slideformer.graph.errors import CheckpointError
 
 
-def _lock_file(output: Path) -> Path:
-    return output.with_name(f".{output.name}.lock")
-
-
-def remove_lock(output: Path) -> None:
-    """Remove the lock file of a run that was killed when it had saved all, if there is one."""
-    # An output that could be no run's has none.
-    with contextlib.suppress(CheckpointError, OSError, ValueError):
-        if _lock_file(output.absolute()).exists():
-            with only_run(output):
-                pass
-
-
 @contextlib.contextmanager
 def only_run(output: Path) -> Iterator[None]:
     """Be the only run that saves to ``output``, and has its checkpoints, until this is left.
@@ -56,6 +43,19 @@ def only_run(output: Path) -> Iterator[None]:
         for parent in made:  # those that stayed empty
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def remove_lock(output: Path) -> None:
+    """Remove the lock file of a run that was killed when it had saved all, if there is one."""
+    # An output that could be no run's has none.
+    with contextlib.suppress(CheckpointError, OSError, ValueError):
+        if _lock_file(output.absolute()).exists():
+            with only_run(output):
+                pass
+
+
+def _lock_file(output: Path) -> Path:
+    return output.with_name(f".{output.name}.lock")
 
 
 def _locked(path: Path) -> int | None:
