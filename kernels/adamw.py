@@ -199,8 +199,8 @@ def stream_copy(
 ) -> None:
     """Copy a 1-D tensor to another of its dtype and size, past the caches.
 
-    For what is not used again soon; several times as fast as PyTorch's copies. Raises as
-    ``adamw_update``.
+    For what is not used again soon, as PyTorch's copies read the lines that they overwrite. Raises
+    as ``adamw_update``.
     """
     for name, x in (("target", target), ("source", source)):
         check_tensor(name, x, (source.dtype,), source.numel())
